@@ -29,9 +29,9 @@ def read_version() -> str:
 # installation goes on, and PyTorch's operations take their place.
 CPU_KERNELS = "kernels/fastbert_kernels/cpu"
 CPU_SOURCES = (
-    "activation", "attention", "attention_backward", "disentangled", "disentangled_backward", "dropout", "embedding",
-    "encoder", "encoder_int8", "gated", "ids", "linear", "linear_int8", "objects", "offsets", "packing", "pooling",
-    "residual_norm", "samples", "weight_gradient",
+    "activation", "attention", "attention_backward", "batches", "bfloat16", "disentangled", "disentangled_backward",
+    "dropout", "embedding", "encoder", "encoder_int8", "gated", "ids", "linear", "linear_int8", "objects", "offsets",
+    "packing", "pooling", "residual_norm", "samples", "weight_gradient",
 )  # fmt: skip
 CPU_HEADERS = (
     "activations", "attention", "attention_backward", "attention_bias", "attention_rows", "attention_tiles",

@@ -39,7 +39,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "training_rows": _files(
         "ops/residual_norm_kernels", "ops/activation_backward", "ops/embedding_kernels", "ops/pooling_backward"
     ),
-    "training_layer": _files("ops/training_triton", "ops/training_forms", "engine/training_families"),
+    "training_layer": _files(
+        "ops/training_triton", "ops/training_forms", "ops/strided_gradients", "engine/training_families"
+    ),
     "linear": _files("ops/op_linear", "ops/op_linear_persistent", "ops/op_linear_variants"),
     "cross_entropy": _files("ops/op_cross_entropy"),
     "rotary": _files("ops/rotary_kernels", "on_kernels/rotary_models"),
@@ -71,6 +73,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "models/families",
         "models/mpnet",
         "models/deberta",
+        "models/jina_bert_code",
         "models/jina_bert_v2",
         "models/pretrained",
         "pipelines/cross_encoder",
@@ -96,7 +99,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "peers": _files("bench/bench_peers"),
     "memory": _files("engine/memory"),
-    "tune": _files("tune/tune"),
+    "tune": _files("tune/tune", "tune/tune_gated"),
     "quantized": _files(
         "ops/op_quantized",
         "ops/op_quantized_parts",

@@ -75,7 +75,7 @@ def stand_for_a_gpu() -> Any:
 
     from fastbert.ops import noting, packing, silent_writes
 
-    packing.from_offsets = packing.on_a_gpu  # type: ignore[assignment]
+    packing.makes_later = lambda device: True
     driver = stand_in_driver.install()
     silent_writes.waits = lambda device: True  # as on a GPU, where numbers are not looked at,
     noting.possible_on = lambda device: True  # and kernels note what is wrong with ids and weights

@@ -1,14 +1,15 @@
 """Servers of embeddings are asked by 1, 2, 8 and 64 callers: requests and tokens a second, and the time of an answer.
 
-Usage: `python benchmarks/serve_load.py --model FOLDER [--seconds 10] [--latency]`. It starts the servers one after the
-other: `fastbert serve`, a plain one of sentence-transformers, and infinity and vLLM where they are installed. Both need
-other versions than this project does: `--python infinity=PATH/bin/python` names the environment of one. A server that
-runs already is named by `--server NAME=URL`. So must text-embeddings-inference be, which is built or comes as a
-container: no package registry of Python, npm or Debian has it.
+Usage: `python benchmarks/serve_load.py --model FOLDER [--seconds 10] [--latency] [--out FILE.json]`. It starts the
+servers one after the other: `fastbert serve`, a plain one of sentence-transformers, and infinity and vLLM where they
+are installed. Both need other versions than this project does: `--python infinity=PATH/bin/python` names the
+environment of one. A server that runs already is named by `--server NAME=URL`. So must text-embeddings-inference be,
+which is built or comes as a container: no package registry of Python, npm or Debian has it.
 
 Each request has one text, a docstring of Python's library. Answers are base64. `encode` in the table is
-`SentenceEncoder.encode` in this process, a text at a time, without HTTP. `--latency` compares it with one caller of
-`fastbert serve`, in turn, by the length of texts.
+`SentenceEncoder.encode` in this process, a text at a time, without HTTP. `--latency` compares it, in turn, by the
+length of texts, with one caller of `fastbert serve` and of two servers that show what HTTP alone takes: "encode in
+starlette" calls `encode` where it reads the request, and "starlette" always answers the same vector.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +42,7 @@ Inputs = list[tuple[str, int]]  # texts and their tokens
 LENGTHS = (8, 32, 128)  # tokens, of `--latency`
 IN_TURN = 10  # texts that one side computes before the other does
 
+SIDES = (serve_rivals.OURS, serve_rivals.INLINE, serve_rivals.BARE)  # beside encode, of `--latency`
 HEAD = f"{'server':32} {'callers':>7} {'requests/s':>11} {'tokens/s':>9} {'p50 ms':>8} {'p99 ms':>8}"
 
 
@@ -51,6 +55,20 @@ class Row:
     wall: float
     n_tokens: int
     seconds: list[float]
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what is kept of it."""
+        return {
+            "server": self.server,
+            "callers": self.n_callers,
+            "seconds": self.wall,
+            "requests": len(self.seconds),
+            "tokens": self.n_tokens,
+            "requests_per_second": len(self.seconds) / self.wall,
+            "tokens_per_second": self.n_tokens / self.wall,
+            "p50_ms": 1000 * centile(self.seconds, 50),
+            "p99_ms": 1000 * centile(self.seconds, 99),
+        }
 
     def __str__(self) -> str:
         rates = f"{len(self.seconds) / self.wall:11.1f} {self.n_tokens / self.wall:9.0f}"
@@ -154,16 +172,30 @@ def in_turn(sides: list[Callable[[str], object]], some: list[str], seconds: floa
     return took
 
 
-def print_latency(encode: Callable[[str], object], url: str, inputs: Inputs, seconds: float) -> None:
-    """Prints the p50 of `encode` and of one caller, and their ratio, for texts of some lengths and for all of them."""
-    connection = Connection(serve_rivals.OURS, url)
-    print(f"{'texts':20} {'encode p50 ms':>14} {'one caller p50 ms':>18} {'ratio':>6} {'ratio of p25':>13}")
+def print_latency(
+    encode: Callable[[str], object], urls: Mapping[str, str], inputs: Inputs, seconds: float
+) -> list[dict[str, Any]]:
+    """Prints the p25 and p50 of `encode` and of one caller of each server, for texts of some lengths and for all.
+
+    Ratios are over `encode`. Returns what it printed.
+    """
+    connections = [Connection(name, url) for name, url in urls.items()]
+    rows: list[dict[str, Any]] = []
+    print(f"{'texts':18} {'side':22} {'p25 ms':>8} {'p50 ms':>8} {'ratio of p25':>13} {'of p50':>7}")
     nearest = {n: sorted(inputs, key=lambda pair: abs(pair[1] - n))[:20] for n in LENGTHS}
     for label, some in [*((f"about {n} tokens", own) for n, own in nearest.items()), ("all", inputs)]:
-        ours, theirs = in_turn([encode, connection.ask], [text for text, _ in some], seconds)
-        (p25, p50), (q25, q50) = ((centile(own, 25), centile(own, 50)) for own in (ours, theirs))
-        print(f"{label:20} {1000 * p50:14.2f} {1000 * q50:18.2f} {q50 / p50:6.2f} {q25 / p25:13.2f}", flush=True)
-    connection.close()
+        sides = [encode, *(connection.ask for connection in connections)]
+        took = in_turn(sides, [text for text, _ in some], seconds)
+        p25, p50 = ([1000 * centile(own, percent) for own in took] for percent in (25, 50))
+        for name, low, middle in zip(("encode", *urls), p25, p50, strict=True):
+            row = {"texts": label, "side": name, "p25_ms": low, "p50_ms": middle}
+            rows.append({**row, "ratio_of_p25": low / p25[0], "ratio_of_p50": middle / p50[0]})
+            print(
+                f"{label:18} {name:22} {low:8.2f} {middle:8.2f} {low / p25[0]:13.2f} {middle / p50[0]:7.2f}", flush=True
+            )
+    for connection in connections:
+        connection.close()
+    return rows
 
 
 def main() -> None:
@@ -175,7 +207,8 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=200)
     parser.add_argument("--threads", type=int, help="of `encode` and of each server (default: all processors)")
     parser.add_argument("--latency", action="store_true", help="of one caller beside encode, and nothing else")
-    parser.add_argument("--only", nargs="+", choices=serve_rivals.KINDS, default=list(serve_rivals.KINDS))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSON, to which another run of the tool may add")
+    parser.add_argument("--only", nargs="+", choices=serve_rivals.RIVALS, default=list(serve_rivals.RIVALS))
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PYTHON", help="where it is installed")
     parser.add_argument("--server", action="append", default=[], metavar="NAME=URL", help="one that runs already")
     options = parser.parse_args()
@@ -196,11 +229,14 @@ def main() -> None:
         return encoder.encode(text, show_progress_bar=False)
 
     if options.latency:
-        with serve_rivals.started(serve_rivals.OURS, options.model) as url:
-            print_latency(encode, url, inputs, options.seconds)
+        with ExitStack() as stack:
+            urls = {name: stack.enter_context(serve_rivals.started(name, options.model)) for name in SIDES}
+            latencies = print_latency(encode, urls, inputs, options.seconds)
+        _save(options.out, "latency", latencies)
         return
     print(HEAD)
-    print(alone(encode, inputs, options.seconds), flush=True)
+    rows = [alone(encode, inputs, options.seconds)]
+    print(rows[0], flush=True)
     pythons = dict(each.split("=", 1) for each in options.python)
     for name in options.only:
         python = pythons.get(name, sys.executable)
@@ -210,18 +246,42 @@ def main() -> None:
             continue
         try:
             with serve_rivals.started(name, options.model, python) as url:
-                _measure(f"{name} {version or ''}".strip(), url, inputs, options)
+                rows += _measure(f"{name} {version or ''}".strip(), url, inputs, options)
         except RuntimeError as error:  # a rival that fails is no reason to leave out the next
             print(f"{name:32} {str(error).strip().splitlines()[-1]}", flush=True)
     for each in options.server:
         name, _, url = each.partition("=")
-        _measure(name, url, inputs, options)
+        rows += _measure(name, url, inputs, options)
+    _save(options.out, "load", [row.facts() for row in rows])
 
 
-def _measure(name: str, url: str, inputs: Inputs, options: argparse.Namespace) -> None:
+def _measure(name: str, url: str, inputs: Inputs, options: argparse.Namespace) -> list[Row]:
     ask(name, url, inputs, 2, min(options.seconds, 2.0))  # warm
+    rows = []
     for n_callers in options.callers:
-        print(ask(name, url, inputs, n_callers, options.seconds), flush=True)
+        rows.append(ask(name, url, inputs, n_callers, options.seconds))
+        print(rows[-1], flush=True)
+    return rows
+
+
+def _name_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(map(row.get, ("server", "callers", "side", "texts")))
+
+
+def _save(path: Path | None, part: str, rows: list[dict[str, Any]]) -> None:
+    """Writes rows and their machine into a part of a file. What the part has of other servers or texts stays."""
+    if path is None:
+        return
+    import torch
+
+    from fastbert.bench.results import environment
+
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    names = set(map(_name_of, rows))
+    others = [row for row in content.get(part, {}).get("rows", []) if _name_of(row) not in names]
+    content[part] = {"environment": environment(torch.device("cpu")), "rows": others + rows}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

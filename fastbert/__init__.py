@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastbert.engine.events import compile_events
     from fastbert.models.bert import BertModel
     from fastbert.models.deberta import DebertaModel
+    from fastbert.models.jina_bert_code import JinaCodeModel
     from fastbert.models.jina_bert_v2 import JinaBertModel
     from fastbert.models.modernbert import ModernBertModel
     from fastbert.models.mpnet import MPNetModel
@@ -64,6 +65,7 @@ _PUBLIC = {
     "DebertaModel": "fastbert.models.deberta",
     "EntityRecognizer": "fastbert.pipelines.entities",
     "JinaBertModel": "fastbert.models.jina_bert_v2",
+    "JinaCodeModel": "fastbert.models.jina_bert_code",
     "MPNetModel": "fastbert.models.mpnet",
     "ModernBertModel": "fastbert.models.modernbert",
     "QuestionAnswerer": "fastbert.pipelines.answers",
@@ -96,6 +98,7 @@ __all__ = [
     "DebertaModel",
     "EntityRecognizer",
     "JinaBertModel",
+    "JinaCodeModel",
     "MPNetModel",
     "ModernBertModel",
     "QuestionAnswerer",

@@ -24,4 +24,4 @@ def fast_at_bfloat16(device: torch.device) -> bool:
     """True if the device multiplies bfloat16 matrices faster than float32 ones. On a CPU dtype="auto" goes by it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return cpu_encoder.multiplies_bfloat16()
+    return cpu_encoder.bfloat16_obstacle() is None

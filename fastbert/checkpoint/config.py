@@ -43,6 +43,7 @@ _SIZES = (
 _POSITIONS = (  # settings of texts that have other positions than BERT's
     ("position_embedding_type", "rope", "gated_rotary_bert"),
     ("position_embedding_type", "alibi", "jina_bert_v2"),
+    ("position_embedding_type", "alibi", "jina_bert_code"),
 )
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 

@@ -1,8 +1,9 @@
-"""The tables of ALBERT and of Jina 2, which `fastbert.checkpoint.families` lists with the others."""
+"""The tables of ALBERT, Jina 2 and its code model, which `fastbert.checkpoint.families` lists with the others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fastbert.checkpoint.family import Family, Head
@@ -89,18 +90,33 @@ JINA = Family(
     tokenizer="Bert",
 )
 
-LATER = (ALBERT, JINA)
+_CODE = "jinaai/jina-bert-v2-qk-post-norm"
+JINA_CODE = replace(
+    JINA,
+    model_type="jina_bert_code",
+    # By auto_map alone a config.json tells these layers from those of Jina's other models.
+    defaults={
+        **JINA.defaults,
+        "auto_map": {
+            "AutoConfig": f"{_CODE}--configuration_bert.JinaBertConfig",
+            "AutoModel": f"{_CODE}--modeling_bert.JinaBertModel",
+        },
+    },
+    text="jina_bert_code",
+)
+
+LATER = (ALBERT, JINA, JINA_CODE)
 
 
 def model_type_of(data: Mapping[str, Any]) -> Any:
-    """Returns the model_type of a config.json, which Jina's calls "bert" and tells apart by its positions.
+    """Returns the model_type of a config.json. Jina's calls its own "bert", and has other positions.
 
-    Raises ValueError for Jina's with layers that fastbert does not compute.
+    Its code model has other layers again: the repository of its code tells it apart, in _name_or_path or auto_map.
     """
     model_type = data.get("model_type")
     if model_type != JINA.stored_type or data.get("position_embedding_type") != "alibi":
         return model_type
     code = str(data.get("_name_or_path")), *map(str, (data.get("auto_map") or {}).values())
     if any("qk-post-norm" in name for name in code):
-        raise ValueError("auto_map: jina-bert-v2-qk-post-norm normalises queries and keys, which is not supported")
+        return JINA_CODE.model_type
     return JINA.model_type

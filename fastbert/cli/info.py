@@ -46,10 +46,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _machine(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Names and values: versions, devices, and what runs the kernels on the device asked for."""
+    """Names and values: versions, devices, and which kernels there are."""
     import torch
 
     from fastbert.cli import models
+    from fastbert.engine import cpu_encoder
     from fastbert.ops import dispatch
 
     yield from (("fastbert", __version__), ("python", platform.python_version()), ("torch", torch.__version__))
@@ -59,12 +60,33 @@ def _machine(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         except importlib.metadata.PackageNotFoundError:
             yield name, "not installed"
     yield "device", f"cpu, {torch.get_num_threads()} threads ({args.thread_limit.reason})"
+    obstacle = cpu_encoder.bfloat16_obstacle()
+    yield "bfloat16 on the CPU", "faster than float32: dtype='auto' takes it" if obstacle is None else obstacle
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         gpu = torch.cuda.get_device_properties(i)
         memory = f"{gpu.total_memory / 2**30:.0f} GiB"
         yield "device", f"cuda:{i}, {gpu.name}, capability {gpu.major}.{gpu.minor}, {memory}"
-    obstacle = dispatch.triton_obstacle(models.device_of(args))
-    yield "kernels", "Triton, on this device" if obstacle is None else f"PyTorch's own here: {obstacle}"
+    yield "C++ kernels", "; ".join(_cpp_kernels())
+    device = models.device_of(args)
+    obstacle = dispatch.triton_obstacle(device)
+    yield "Triton kernels", f"on {device}" if obstacle is None else f"none on {device}: {obstacle}"
+
+
+def _cpp_kernels() -> Iterator[str]:
+    """Names the instructions of the C++ kernels that this processor takes, and what they are lacking."""
+    import torch
+
+    from fastbert_kernels import cpu
+
+    obstacle = cpu.obstacle()
+    if obstacle is not None:
+        yield f"none, PyTorch's own operations run on the CPU: {obstacle}"
+        return
+    yield f"{cpu.instructions()}, the best of those for this processor"
+    if not cpu.multiplies(torch.bfloat16):
+        yield "bfloat16 is multiplied by PyTorch"
+    if (obstacle := cpu.int8_obstacle()) is not None:
+        yield f"none for int8: {obstacle}"
 
 
 def _facts(model: Any) -> Iterator[str]:

@@ -23,10 +23,12 @@ FEATURES = {
     "scale": "a scale of attention's own",
     "distances": "disentangled attention",
     "convolution": "a convolution beside a layer",
+    "query_norm": "normalised queries and keys",
+    "second_norm": "a second norm after attention",
 }
 
 
-_NORMS = ("attention_norm", "output_norm", "last_norm")
+_NORMS = ("attention_norm", "output_norm", "last_norm", "query_norm", "key_norm", "second_norm")
 _LINEARS = ("query", "key", "value", "out", "up", "down")
 
 
@@ -159,7 +161,8 @@ class Block:
     (N, 2R + 1), what is added to the score of a key that stands -R to R columns after the query, and of those beyond
     (fastbert.ops.position_bias); all layers may share it. window: tokens on either side that attention reaches.
     last_norm: of the encoder's output, in its last layer. scale: of the scores, or None for 1 / sqrt(D). distances: of
-    disentangled attention. convolution: what stands beside the layer.
+    disentangled attention. convolution: what stands beside the layer. query_norm, key_norm: of all heads of a query or
+    a key together, before attention. second_norm: of the rows after attention_norm and what the layer reads, added.
     """
 
     query: Linear
@@ -186,12 +189,20 @@ class Block:
     distances: Distances | None = None
     convolution: Convolution | None = None
     inner_dropout: float = 0.0
+    query_norm: Norm | None = None
+    key_norm: Norm | None = None
+    second_norm: Norm | None = None
 
     @property
     def norms(self) -> tuple[Norm, Norm]:
         """Both norms, of a layer that has two."""
         assert self.attention_norm is not None
         return self.attention_norm, self.output_norm
+
+    def attention_norms(self) -> tuple[tuple[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]:
+        """Weight, bias and eps of the norms of queries and of keys, of a layer that has them."""
+        assert self.query_norm is not None and self.key_norm is not None
+        return self.query_norm.arguments(), self.key_norm.arguments()
 
     @property
     def hidden_size(self) -> int:
@@ -207,7 +218,10 @@ class Block:
 
     def features(self) -> list[str]:
         """The names of FEATURES that this layer has."""
-        values = self.gate, self.rotary, self.position_bias, self.window, self.scale, self.distances, self.convolution
+        values = (
+            self.gate, self.rotary, self.position_bias, self.window, self.scale, self.distances, self.convolution,
+            self.query_norm, self.second_norm,
+        )  # fmt: skip
         names = [name for name, value in zip(list(FEATURES)[1:], values, strict=True) if value is not None]
         return ["pre_norm", *names] if self.pre_norm else names
 

@@ -57,9 +57,17 @@ def obstacles(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch
         yield obstacle
 
 
-def multiplies_bfloat16() -> bool:
-    """Tells whether this processor has bfloat16 in hardware, and something here that makes use of it."""
-    return cpu.multiplies(torch.bfloat16) or (cpu.has_amx() and packed_linear.packing_obstacle(torch.bfloat16) is None)
+def bfloat16_obstacle() -> str | None:
+    """Tells why nothing here multiplies bfloat16 faster than float32 on this processor, or None where something does.
+
+    Matrix units do, by oneDNN. Of the instruction that the C++ kernels have for it the speed is measured.
+    """
+    if cpu.has_amx() and packed_linear.packing_obstacle(torch.bfloat16) is None:
+        return None
+    rate = cpu.bfloat16_rate()
+    if rate is None:
+        return cpu.obstacle() or "this processor does not multiply bfloat16 in hardware"
+    return None if rate > 1.0 else f"this processor multiplies bfloat16 at {rate:.1f} times the rate of float32"
 
 
 def invariant_obstacle(config: Any, dtype: torch.dtype) -> str | None:
@@ -72,7 +80,7 @@ def invariant_obstacle(config: Any, dtype: torch.dtype) -> str | None:
 
 
 def choose_cpu_dtype(model: Any, asked: Any) -> None:
-    """Makes a float32 model bfloat16 for inference, on a CPU that has it in hardware, if dtype="auto" was asked.
+    """Makes a float32 model bfloat16 for inference, on a CPU that is faster at it, if dtype="auto" was asked.
 
     A model that is to be trained, or saved, stays as it is stored: only encoders of text call this.
     """
@@ -83,10 +91,12 @@ def choose_cpu_dtype(model: Any, asked: Any) -> None:
         return
     if policy.batch_invariant and invariant_obstacle(model.config, torch.bfloat16) is not None:
         return
-    if multiplies_bfloat16():
-        model.to(torch.bfloat16)
-        reason = "dtype='auto' took bfloat16, which this processor has in hardware"
-        model.dtype_choice = f"{reason}; dtype='float32' is exact"
+    if (obstacle := bfloat16_obstacle()) is not None:
+        model.dtype_choice = torch.float32, f"dtype='auto' kept float32: {obstacle}"
+        return
+    model.to(torch.bfloat16)
+    reason = "dtype='auto' took bfloat16, which this processor multiplies faster than float32"
+    model.dtype_choice = torch.bfloat16, f"{reason}; dtype='float32' is exact"
 
 
 def int8_obstacles(config: Any, dtype: torch.dtype) -> Iterator[str]:

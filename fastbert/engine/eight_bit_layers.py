@@ -19,7 +19,10 @@ from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantized import Quantized
 
 # What layers may have beyond BERT's.
-FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution"))
+FEATURES = frozenset(
+    ("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution", "query_norm",
+     "second_norm")
+)  # fmt: skip
 
 
 # The arguments of bias + residual + LayerNorm: the rows, two of them optional, the norm's vectors, and eps.
@@ -55,9 +58,11 @@ class EightBitLayers:
     def _post_norm(self, i: int, x: Tensor, q: Quantized) -> tuple[Tensor, Quantized]:
         block, policy, before = self.blocks[i], self.policy, x
         y, bias = self._multiply(i, "out", self._attend(i, q, x.dtype), x.dtype)
-        x, q = quantized.bias_residual_layer_norm(
-            y, bias, x, *block.norms[0].arguments(), self.precision, policy=policy
-        )
+        attended: _NormArguments = y, bias, x, *block.norms[0].arguments()
+        if block.second_norm is not None:
+            y = ops.bias_residual_layer_norm(*attended, policy=policy)
+            attended = y, None, before, *block.second_norm.arguments()
+        x, q = quantized.bias_residual_layer_norm(*attended, self.precision, policy=policy)
         y, bias = self._multiply(i, "down", self._feed(i, q), x.dtype)
         after: _NormArguments = y, bias, x, *block.output_norm.arguments()
         if block.convolution is not None:
@@ -101,6 +106,8 @@ class EightBitLayers:
         block, batch, policy, precision = self.blocks[i], self.batch, self.policy, self.precision
         heads = block.num_heads
         qkv = self._product(i, "qkv", q, dtype)
+        if block.query_norm is not None:
+            qkv = ops.norm_queries_and_keys(qkv, *block.attention_norms(), policy=policy)
         if block.rotary is not None:
             angles = rotations_of(batch).tables(block.head_size, block.rotary, block.position_factor)
             qkv = ops.rotary(qkv, *angles, heads, policy=policy, fresh=True)

@@ -20,7 +20,10 @@ from fastbert.ops.quantize import DTYPES, OUT_GROUP, Quantized
 
 TORCH = Policy("torch", strict=True)
 # What layers may have beyond BERT's.
-FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution"))
+FEATURES = frozenset(
+    ("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution", "query_norm",
+     "second_norm")
+)  # fmt: skip
 
 
 def run_layers(
@@ -57,6 +60,8 @@ def _run_layer(
 
     heads, rotated, beside, entering = block.num_heads, precision == "int8", block.convolution, x
     qkv = multiply("qkv", quantize(_norm(x, block.attention_norm) if block.pre_norm else x, precision, rotated=rotated))
+    if block.query_norm is not None:
+        qkv = ops.norm_queries_and_keys(qkv, *block.attention_norms(), policy=TORCH)
     if block.rotary is not None:
         angles = ops.rotations(position_ids, block.head_size, block.rotary, block.position_factor)
         qkv = ops.rotary(qkv, *angles, heads, policy=TORCH)
@@ -70,6 +75,8 @@ def _run_layer(
         context = ops.disentangled_attention(qkv, positions, batch, heads, scale=block.scale, policy=TORCH)
     y = multiply("out", quantize(context, precision, block.head_size)) + x
     x = y if block.pre_norm else _norm(y, block.attention_norm)
+    if block.second_norm is not None:
+        x = _norm(x + entering, block.second_norm)
     normed = _norm(y, block.output_norm) if block.pre_norm else x
     inner = multiply("up", quantize(normed, precision, rotated=rotated), torch.float32)
     if block.gate is None:

@@ -89,11 +89,11 @@ class GraphKey:
             and roots_of(model) == seen.snapshot.roots
             and parameter.dtype is shape.dtype
             and parameter.device == shape.device
-            and not torch.is_autocast_enabled(shape.device.type)
+            and not torch.is_autocast_enabled(shape.device_type)
             and not attributes.get("_is_replica", False)
             and not everywhere()
             and self._key[1] is seen.state
-            and self._silent_writes(seen.snapshot, parameter, self._key[0][0][0]) == self._key[0][1]
+            and (shape.waits or seen.snapshot.silent_writes(self._key[0][0][0]) == self._key[0][1])
         )
 
     def _look(self, model: EncoderModel, shape: Shape, state: Any, before: Seen | None) -> Seen:

@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ from fastbert.ops.packing import PackedBatch
 logger = logging.getLogger("fastbert")
 
 MAX_GRAPHS = 450  # of every bucket each kind of batch
+MAX_FORMS = 1024  # of batches whose graph is known
+MAX_RESULTS = 64  # numbers of rows of a graph, of which all but the largest buckets have fewer
 
 
 @dataclass
@@ -44,6 +46,16 @@ class _Graph:
     out: Tensor  # (T', H)
     noted: bool
     columns: Tensor | None  # (T',) int32, where layers read them
+    results: dict[int, Tensor] = field(default_factory=dict)  # the first rows of out, by their number
+
+    def result(self, n_tokens: int) -> Tensor:
+        """Returns the first rows of out, a view that is kept, since to make one takes longer than to find it."""
+        rows = self.results.get(n_tokens)
+        if rows is None:
+            if len(self.results) >= MAX_RESULTS:
+                self.results.clear()
+            rows = self.results[n_tokens] = self.out[:n_tokens]
+        return rows
 
 
 # (inputs, batch, where the graph finds the number and the rows of its batch) -> the last hidden state, (rows, H)
@@ -79,6 +91,8 @@ class Graphs:
             self._state: Any = None
             self._switches: Any = None
             self._held: list[Tensor] = []
+            self._keys: dict[Any, Any] = {}  # by the form of a batch: the key of its graph, and what that depends on
+            self._last_used: Any = None  # the key of the last graph
             self._seen: Any = None  # what `unchanged` of `replay` last returned
             self._failed = False
 
@@ -131,15 +145,11 @@ class Graphs:
         the answer is no. unchanged: (shape, state, what it last returned for them or None) -> None where the model is
         not in them. number: of the batch.
         """
-        bucket = bucket_of(batch.n_tokens)
-        if bucket is None or batch.batch_size > bucket:
-            return None
         with self.lock:
             shape, state, switches, seen = self._shape, self._state, self._switches, self._seen
             if shape is None or not self.trusted:
                 return None
-            kind = attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
-            key = bucket, kind, switches
+            key = self._key_of(batch, shape, switches)
             graph = self._graphs.get(key)
             if graph is None:
                 return None
@@ -147,17 +157,36 @@ class Graphs:
         if out is None:
             return None
         if switches == _switches() and (now := unchanged(shape, state, seen)) is not None:
-            self._used(key, now)
+            if now is not seen or key is not self._last_used:
+                self._used(key, now)
             return out
         self.trusted = False
         return None
+
+    def _key_of(self, batch: PackedBatch, shape: Shape, switches: Any) -> Any:
+        """Returns the key of the batch's graph, whether there is one or not; None where there can be none.
+
+        It is kept for the forms of batches that came last.
+        """
+        form, circumstances = batch.form, attention_plan.circumstances()
+        known = self._keys.get(form)
+        if known is not None and known[0] == circumstances and known[1][2] == switches:
+            return known[1]
+        bucket = bucket_of(batch.n_tokens)
+        if bucket is None or batch.batch_size > bucket:
+            return None
+        key = bucket, attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy), switches
+        if len(self._keys) >= MAX_FORMS:
+            self._keys.clear()
+        self._keys[form] = circumstances, key
+        return key
 
     def _used(self, key: Any, seen: Any) -> None:
         """Notes that this graph was used last, and what was seen after its launch."""
         with self.lock:
             if key in self._graphs:
                 self._graphs.move_to_end(key)
-                self._seen = seen
+                self._seen, self._last_used = seen, key
 
     def run(
         self,
@@ -229,7 +258,7 @@ class Graphs:
             else:
                 _fill(graph, filled, batch.n_tokens)
             graph.replayable.replay()
-            return graph.out[: batch.n_tokens].clone()
+            return graph.result(batch.n_tokens).clone()
         finally:
             self._capturer.end()
 
@@ -247,6 +276,7 @@ class Graphs:
         """Captures the bucket's graph; False if it cannot be done."""
         assert self._capturer is not None
         bucket, kind, switches = key
+        self._last_used = None
         capacity = 1 << (bucket - 1).bit_length()
         buffers = self._buffers_of(capacity, shape)
         self._capturer.begin((buffers.words, buffers.out))
@@ -306,7 +336,10 @@ def _holes_ahead(bucket: int, shape: Shape) -> bool:
 def _fill(graph: _Graph, filled: Filled, n_tokens: int) -> None:
     """Writes a batch where its graph reads it, on the current stream: in one copy, and one for ids on the device."""
     words, start, left = filled
-    graph.words[start:].copy_(words[start:], non_blocking=True)
+    if start == 0:
+        graph.words.copy_(words, non_blocking=True)
+    else:
+        graph.words[start:].copy_(words[start:], non_blocking=True)
     for row, ids in left:
         if row == COLUMNS:
             assert graph.columns is not None

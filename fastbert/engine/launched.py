@@ -26,7 +26,10 @@ from fastbert.ops.packing import PackedBatch
 from fastbert.ops.training.choose import IN_TRAINING
 
 # What layers may have beyond BERT's.
-FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution"))
+FEATURES = frozenset(
+    ("pre_norm", "gate", "rotary", "position_bias", "window", "scale", "distances", "convolution", "query_norm",
+     "second_norm")
+)  # fmt: skip
 ATTENTIONS = "attentions"  # The plan of a batch whose attention weights are kept.
 Stack = forms.PostNormStack | forms.PreNormStack
 
@@ -127,16 +130,24 @@ class _Maker:
         splits = residual and splits_k(self.x, of.weight, policy)
         return Product(of.weight, of.bias, activation, ours, not policy.batch_invariant, splits)
 
+    def join(self, of: Linear, norm: Norm, joins: bool) -> forms.Join:
+        """A product, its residual and a norm. joins: whether one operation of the modules has all three."""
+        join = forms.Joined if joins else forms.MultipliedThenNormed
+        return join(self.product(of, residual=joins), norm.arguments())
+
     def post_norm(self, block: Block) -> forms.PostNorm:
         assert block.attention_norm is not None
         joins = block.rotary is None
-        join = forms.Joined if joins else forms.MultipliedThenNormed
+        out = self.join(block.out, block.attention_norm, joins)
+        if block.second_norm is not None:
+            out = forms.JoinedTwice(out, block.second_norm.arguments())
+            joins = False  # the feed-forward module of such layers ends with its product
         layer = forms.PostNormLayer(
             self.product(block.fuse_qkv()),
             self.attention(block),
-            join(self.product(block.out, residual=joins), block.attention_norm.arguments()),
+            out,
             self.feed(block),
-            join(self.product(block.down, residual=joins), block.output_norm.arguments()),
+            self.join(block.down, block.output_norm, joins),
         )
         return layer if block.convolution is None else self.convolved(block, layer)
 
@@ -168,6 +179,8 @@ class _Maker:
             form = forms.WindowedAttention(heads, scale, block.window)
         else:
             form = forms.PlainAttention(heads, scale)
+        if block.query_norm is not None:
+            return forms.NormedAttention(form, *block.attention_norms())
         if block.rotary is None:
             return form
         return forms.TurnedAttention(form, heads, (block.head_size, block.rotary, block.position_factor))
@@ -205,7 +218,11 @@ def _fits(block: Block, x: Tensor) -> bool:
         up = block.fuse_up()
         wanted.append((up.weight, (2 * i, h)))
         wanted += [] if up.bias is None else [(up.bias, (2 * i,))]
+    of_queries = block.query_norm, block.key_norm
+    if of_queries != (None, None) and (None in of_queries or block.rotary is not None or block.pre_norm):
+        return False
     norms = [norm for norm in (block.attention_norm, block.output_norm, block.last_norm) if norm is not None]
+    norms += [norm for norm in (*of_queries, block.second_norm) if norm is not None]
     wanted += [(norm.weight, (h,)) for norm in norms]
     if block.pre_norm:
         biases += [(norm.bias, (h,)) for norm in norms]

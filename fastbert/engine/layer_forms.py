@@ -90,6 +90,18 @@ class TurnedAttention:
         return self.attention.run(launched.rotary(qkv, cos, sin, self.num_heads), batch, plan)
 
 
+@dataclass(frozen=True, eq=False)
+class NormedAttention:
+    """Queries and keys are normalised before attention, all heads of a row together."""
+
+    attention: Attention
+    query_norm: Normalize
+    key_norm: Normalize
+
+    def run(self, qkv: Tensor, batch: PackedBatch, plan: Plan) -> Tensor:
+        return self.attention.run(launched.norm_queries_and_keys(qkv, self.query_norm, self.key_norm), batch, plan)
+
+
 # The feed-forward part before its second product: (T, H) -> (T, I)
 
 
@@ -145,6 +157,18 @@ class MultipliedThenNormed:
 
     def run(self, x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
         y = launched.linear_activation(x, self.product)
+        return launched.bias_residual_layer_norm(y, None, residual, *self.norm, out=out)
+
+
+@dataclass(frozen=True, eq=False)
+class JoinedTwice:
+    """The residual is added to what `join` gives once more, and normalised once more."""
+
+    join: Join
+    norm: Normalize
+
+    def run(self, x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor:
+        y = self.join.run(x, residual)
         return launched.bias_residual_layer_norm(y, None, residual, *self.norm, out=out)
 
 

@@ -107,6 +107,12 @@ def roots_of(model: Any) -> tuple[nn.Module | None, ...]:
 
 def first_parameter(module: Any) -> Tensor:
     """Returns or raises what next(module.parameters()) does, without a generator for each module on the way."""
+    one = module
+    while one is not None:  # down the first children, where most models have it
+        for parameter in one._parameters.values():
+            if parameter is not None:
+                return parameter
+        one = next(iter(one._modules.values()), None)
     waiting: list[nn.Module | None] = [module]
     while waiting:
         one = waiting.pop()

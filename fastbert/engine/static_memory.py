@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastbert.engine.interface import PackedInputs
-from fastbert.ops import Policy, attention_plan, masked, packing
+from fastbert.ops import Policy, attention_plan, masked, packing, silent_writes
 from fastbert.ops.packing import PackedBatch
+from fastbert_kernels import cpu
 
 REMEMBERED = 16  # forms of batches in a bucket
 COLUMNS = -1  # in the place of a row of ids
+_HOST = torch.device("cpu")
 FARTHEST = 1 << 20  # beyond any column
 
 
@@ -33,6 +37,16 @@ class Shape:
     notes: bool = False
     distances: bool = False
 
+    @functools.cached_property
+    def device_type(self) -> str:
+        """The type of the device, which takes PyTorch longer to tell."""
+        return self.device.type
+
+    @functools.cached_property
+    def waits(self) -> bool:
+        """Tells whether a look at the numbers of weights would wait for the device."""
+        return silent_writes.waits(self.device)
+
 
 class Buffers:
     """The static memory of the buckets of one octave, up to `capacity` rows."""
@@ -40,6 +54,13 @@ class Buffers:
     def __init__(self, capacity: int, n_words: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.words = torch.zeros(n_words, dtype=torch.int64, device=device)  # as Layout says
         self.out = torch.zeros(capacity, hidden_size, dtype=dtype, device=device)
+
+
+class Lengths(NamedTuple):
+    """What follows from a batch's lengths: the words after the token types, and their address."""
+
+    words: np.ndarray
+    address: int
 
 
 class Layout:
@@ -61,26 +82,27 @@ class Layout:
         sizes = shape.dtype, shape.head_size, shape.device, shape.policy
         self.plan = attention_plan.StaticPlan(bucket, *sizes, kind, n_tiles)
         self.short_tile = masked.short_tile(*sizes)
+        self.pinned = packing.pins(shape.device)
         self.start_of_plan = 3 * bucket + 2
         self.n_words = self.start_of_plan + -(-self.plan.n_integers // 2)
-        self._remembered: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._remembered: OrderedDict[bytes, Lengths] = OrderedDict()
 
-    def of_lengths(self, batch: PackedBatch) -> np.ndarray | None:
-        """Returns all that follows from a batch's lengths: the words after the token types; None where it does not fit.
+    def of_lengths(self, batch: PackedBatch) -> Lengths | None:
+        """Returns all that follows from a batch's lengths; None where it does not fit.
 
         It is kept for the lengths that came last, since many programs run batches of a few forms.
         """
-        key = batch.cu_seqlens_cpu.numpy().tobytes()
-        words = self._remembered.get(key)
-        if words is None:
+        key = batch.form[0]
+        lengths = self._remembered.get(key)
+        if lengths is None:
             words = np.zeros(self.n_words - 2 * self.bucket, np.int64)
             if not self.plan.write(batch, words[self.bucket + 2 :].view(np.int32)):
                 return None
             words[: batch.n_tokens] = packing.count_positions(batch.cu_seqlens_cpu.numpy())
             if len(self._remembered) >= REMEMBERED:
                 self._remembered.popitem(last=False)
-            self._remembered[key] = words
-        return words
+            lengths = self._remembered[key] = Lengths(words, words.ctypes.data)
+        return lengths
 
     def ids(self, words: Tensor) -> Tensor:
         """Returns (3, T'), a view of the static memory or of a copy of it."""
@@ -106,6 +128,7 @@ class Layout:
             padded_length=FARTHEST if self.plan.kind.holes else bucket,
         )
         batch = attention_plan.with_plan(batch, shape.dtype, shape.head_size, shape.policy, plan)
+        batch.plan(attention_plan.LONGEST_IS_BOUND, lambda: True)
         of_rows = self.plan.split_columns(integers)
         if of_rows is not None:
             batch.columns, seq_ids = of_rows
@@ -130,12 +153,17 @@ def fill_on_host(layout: Layout, batch: PackedBatch, inputs: PackedInputs, numbe
     Returns None where the batch does not fit.
     """
     n_tokens, bucket = batch.n_tokens, layout.bucket
-    words = torch.empty(layout.n_words, dtype=torch.int64, device="cpu", pin_memory=packing.pins(batch.device))
-    numbers = words.numpy()
     lengths = layout.of_lengths(batch)
     if lengths is None:
         return None
-    numbers[2 * bucket :] = lengths
+    words = torch.empty(layout.n_words, dtype=torch.int64, device=_HOST, pin_memory=layout.pinned)
+    if batch.columns is None and cpu.obstacle() is None:
+        rows = _addresses(batch, inputs)
+        if rows is not None:
+            cpu.fill_words(words, bucket, lengths.address, number, n_tokens, rows)
+            return words, 0, []
+    numbers = words.numpy()
+    numbers[2 * bucket :] = lengths.words
     numbers[3 * bucket], numbers[3 * bucket + 1] = number, n_tokens
     input_ids, token_type_ids, position_ids, _ = inputs
     left: list[tuple[int, Tensor]] = []
@@ -145,11 +173,9 @@ def fill_on_host(layout: Layout, batch: PackedBatch, inputs: PackedInputs, numbe
             left.append((COLUMNS, batch.columns))
         else:
             columns[:n_tokens] = torch.from_numpy(batch.host_columns)
-    if position_ids is not None and position_ids is not batch.__dict__.get("position_ids"):
+    position_ids = _positions(batch, position_ids)
+    if position_ids is not None:
         _put(numbers, left, bucket, 2, position_ids)
-    elif not batch.counted:
-        places = batch.host_columns
-        _put(numbers, left, bucket, 2, batch.position_ids if places is None else torch.from_numpy(places))
     if token_type_ids is None:
         numbers[bucket : 2 * bucket] = 0
     else:
@@ -165,6 +191,29 @@ def fill_on_host(layout: Layout, batch: PackedBatch, inputs: PackedInputs, numbe
 
 # The memory on the host, its first word that is copied, and (row, ids) on the device.
 Filled = tuple[Tensor, int, "list[tuple[int, Tensor]]"]
+
+
+def _positions(batch: PackedBatch, position_ids: Tensor | None) -> Tensor | None:
+    """Returns the positions of a batch; None where they are those that follow from its lengths."""
+    if position_ids is not None and position_ids is not batch.__dict__.get("position_ids"):
+        return position_ids
+    if batch.counted:
+        return None
+    columns = batch.host_columns
+    return batch.position_ids if columns is None else torch.from_numpy(columns)
+
+
+def _addresses(batch: PackedBatch, inputs: PackedInputs) -> tuple[int, int, int] | None:
+    """Returns the addresses of all ids, 0 for those that are not there; None unless they are int64 on the host."""
+    input_ids, token_type_ids, position_ids, _ = inputs
+    rows = [input_ids, token_type_ids, _positions(batch, position_ids)]
+    addresses = [0, 0, 0]
+    for i, ids in enumerate(rows):
+        if ids is not None:
+            if not packing.on_host(ids.device) or ids.dtype is not torch.int64 or not ids.is_contiguous():
+                return None
+            addresses[i] = ids.data_ptr()
+    return addresses[0], addresses[1], addresses[2]
 
 
 def _put(numbers: np.ndarray, left: list[tuple[int, Tensor]], bucket: int, row: int, ids: Tensor) -> None:

@@ -76,12 +76,10 @@ class DebertaEmbeddings(nn.Module):
         batch: PackedBatch | None,
         policy: Policy,
     ) -> Tensor:
-        """The sum of rows, normalised, in one kernel; for gradients positions are zeros where the model has none."""
+        """The sum of rows, normalised and dropped out, in one kernel."""
         words, types, norm = self.word_embeddings, self.token_type_embeddings, self.LayerNorm
         rows: Any = input_ids if inputs_embeds is None else inputs_embeds
         table = None if self.position_embeddings is None else self.position_embeddings.weight
-        if table is None and (self.training or torch.is_grad_enabled()):
-            table, position_ids = words.weight.new_zeros(1, words.weight.shape[1]), None
         if types is not None and token_type_ids is None:
             token_type_ids = torch.zeros(rows.shape[0], dtype=torch.int64, device=words.weight.device)
         if table is None:

@@ -140,7 +140,9 @@ class EncoderModel(PreTrainedModel):
         RoBERTa's family from the padding id + 1, over the ids that are not the padding id.
         """
         device = self.device
-        self._check_tensors(device, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
+        alone = token_type_ids is None and position_ids is None
+        if not alone or type(input_ids) is not Tensor or input_ids.device != device:  # else nothing is wrong
+            self._check_tensors(device, input_ids=input_ids, token_type_ids=token_type_ids, position_ids=position_ids)
         if input_ids.dim() != 1:
             raise ValueError(f"input_ids: expected shape (T,), got {tuple(input_ids.shape)}")
         batch = packing.from_cu_seqlens(cu_seqlens, input_ids.shape[0], device)
@@ -181,9 +183,10 @@ class EncoderModel(PreTrainedModel):
     ) -> list[Tensor]:
         """Does what `encode_packed` does, with tensors of which it is known where they are."""
         n_tokens = batch.n_tokens
-        for name, tensor in zip(NAMES, (input_ids, token_type_ids, position_ids), strict=True):
-            if tensor is not None and tensor.shape != (n_tokens,):
-                raise ValueError(f"{name}: expected shape ({n_tokens},), got {tuple(tensor.shape)}")
+        shape = (n_tokens,)
+        for name, tensor in (NAMES[0], input_ids), (NAMES[1], token_type_ids), (NAMES[2], position_ids):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
         if inputs_embeds is not None:
             check_embeds(inputs_embeds, self)
         if self.counts_distances and batch.mask is None and batch.indices is not None:
@@ -310,14 +313,19 @@ class EncoderModel(PreTrainedModel):
 
     def _check_ids_on_host(self, batch: PackedBatch, inputs: PackedInputs) -> None:
         """Looks at ids on the host, and at positions that the batch's lengths imply."""
-        ids: list[Any] = [None if x is None or not packing.on_host(x.device) else x for x in inputs[:3]]
+        input_ids, token_type_ids, position_ids, _ = inputs
         sizes = self.table_sizes()
-        if inputs.position_ids is None:
+        if position_ids is None:
             last, n_positions = batch.last_position, sizes[2]
-            if batch.padded_length > n_positions and last is None:
-                ids[2] = batch.position_ids
-            elif last is not None and last >= n_positions:
+            if last is not None and last >= n_positions:
                 raise IndexError(f"position_ids: expected values from 0 to {n_positions - 1}, got {last}")
+            if last is None and batch.padded_length > n_positions:
+                self._check_in_tables([None, None, batch.position_ids], sizes)
+        ids = [
+            None if input_ids is None or not packing.on_host(input_ids.device) else input_ids,
+            None if token_type_ids is None or not packing.on_host(token_type_ids.device) else token_type_ids,
+            None if position_ids is None or not packing.on_host(position_ids.device) else position_ids,
+        ]
         self._check_in_tables(ids, sizes)
 
     def check_ids(self, input_ids: Tensor, token_type_ids: Tensor | None) -> None:
@@ -330,7 +338,7 @@ class EncoderModel(PreTrainedModel):
         self._check_in_tables(ids, self.table_sizes())
 
     def _check_in_tables(self, ids: list[Tensor | None], sizes: tuple[int, int, int]) -> None:
-        if not (ids[0] is ids[1] is ids[2] is None):
+        if not (ids[0] is ids[1] is ids[2] is None or ops.seen_within(ids, sizes)):
             ops.check_ids(**{name: (x, size) for name, x, size in zip(NAMES, ids, sizes, strict=True)})
 
     def table_sizes(self) -> tuple[int, int, int]:

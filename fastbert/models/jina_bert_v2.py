@@ -218,10 +218,10 @@ class JinaBertEncoder(LayerStack):
         if x.dim() == 3:
             padded = hooks.on_packed(JinaBertEncoder.forward, self, x, keep_states=keep_states)
             return BaseModelOutputWithPooling(padded[-1], hidden_states=tuple(padded) if keep_states else None)
-        return self.states(x, batch, policy, keep_states, self.alibi(x), call=_call_layer)
+        return self.states(x, batch, policy, keep_states, self.alibi(x), call=call_layer)
 
 
-def _call_layer(layer: Any, batch: Any, policy: Policy, x: Tensor, alibi: Tensor) -> Tensor:
+def call_layer(layer: Any, batch: Any, policy: Policy, x: Tensor, alibi: Tensor) -> Tensor:
     """Runs a layer. Gradient checkpointing takes its tensors by position."""
     output: Tensor = hooks.call(layer, batch, policy, x, alibi=alibi)
     return output

@@ -46,7 +46,7 @@ class PreTrainedModel(ModelAccess):
     task: str | None = None  # what follows "For" in the class name of a model with a head
     cuda_graphs: Any  # bool: a property of the models, as is the next one
     strict_ids: Any
-    dtype_choice: str | None = None  # why the dtype is not the checkpoint's, where nobody asked for another
+    dtype_choice: tuple[torch.dtype, str] | None = None  # what dtype="auto" took on a CPU for inference, and why
 
     def __init__(self, config: BertConfig, options: Options | None = None, **settings: Any) -> None:
         super().__init__()
@@ -306,8 +306,9 @@ class PreTrainedModel(ModelAccess):
         limit = n_bytes(max_shard_size)
         if not is_main_process:
             return
-        if self.dtype_choice is not None:
-            logger.warning("save_pretrained: writes %s weights: %s", self.dtype, self.dtype_choice)
+        chosen, reason = self.dtype_choice or (torch.float32, "")
+        if self.dtype == chosen != torch.float32:  # which is the checkpoint's
+            logger.warning("save_pretrained: writes %s weights: %s", self.dtype, reason)
         state = self.state_for_file(state_dict)
         self.save_config(save_directory)
         write_state_dict(state, save_directory, max_shard_size=limit, variant=variant)

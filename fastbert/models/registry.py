@@ -19,6 +19,7 @@ TEXTS = {
     "gated_rotary_bert": "GatedRotaryModel",
     "deberta": "DebertaModel",
     "jina_bert_v2": "JinaBertModel",
+    "jina_bert_code": "JinaCodeModel",
 }
 
 

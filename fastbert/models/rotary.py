@@ -35,17 +35,19 @@ def embed(
     if types is not None and token_type_ids is None:
         token_type_ids = torch.zeros(given.shape[0], dtype=torch.int64, device=given.device)
     if dispatch.decide("embedding", policy, given.device, obstacle).backend == "triton":
-        words = module.word_embeddings
+        words, dropout = module.word_embeddings, module.dropout
+        drawn = is_bare(dropout, nn.Dropout)
         x = ops.embedding_layer_norm(
             input_ids if embeds is None else None, None if types is None else token_type_ids, None, words.weight,
             None if types is None else types.weight, None, norm.weight, norm.bias, norm.eps, inputs_embeds=embeds,
-            padding_idx=words.padding_idx, policy=policy,
+            padding_idx=words.padding_idx if embeds is None else None, policy=policy,
+            dropout=ops.dropout_of(dropout.p if dropout.training else 0.0, batch, EMBEDDINGS) if drawn else None,
         )  # fmt: skip
-    else:
-        x = look_up(module.word_embeddings, input_ids, policy, batch, obstacle) if embeds is None else embeds
-        if types is not None:
-            x = x + look_up(types, token_type_ids, policy, batch, obstacle)
-        x = normalise(norm, x, policy, batch)
+        return x if drawn else call_dropout(dropout, x, batch, EMBEDDINGS)
+    x = look_up(module.word_embeddings, input_ids, policy, batch, obstacle) if embeds is None else embeds
+    if types is not None:
+        x = x + look_up(types, token_type_ids, policy, batch, obstacle)
+    x = normalise(norm, x, policy, batch)
     return call_dropout(module.dropout, x, batch, EMBEDDINGS)
 
 

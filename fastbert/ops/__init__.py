@@ -8,11 +8,11 @@ from fastbert.ops.disentangled import disentangled_attention
 from fastbert.ops.dispatch import AUTO, BACKENDS, BackendError, Policy
 from fastbert.ops.dropout import of_batch as dropout_of
 from fastbert.ops.elementwise import elementwise
-from fastbert.ops.embedding import check_ids, embedding_layer_norm
+from fastbert.ops.embedding import check_ids, embedding_layer_norm, seen_within
 from fastbert.ops.gated import gated
 from fastbert.ops.gelu import ACTIVATIONS, bias_gelu
 from fastbert.ops.labels import IGNORED, check_labels, labelled_rows, mean_cross_entropy, readable
-from fastbert.ops.layer_norm import bias_residual_layer_norm
+from fastbert.ops.layer_norm import bias_residual_layer_norm, norm_queries_and_keys
 from fastbert.ops.linear import linear, linear_residual_layer_norm
 from fastbert.ops.packed_linear import forget as forget_packed
 from fastbert.ops.pooling import pool
@@ -40,6 +40,7 @@ __all__ = [
     "linear_cross_entropy",
     "linear_residual_layer_norm",
     "mean_cross_entropy",
+    "norm_queries_and_keys",
     "pool",
     "prepare_attention",
     "quantized",
@@ -47,5 +48,6 @@ __all__ = [
     "readable",
     "rotary",
     "rotations",
+    "seen_within",
     "varlen_attention",
 ]

@@ -17,6 +17,7 @@ from fastbert.ops.grouped_attention import (
     gradients_by_lengths,
 )
 from fastbert.ops.groups import group_by_length
+from fastbert.ops.kernel_modules import kernels_of
 from fastbert.ops.library import register
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.position_bias import check as check_bias
@@ -64,12 +65,13 @@ def _kernel(
     columns: torch.Tensor | None = None,
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    from fastbert_kernels.attention import varlen_attention_forward
-
     plan = row_spans, tiles, short_tiles, small
     qkv, work_list, short_list, config = attention_plan.launch_arguments(qkv, cu_seqlens_cpu, plan, num_heads)
     bias = None if table is None else for_kernel(table, columns)
-    return varlen_attention_forward(qkv, work_list, num_heads, scale, quantized, config, short_list, bias=bias)
+    out: torch.Tensor = kernels_of("attention").varlen_attention_forward(
+        qkv, work_list, num_heads, scale, quantized, config, short_list, bias=bias
+    )
+    return out
 
 
 def _backward(grad: torch.Tensor, qkv: torch.Tensor, *rest: Any) -> tuple[torch.Tensor | None, ...]:

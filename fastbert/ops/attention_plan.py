@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +11,7 @@ import torch
 
 from fastbert.ops import masked
 from fastbert.ops.dispatch import Policy
+from fastbert.ops.kernel_modules import dense_rows, kernels_of
 from fastbert.ops.masked import SHORT_BATCH, SHORT_TEXTS
 from fastbert.ops.packing import PackedBatch, to_device
 
@@ -33,6 +33,7 @@ class Plan(NamedTuple):
 
 
 NO_PLAN = None, None, None, False  # for an operation that makes one when it runs
+LONGEST_IS_BOUND = "longest is a bound"  # the plan of a batch whose lengths on the host stand for any that may come
 TILES = "tiles"  # the plan of a batch in the rows of a bucket that `tiles_of` cuts
 
 
@@ -66,17 +67,15 @@ def launch_arguments(
     num_heads: int,
 ) -> tuple[torch.Tensor, WorkList, WorkList | None, dict[str, int]]:
     """Returns what the kernel takes: rows of unit stride, the work lists of a plan, or of none, and the block sizes."""
-    from fastbert_kernels import configs, launch
-    from fastbert_kernels.work_list import WorkList
-
+    configs, launch, work_list_of = kernels_of("configs"), kernels_of("launch"), kernels_of("work_list").WorkList
     head_size, (row_spans, tiles, short_tiles, small) = qkv.shape[1] // (3 * num_heads), plan
     if tiles is None or row_spans is None:
         work_list = lists_of(cu_seqlens_cpu, qkv.dtype, head_size, qkv.device)[0].to(qkv.device)
         short_list, small = None, False
     else:
-        work_list = WorkList(tiles, row_spans)
-        short_list = None if short_tiles is None else WorkList(short_tiles, row_spans)  # which share no tiles
-    qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+        work_list = work_list_of(tiles, row_spans)
+        short_list = None if short_tiles is None else work_list_of(short_tiles, row_spans)  # which share no tiles
+    qkv = dense_rows(qkv)
     config = configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device), small).block_sizes
     return qkv, work_list, short_list, config
 
@@ -319,31 +318,33 @@ def kind_of(batch: PackedBatch, bucket: int, qkv_dtype: torch.dtype, head_size: 
 
     It is remembered for the lengths that came last.
     """
-    from fastbert_kernels import launch, tables
-
-    holes = batch.columns is not None or batch.reads_columns
+    offsets, padded, holes = batch.form
     if policy.batch_invariant:
         return HOLES if holes else ANY_BATCH
-    offsets = batch.cu_seqlens_cpu.numpy().tobytes()
-    padded = None if batch.mask is None else (batch.batch_size, batch.padded_length)
-    lists = bucket, qkv_dtype, head_size, batch.device, policy, holes
-    return _kind_of(offsets, padded, lists, launch.recorded is not None, tables.generation)
+    device = batch.device
+    key = offsets, padded, bucket, qkv_dtype, head_size, device, policy, holes, *circumstances()
+    kind = _kinds.get(key)
+    if kind is None:
+        if padded is not None:
+            small = masked.small_tiles_suit(*padded, qkv_dtype, head_size, device)
+            n_tiles = masked.most_tiles(*padded, qkv_dtype, head_size, device, policy, small)[0]
+        else:
+            small = takes_small_tiles(batch, qkv_dtype, head_size, policy)
+            n_tiles = host_work_lists(batch, qkv_dtype, head_size, policy, small)[0].tiles.shape[0]
+        dense = max_tiles(bucket, qkv_dtype, head_size, device, policy, Kind(small, True))[0]
+        if len(_kinds) >= MAX_KINDS:
+            _kinds.clear()
+        kind = _kinds[key] = Kind(small, n_tiles <= dense, holes)
+    return kind
 
 
-@functools.lru_cache(maxsize=64)
-def _kind_of(
-    offsets: bytes, padded: tuple[int, int] | None, lists: tuple[Any, ...], shipped_only: bool, generation: int
-) -> Kind:
-    bucket, qkv_dtype, head_size, device, policy, holes = lists
-    if padded is not None:
-        small = masked.small_tiles_suit(*padded, qkv_dtype, head_size, device)
-        n_tiles = masked.most_tiles(*padded, qkv_dtype, head_size, device, policy, small)[0]
-    else:
-        cu_seqlens = torch.from_numpy(np.frombuffer(offsets, np.int32).copy())
-        small = _small_tiles_suit(cu_seqlens.numpy(), qkv_dtype, head_size, device)
-        n_tiles = lists_of(cu_seqlens, qkv_dtype, head_size, device, True, small)[0].tiles.shape[0]
-    dense = max_tiles(bucket, qkv_dtype, head_size, device, policy, Kind(small, True))[0]
-    return Kind(small, n_tiles <= dense, holes)
+_kinds: dict[tuple[Any, ...], Kind] = {}
+MAX_KINDS = 64  # forms of batches whose kind is remembered
+
+
+def circumstances() -> tuple[bool, int]:
+    """Returns what `kind_of` depends on beside its arguments."""
+    return kernels_of("launch").recorded is not None, kernels_of("tables").generation
 
 
 def kinds(

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from fastbert.ops import dropout as masks
 from fastbert.ops import tracing
-from fastbert.ops.attention_plan import tiles_of
+from fastbert.ops.attention_plan import LONGEST_IS_BOUND, tiles_of
 from fastbert.ops.dropout import Drop
 from fastbert.ops.groups import group_by_length
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels.masks import Dropout
+
+# Up to which a graph multiplies all rows that its longest text may need: to find out which it does takes longer.
+FEW_TOKENS = 128
 
 
 class Positions(NamedTuple):
@@ -202,9 +205,23 @@ def for_kernel(keys: Tensor | None, queries: Tensor | None, buckets: tuple[int, 
         low, high = rows_of[radius - span], rows_of[radius + span]
         return rows_on(buckets, batch.device, torch.int32), low, high - low + 1
 
+    def needed() -> Tensor | None:
+        if batch.n_tokens <= FEW_TOKENS or not batch.has_plan(LONGEST_IS_BOUND):
+            return None
+        if batch.columns is None:
+            longest = batch.cu_seqlens.diff().max()
+        else:  # those of rows beyond the last sequence may be anything
+            rows = torch.arange(batch.n_tokens, device=batch.device)
+            longest = torch.where(rows < batch.cu_seqlens[-1], batch.columns, 0).max() + 1
+        radius = table.shape[0] // 2
+        longest = longest.clamp(1, radius + 1)
+        ends = table.index_select(0, torch.stack([radius + 1 - longest, radius - 1 + longest]))
+        return ends - low if low else ends
+
     keys, queries = (None if tensor is None else tensor.contiguous() for tensor in (keys, queries))
     table, low, n_rows = batch.plan(("distances", buckets), reach)
-    return Distances(keys, queries, table, low, n_rows, batch.columns)
+    of_batch = batch.plan(("rows of distances needed", buckets), needed)
+    return Distances(keys, queries, table, low, n_rows, batch.columns, of_batch)
 
 
 def work_list(batch: PackedBatch, rows: int, invariant: bool = False) -> Any:

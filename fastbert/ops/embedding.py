@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -131,7 +132,7 @@ def embedding_layer_norm(
         raise ValueError(f"inputs_embeds: expected shape {expected}, got {came}")
     words = word if inputs_embeds is None else inputs_embeds
     trained = choose.wanted(policy, dropout, words, token_type, position, weight, ln_bias)
-    trained = trained and all(p is not None and p.dtype == words.dtype for p in (position, weight, ln_bias))
+    trained = trained and all(p is None or p.dtype == words.dtype for p in (position, weight, ln_bias))
     if trained:
         obstacle = choose.triton_obstacle(words.dtype, hidden_size=hidden_size)
     else:
@@ -145,12 +146,13 @@ def embedding_layer_norm(
     shape = n_tokens, hidden_size
     if recording.on and recording.note("embedding", backend, None, shape, words.dtype):
         return words.new_zeros(shape)
+    trained = trained and not (backend == "cpu" and position is None)  # the C++ kernel reads a table of positions
     kernels = choose.kernels_of(backend, words.dtype, hidden_size=hidden_size) if trained else None
     if kernels is not None:
         ids: list[Any] = [
             None if t is None else t.long().contiguous() for t in (input_ids, token_type_ids, position_ids)
         ]
-        assert ln_bias is not None
+        ln_bias = torch.zeros_like(weight) if ln_bias is None else ln_bias
         settings = EmbeddingSettings(ids[0], ids[1], ids[2], eps, padding_idx, mask_of(dropout))
         tables: list[Any] = [
             t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (words, token_type, position)
@@ -160,14 +162,20 @@ def embedding_layer_norm(
     return masks.apply(out, dropout)
 
 
-def _seen_within(ids: torch.Tensor, size: int) -> bool:
-    """Tells whether there are none, or the C++ kernel for CPUs could look, and saw none outside of the table.
+def seen_within(ids: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> bool:
+    """Tells whether all ids lie in tables of these sizes, and it took but a look of the C++ kernel for CPUs.
 
-    After `tracing.observed`, which says that nobody would see it.
+    Where it says no, `check_ids` knows.
     """
-    if not ids.is_cpu or ids.dtype != torch.int64 or not ids.is_contiguous():
-        return ids.numel() == 0
-    return cpu.obstacle() is None and not cpu.ids_outside(ids, size)
+    if tracing.observed(*ids) is not None or cpu.obstacle() is not None:
+        return False
+    return all(map(_is_seen_within, ids, sizes))
+
+
+def _is_seen_within(ids: torch.Tensor | None, size: int) -> bool:
+    if ids is None:
+        return True
+    return ids.is_cpu and ids.dtype is torch.int64 and ids.is_contiguous() and not cpu.ids_outside(ids, size)
 
 
 @untraced
@@ -184,13 +192,11 @@ def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
             tensors.append(tensor)
     if torch.compiler.is_exporting():
         return
-    unseen = tracing.observed(*tensors) is None
-    if not unseen and tracing.transformed(*tensors) is not None:
+    if seen_within(tensors, [size for tensor, size in ids.values() if tensor is not None]):
         return
-    present = {}
-    for name, (tensor, size) in ids.items():
-        if tensor is not None and tensor.numel() and not (unseen and _seen_within(tensor, size)):
-            present[name] = tensor, size
+    if tracing.transformed(*tensors) is not None:
+        return
+    present = {name: (tensor, size) for name, (tensor, size) in ids.items() if tensor is not None and tensor.numel()}
     if not present:
         return
     bounds = torch.stack([end.long() for t, _ in present.values() for end in t.aminmax()]).tolist()

@@ -76,6 +76,17 @@ def linear_residual_layer_norm(
 
 # LayerNorm(x + bias + residual), (T, H) -> (T, H): see `fastbert.ops.bias_residual_layer_norm`.
 bias_residual_layer_norm = layer_norm_kernel
+
+
+def norm_queries_and_keys(
+    qkv: Tensor, query_norm: tuple[Tensor, Tensor, float], key_norm: tuple[Tensor, Tensor, float]
+) -> Tensor:
+    """Normalises queries and keys in place, (T, 3H): see `fastbert.ops.norm_queries_and_keys`."""
+    for part, norm in zip(qkv.chunk(3, 1), (query_norm, key_norm), strict=False):
+        layer_norm_kernel(part, None, None, *norm, out=part)
+    return qkv
+
+
 # activation(first half) * second half, (T, 2 I) -> (T, I): see `fastbert.ops.gated`.
 gated = gated_kernel
 # Disentangled attention within each sequence, (T, 3H) -> (T, H): see `fastbert.ops.disentangled_attention`.

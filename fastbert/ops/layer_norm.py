@@ -11,6 +11,7 @@ from fastbert.ops import dispatch, recording, tracing
 from fastbert.ops import dropout as masks
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.dropout import Drop, mask_of, probability_of
+from fastbert.ops.kernel_modules import dense_rows, kernels_of
 from fastbert.ops.library import register
 from fastbert.ops.training import choose, functions
 from fastbert_kernels.masks import Dropout
@@ -45,11 +46,11 @@ def _kernel(
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    from fastbert_kernels.layer_norm import bias_residual_layer_norm_forward
-
-    residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    return bias_residual_layer_norm_forward(x, bias, residual, weight, ln_bias, eps, quantized, out)
+    residual = None if residual is None else dense_rows(residual)
+    result: torch.Tensor = kernels_of("layer_norm").bias_residual_layer_norm_forward(
+        dense_rows(x), bias, residual, weight, ln_bias, eps, quantized, out
+    )
+    return result
 
 
 register(
@@ -115,6 +116,24 @@ def bias_residual_layer_norm(
     if backend == "triton" and dropout is None:
         return torch.ops.fastbert.bias_residual_layer_norm(x, bias, residual, weight, ln_bias, eps)
     return _eager(x, bias, residual, weight, ln_bias, eps, dropout)
+
+
+def norm_queries_and_keys(
+    qkv: torch.Tensor,
+    query_norm: tuple[torch.Tensor, torch.Tensor, float],
+    key_norm: tuple[torch.Tensor, torch.Tensor, float],
+    *,
+    policy: Policy = AUTO,
+) -> torch.Tensor:
+    """LayerNorm of each row's query and of its key, all heads together; values stay as they are.
+
+    qkv: (T, 3H). query_norm, key_norm: weight and bias, (H,), and eps. Returns (T, 3H). Raises what
+    `bias_residual_layer_norm` raises.
+    """
+    query, key, value = qkv.chunk(3, 1)
+    query = bias_residual_layer_norm(query, None, None, *query_norm, policy=policy)
+    key = bias_residual_layer_norm(key, None, None, *key_norm, policy=policy)
+    return torch.cat([query, key, value], 1)
 
 
 def takes(x: torch.Tensor, residual: torch.Tensor | None, *parameters: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ from fastbert.ops import dispatch, gelu, layer_norm, packed_linear, recording, t
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.dropout import Drop, probability_of
 from fastbert.ops.gemm import gemm_kernel, takes_our_gemm
+from fastbert.ops.kernel_modules import dense_rows, kernels_of
 from fastbert.ops.library import register
 from fastbert.ops.training import choose, functions
 
@@ -39,12 +40,11 @@ def _kernel(
     residual: torch.Tensor | None = None,
     by_rows: bool = False,
 ) -> torch.Tensor:
-    from fastbert_kernels.linear import linear_forward
-
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
-    residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
-    return linear_forward(x, weight, bias, activation, residual, by_rows=by_rows)
+    residual = None if residual is None else dense_rows(residual)
+    out: torch.Tensor = kernels_of("linear").linear_forward(
+        dense_rows(x), dense_rows(weight), bias, activation, residual, by_rows=by_rows
+    )
+    return out
 
 
 register(

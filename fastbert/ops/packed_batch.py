@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastbert_kernels import cpu
+
 
 @dataclass(eq=False)
 class PackedBatch:
@@ -62,14 +64,28 @@ class PackedBatch:
         cls, make: dict[str, Callable[[PackedBatch], Any]], n_tokens: int, device: torch.device, **fields: Any
     ) -> PackedBatch:
         """Returns a batch whose fields in `make` are made at their first use."""
-        batch = cls.__new__(cls)
-        batch.__dict__.update(
-            valid=None, first_column=True, last_position=None, counted=False, host_columns=None, host_indices=None,
-            _plans={}, n_tokens=n_tokens, device=device, _make=make,
-        )  # fmt: skip
+        return cls.of_fields(cls.fields_later(make, n_tokens, device, **fields))
+
+    @staticmethod
+    def fields_later(
+        make: dict[str, Callable[[PackedBatch], Any]], n_tokens: int, device: torch.device, **fields: Any
+    ) -> dict[str, Any]:
+        """Returns what `of_fields` makes such a batch of, for many batches."""
+        every: dict[str, Any] = {
+            "valid": None, "first_column": True, "last_position": None, "counted": False, "host_columns": None,
+            "host_indices": None, "n_tokens": n_tokens, "device": device, "_make": make,
+        }  # fmt: skip
         if "indices" not in make:
-            batch.indices = None
-        batch.__dict__.update(fields)
+            every["indices"] = None
+        return {**every, **fields}
+
+    @classmethod
+    def of_fields(cls, fields: dict[str, Any]) -> PackedBatch:
+        """Returns a batch of what `fields_later` gives."""
+        batch = cls.__new__(cls)
+        own = batch.__dict__
+        own.update(fields)
+        own["_plans"] = {}
         return batch
 
     def __getattr__(self, name: str) -> Any:
@@ -87,6 +103,19 @@ class PackedBatch:
     def seq_ids(self) -> torch.Tensor:
         """(T,) int32: the sequence of each token."""
         return self.plan("seq_ids", lambda: sequence_ids(self.cu_seqlens, self.n_tokens))
+
+    @property
+    def form(self) -> tuple[bytes, tuple[int, int] | None, bool]:
+        """The offsets as bytes, B and S where lengths stay on the device, and whether layers have the columns of rows.
+
+        The tiles of attention depend on nothing else of a batch.
+        """
+        own = self.__dict__
+        offsets: bytes | None = own.get("_offsets")
+        if offsets is None:
+            offsets = own["_offsets"] = self.cu_seqlens_cpu.numpy().tobytes()
+        padded = None if self.mask is None else (self.batch_size, self.padded_length)
+        return offsets, padded, self.columns is not None or self.reads_columns
 
     def plan(self, key: Any, make: Callable[[], Any]) -> Any:
         """Returns what is made from the lengths once a batch, for all layers: work lists, groups of equal length."""
@@ -135,3 +164,32 @@ def count_positions(offsets: np.ndarray) -> np.ndarray:
     if len(offsets) > 2:
         positions -= offsets[:-1].repeat(offsets[1:] - offsets[:-1])
     return positions
+
+
+def checked_offsets(cu_seqlens: torch.Tensor, n_tokens: int) -> tuple[np.ndarray, int]:
+    """Returns a copy of the offsets, on the host, that the caller does not change, and the length of the longest one.
+
+    Raises ValueError where they are wrong.
+    """
+    offsets, longest = cu_seqlens.numpy(), _longest(cu_seqlens, n_tokens)
+    if longest < 0:
+        values = offsets.tolist()
+        raise ValueError(
+            f"cu_seqlens: expected offsets that start at 0, never decrease and end at T = {n_tokens}, "
+            f"got {values if len(values) <= 9 else f'{values[:4]} ...'}"
+        )
+    return offsets.astype(np.int32), longest
+
+
+def _longest(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
+    """Returns the length of the longest sequence, or -1 where the offsets, on the host, are wrong."""
+    if cpu.obstacle() is None and cu_seqlens.is_contiguous():
+        return cpu.longest_of(cu_seqlens, n_tokens)
+    offsets = cu_seqlens.numpy()
+    lengths = (offsets[1:] - offsets[:-1]).view(_UNSIGNED[offsets.itemsize])  # in which a negative one is very long
+    longest = int(_most(lengths)) if len(lengths) else 0
+    return longest if offsets[0] == 0 and offsets[-1] == n_tokens and longest <= n_tokens else -1
+
+
+_most = np.maximum.reduce
+_UNSIGNED = {4: np.uint32, 8: np.uint64}

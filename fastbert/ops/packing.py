@@ -7,6 +7,7 @@ RoBERTa's family counts otherwise: `positions_after_padding`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +16,13 @@ import torch
 
 from fastbert.ops import masked, tracing
 from fastbert.ops.packed_batch import PackedBatch as PackedBatch
-from fastbert.ops.packed_batch import count_positions, offsets_of
+from fastbert.ops.packed_batch import checked_offsets, count_positions, offsets_of
 from fastbert.ops.packed_batch import sequence_ids as sequence_ids
 from fastbert.ops.packed_batch import within_sequences as within_sequences
 from fastbert.ops.tracing import untraced
-from fastbert_kernels import cpu
+
+_HOST = torch.device("cpu")
+_INTEGERS = torch.int32, torch.int64
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
@@ -41,7 +44,7 @@ def pins(device: torch.device) -> bool:
 
 def on_host(device: torch.device) -> bool:
     """Tells whether the host reads the device's memory without waiting for anybody."""
-    return device.type == "cpu"
+    return device == _HOST or device.type == "cpu"
 
 
 def takes_from_host(device: torch.device, tensor: torch.Tensor) -> bool:
@@ -204,35 +207,34 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
     """
     if not isinstance(cu_seqlens, torch.Tensor):
         raise TypeError(f"cu_seqlens: expected a tensor, got {type(cu_seqlens).__name__}")
-    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+    if cu_seqlens.dtype not in _INTEGERS:
         raise TypeError(f"cu_seqlens: expected dtype int32, got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 1:
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     _refuse_recording("cu_seqlens", cu_seqlens)
     on_cpu = cu_seqlens if on_host(cu_seqlens.device) else cu_seqlens.cpu()
-    offsets, longest = on_cpu.numpy(), _longest(on_cpu, n_tokens)
-    if longest < 0:
-        values = offsets.tolist()
-        raise ValueError(
-            f"cu_seqlens: expected offsets that start at 0, never decrease and end at T = {n_tokens}, "
-            f"got {values if len(values) <= 9 else f'{values[:4]} ...'}"
-        )
-    # A copy, which the caller does not change.
-    return from_offsets(offsets.astype(np.int32), torch.device(device), longest)
+    if makes_later(device):
+        inference = torch.is_inference_mode_enabled()  # whose tensors nobody may use outside of it
+        return PackedBatch.of_fields(_fields_of(on_cpu.numpy().tobytes(), on_cpu.dtype, n_tokens, device, inference))
+    return from_offsets(*checked_offsets(on_cpu, n_tokens), device)
 
 
-def _longest(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
-    """Returns the length of the longest sequence, or -1 where the offsets, on the host, are wrong."""
-    if cpu.obstacle() is None and cu_seqlens.is_contiguous():
-        return cpu.longest_of(cu_seqlens, n_tokens)
-    offsets = cu_seqlens.numpy()
-    lengths = (offsets[1:] - offsets[:-1]).view(_UNSIGNED[offsets.itemsize])  # in which a negative one is very long
-    longest = int(_most(lengths)) if len(lengths) else 0
-    return longest if offsets[0] == 0 and offsets[-1] == n_tokens and longest <= n_tokens else -1
+def makes_later(device: torch.device) -> bool:
+    """Tells whether what the device holds of a batch is made when somebody first asks for it, as for a GPU."""
+    return device.type != "cpu"
 
 
-_most = np.maximum.reduce
-_UNSIGNED = {4: np.uint32, 8: np.uint64}
+@functools.lru_cache(maxsize=64)
+def _fields_of(
+    numbers: bytes, dtype: torch.dtype, n_tokens: int, device: torch.device, inference: bool
+) -> dict[str, Any]:
+    """Returns the fields of a batch on a GPU. numbers: the bytes of its offsets, which are checked.
+
+    They are kept for the lengths that came last, since many programs run batches of a few forms. inference: whether
+    inference mode is on, so that none of its tensors is kept for others.
+    """
+    offsets, longest = checked_offsets(torch.frombuffer(bytearray(numbers), dtype=dtype), n_tokens)
+    return _fields_on_a_gpu(offsets, device, longest)
 
 
 @untraced
@@ -266,7 +268,7 @@ def find_holes(batch: PackedBatch) -> None:
 
 
 def _refuse_recording(name: str, values: torch.Tensor) -> None:
-    if not torch.compiler.is_compiling() and tracing.recorded(values):
+    if tracing.recorded(values) and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"{name}: a batch is packed by its values, which a tracer would keep for every later batch; give a model "
             "the padded batch (forward), which it traces without packing, or use torch.export or torch.compile"
@@ -277,18 +279,16 @@ def from_lengths(lengths: Sequence[int], device: torch.device) -> PackedBatch:
     """Returns the packing of sequences of these lengths, none of them negative; positions count from 0 in each."""
     offsets = np.zeros(len(lengths) + 1, np.int32)
     np.add.accumulate(lengths, out=offsets[1:])
-    return from_offsets(offsets, torch.device(device), max(lengths, default=0))
+    return from_offsets(offsets, max(lengths, default=0), torch.device(device))
 
 
-def from_offsets(offsets: np.ndarray, device: torch.device, longest: int | None = None) -> PackedBatch:
+def from_offsets(offsets: np.ndarray, longest: int, device: torch.device) -> PackedBatch:
     """Returns the packing of sequences with these offsets, (B + 1,) int32 on the host, which nobody changes later.
 
-    longest: the length of the longest one, where the caller knows it.
+    longest: the length of the longest one.
     """
-    if longest is None:
-        longest = int((offsets[1:] - offsets[:-1]).max(initial=0))
-    if device.type != "cpu":
-        return on_a_gpu(offsets, device, longest)
+    if makes_later(device):
+        return PackedBatch.of_fields(_fields_on_a_gpu(offsets, device, longest))
     cu_seqlens = torch.from_numpy(offsets)
     return PackedBatch(
         cu_seqlens=cu_seqlens,
@@ -301,15 +301,15 @@ def from_offsets(offsets: np.ndarray, device: torch.device, longest: int | None 
     )
 
 
-def on_a_gpu(offsets: np.ndarray, device: torch.device, longest: int) -> PackedBatch:
-    """Does what `from_offsets` does for a GPU: what the device holds is made when somebody first asks for it."""
+def _fields_on_a_gpu(offsets: np.ndarray, device: torch.device, longest: int) -> dict[str, Any]:
+    """Returns the fields of a batch whose tensors on the device are made when somebody first asks for them."""
     n_tokens = int(offsets[-1])
 
     def position_ids(batch: PackedBatch) -> torch.Tensor:
         rows = torch.arange(n_tokens, device=device)
         return rows if batch.batch_size < 2 else within_sequences(rows, batch.cu_seqlens, batch.seq_ids)
 
-    return PackedBatch.later(
+    return PackedBatch.fields_later(
         {"cu_seqlens": lambda batch: to_device(batch.cu_seqlens_cpu, device), "position_ids": position_ids},
         n_tokens,
         device,
@@ -318,6 +318,7 @@ def on_a_gpu(offsets: np.ndarray, device: torch.device, longest: int) -> PackedB
         padded_length=longest,
         last_position=longest - 1,
         counted=True,
+        _offsets=offsets.tobytes(),
     )
 
 

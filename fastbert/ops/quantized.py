@@ -9,16 +9,15 @@ head, GELU's rows one per 128 columns, weights one an output channel.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.ops import attention, attention_plan, dispatch, embedding, gelu, layer_norm, recording
+from fastbert.ops import attention, attention_plan, dispatch, eight_bit, embedding, gelu, layer_norm
 from fastbert.ops.dispatch import AUTO, Policy
-from fastbert.ops.library import LIBRARY
+from fastbert.ops.eight_bit import MIN_ARCH, device_obstacle
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantize import (
     DTYPES,
@@ -37,27 +36,10 @@ from fastbert.ops.quantize import (
 )
 
 __all__ = [
-    "DTYPES", "OUT_GROUP", "PRECISIONS", "ROTATION", "TINY", "TOP", "Quantized", "check_precision", "dequantize",
-    "hadamard", "quantize", "quantize_weight", "rotate",
+    "DTYPES", "MIN_ARCH", "OUT_GROUP", "PRECISIONS", "ROTATION", "TINY", "TOP", "Quantized", "check_precision",
+    "dequantize", "device_obstacle", "hadamard", "quantize", "quantize_weight", "rotate",
 ]  # fmt: skip
 KERNELS = {"triton": "fastbert_kernels.quantized_linear", "torch": "quantised in torch.float32 (emulation)"}
-
-MIN_ARCH = {"fp8": 89, "int8": 80}
-# The registered operation, its twin in plain PyTorch, and a function that gives empty results of the same shapes.
-Functions = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
-
-
-def device_obstacle(precision: str, device: torch.device, arch: int | None = None) -> str | None:
-    """Tells why such a GPU cannot multiply in this precision, or None. arch: 89 for 8.9, by default the device's."""
-    if device.type != "cuda":
-        return None
-    if arch is None and recording.on:
-        arch = recording.assumed_arch()
-    if arch is None:
-        major, minor = torch.cuda.get_device_capability(device)
-        arch = 10 * major + minor
-    least = MIN_ARCH[precision]
-    return None if arch >= least else f"{precision} needs compute capability {least / 10}, and this GPU has {arch / 10}"
 
 
 def model_obstacle(hidden_size: int, intermediate_size: int, head_size: int, activation: str, dtype: torch.dtype,
@@ -89,20 +71,20 @@ def linear(
     activation: "none", "gelu" (erf) or "gelu_tanh". Raises ValueError for what does not fit together, BackendError
     under a strict policy. For inference: it has no gradient.
     """
-    _check(x, weight, bias)
+    eight_bit.check_operands(x, weight, bias)
     arguments = x.data, x.scale, x.group, weight.data, weight.scale, bias, activation
     obstacle = gelu.activation_obstacle(activation)
-    return _run("linear", x.precision, policy, obstacle, _Q_LINEAR, *arguments, dtype)
+    return eight_bit.run("linear", x.precision, policy, obstacle, _Q_LINEAR, *arguments, dtype)
 
 
 def linear_quantized(
     x: Quantized, weight: Quantized, bias: Tensor | None, activation: str = "none", *, policy: Policy = AUTO
 ) -> Quantized:
     """`linear`, with the result in x's 8 bits, a scale per 128 columns, as the next linear takes it."""
-    _check(x, weight, bias)
+    eight_bit.check_operands(x, weight, bias)
     arguments = x.data, x.scale, x.group, weight.data, weight.scale, bias, activation
     obstacle = gelu.activation_obstacle(activation)
-    out = _run("linear", x.precision, policy, obstacle, _Q_LINEAR_QUANTIZED, *arguments)
+    out = eight_bit.run("linear", x.precision, policy, obstacle, _Q_LINEAR_QUANTIZED, *arguments)
     return Quantized(out[0], out[1], min(OUT_GROUP, weight.data.shape[0]))
 
 
@@ -119,9 +101,9 @@ def bias_residual_layer_norm(
 ) -> tuple[Tensor, Quantized]:
     """`ops.bias_residual_layer_norm`, and beside it the same rows in 8 bits, one scale a row (int8: rotated)."""
     arguments = x, bias, residual, weight, ln_bias, eps, precision
-    _check_width(x.shape[-1], precision)
+    eight_bit.check_width(x.shape[-1], precision)
     obstacle = layer_norm.triton_obstacle(x.shape[-1], x, bias, residual, weight, ln_bias)
-    out, data, scale = _run("layer_norm", precision, policy, obstacle, _Q_LAYER_NORM, *arguments)
+    out, data, scale = eight_bit.run("layer_norm", precision, policy, obstacle, _Q_LAYER_NORM, *arguments)
     return out, Quantized(data, scale, data.shape[1])
 
 
@@ -148,9 +130,9 @@ def embedding_layer_norm(
     token_type_ids = None if token_type is None else token_type_ids
     position_ids = None if position is None else position_ids
     arguments = input_ids, token_type_ids, position_ids, *tables, eps, precision
-    _check_width(word.shape[1], precision)
+    eight_bit.check_width(word.shape[1], precision)
     obstacle = embedding.triton_obstacle(word.shape[1], *tables)
-    out, data, scale = _run("embedding", precision, policy, obstacle, _Q_EMBEDDING, *arguments)
+    out, data, scale = eight_bit.run("embedding", precision, policy, obstacle, _Q_EMBEDDING, *arguments)
     return out, Quantized(data, scale, data.shape[1])
 
 
@@ -181,94 +163,8 @@ def varlen_attention(
     bias = position_bias, None if position_bias is None else batch.columns
     settings = num_heads, head_size**-0.5 if scale is None else scale, precision, plan[3], *bias
     arguments = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan[:2], *settings
-    data, scales = _run("attention", precision, policy, obstacle, _Q_ATTENTION, *arguments)
+    data, scales = eight_bit.run("attention", precision, policy, obstacle, _Q_ATTENTION, *arguments)
     return Quantized(data, scales, head_size)
-
-
-def _run(op: str, precision: str, policy: Policy, obstacle: str | None, functions: Functions, *args: Any) -> Any:
-    """Returns the kernel, or its twin where an obstacle is in its way."""
-    check_precision(precision)
-    if policy.batch_invariant:
-        raise dispatch.BackendError(
-            f"batch_invariant: {op}: neither the kernels in {precision} nor their twins promise it"
-        )
-    tensors = [a for a in args if isinstance(a, Tensor)]
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise RuntimeError(f"{op}: {precision} is for inference and has no gradient: use torch.no_grad()")
-    device = tensors[0].device
-    obstacle = device_obstacle(precision, device) or obstacle
-    kernel, twin, fake = functions
-    backend = dispatch.choose(f"{op} in {precision}", policy.backend, policy.strict, device, obstacle)
-    if recording.on and _note(op, precision, backend, args):
-        return fake(*args)
-    return kernel(*args) if backend == "triton" else twin(*args)
-
-
-def _note(op: str, precision: str, backend: str, args: tuple[Any, ...]) -> bool:
-    """Records an operation on 8-bit operands. Returns what `recording.note` does."""
-    facts: dict[str, Any] = {"precision": precision, "quantizes": True}
-    first: Tensor = args[0] if op != "embedding" or args[0] is not None else args[3]
-    shape: tuple[int, ...] = tuple(first.shape)
-    before: tuple[int, ...] | None = shape
-    weight = None
-    dtype = first.dtype
-    if op in ("linear", "gated"):
-        _, _, group, weight, _, bias, activation, *dtypes = args
-        shape = shape[0], weight.shape[0] // (2 if op == "gated" else 1)
-        dtype = dtypes[0] if dtypes else dtype
-        group = None if group >= weight.shape[1] else group
-        facts |= {"quantizes": not dtypes, "group": group, "bias": bias is not None, "activation": activation}
-    elif op == "layer_norm":
-        weight = args[3]
-        facts |= {"bias": args[1] is not None, "residual": args[2] is not None}
-    elif op == "sum_norm":
-        weight = args[2]
-        facts |= {"bias": False, "residual": True}
-    elif op == "attention":
-        shape = shape[0], shape[1] // 3
-        facts |= {"heads": args[5], "shared_tiles": True, "compiled_obstacle": None}
-        facts |= {"window": args[8]} if type(args[8]) is int else {}
-    elif op == "embedding":
-        before, shape, dtype = None, (first.shape[0], args[3].shape[1]), args[3].dtype
-    return recording.note(f"{op} in {precision}", backend, before, shape, dtype, weight, **facts)
-
-
-def _check_width(hidden_size: int, precision: str) -> None:
-    if precision == "int8" and hidden_size % ROTATION:
-        raise ValueError(f"hidden size: expected a multiple of {ROTATION} for int8, got {hidden_size}")
-
-
-def _check(x: Quantized, weight: Quantized, bias: Tensor | None) -> None:
-    for name, q in (("x", x), ("weight", weight)):
-        if q.data.dtype not in TOP or q.data.dim() != 2:
-            dtypes = " or ".join(map(str, TOP))
-            raise ValueError(f"{name}: expected (T, K) in {dtypes}, got {tuple(q.data.shape)} in {q.data.dtype}")
-        n, k = q.data.shape
-        if q.group < 1 or q.scale.shape != (n, -(-k // q.group)) or q.scale.dtype != torch.float32:
-            expected = f"({n}, {-(-k // max(q.group, 1))}) in float32 for groups of {q.group}"
-            raise ValueError(f"{name}.scale: expected {expected}, got {tuple(q.scale.shape)} in {q.scale.dtype}")
-    if x.data.dtype != weight.data.dtype or x.data.shape[1] != weight.data.shape[1] or weight.scale.shape[1] != 1:
-        came = f"{tuple(x.data.shape)} in {x.data.dtype} and {tuple(weight.data.shape)} in {weight.data.dtype}"
-        raise ValueError(f"x, weight: expected (T, K) and (M, K) of one dtype, one scale a row of weight, got {came}")
-    if bias is not None and bias.shape != (weight.data.shape[0],):
-        raise ValueError(f"bias: expected shape ({weight.data.shape[0]},), got {tuple(bias.shape)}")
-
-
-def _register(schema: str, kernel: Callable[..., Any], twin: Callable[..., Any], fake: Callable[..., Any]) -> Functions:
-    """Does what `library.register` does, for several outputs and no gradient."""
-    name = schema.partition("(")[0]
-    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    LIBRARY.impl(name, kernel, "CUDA")
-    LIBRARY.impl(name, lambda *args: (kernel if dispatch.interpreting() else twin)(*args), "CPU")
-    torch.library.register_fake(f"fastbert::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.fastbert, name), twin, fake
-
-
-def _buffers(like: Tensor, n_cols: int, n_groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    from fastbert_kernels import launch
-
-    shape = (like.shape[0], n_cols), (like.shape[0], n_groups)
-    return launch.empty(shape[0], like=like, dtype=dtype), launch.empty(shape[1], like=like, dtype=torch.float32)
 
 
 def _product(
@@ -309,7 +205,7 @@ def _layer_norm_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     rest: list[Any]
     *rest, precision = arguments
     x: Tensor = rest[0]
-    buffers = _buffers(x, x.shape[1], 1, DTYPES[precision])
+    buffers = eight_bit.buffers(x, x.shape[1], 1, DTYPES[precision])
     rest.append(buffers)
     return (layer_norm._kernel(*rest), *buffers)
 
@@ -319,7 +215,7 @@ def _embedding_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *rest, precision = arguments
     word = rest[3]
     like = word.new_empty(0).expand((word if rest[0] is None else rest[0]).shape[0], 0)
-    buffers = _buffers(like, word.shape[1], 1, DTYPES[precision])
+    buffers = eight_bit.buffers(like, word.shape[1], 1, DTYPES[precision])
     rest += [None, buffers]  # no padding_idx
     return (embedding._kernel(*rest), *buffers)
 
@@ -329,7 +225,7 @@ def _attention_kernel(
     num_heads: int, scale: float, precision: str, small: bool = False, table: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    buffers = _buffers(qkv, qkv.shape[1] // 3, num_heads, DTYPES[precision])
+    buffers = eight_bit.buffers(qkv, qkv.shape[1] // 3, num_heads, DTYPES[precision])
     lists = row_spans, tiles
     short_tiles = None  # no list of short sequences
     attention._kernel(
@@ -347,36 +243,30 @@ def _attention_twin(*arguments: Any) -> tuple[Tensor, Tensor]:
     return q.data, q.scale
 
 
-def _fake_8_bit(like: Tensor, n_rows: int, n_cols: int, n_groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    scale = like.new_empty(n_rows, n_groups, dtype=torch.float32)
-    return like.new_empty(n_rows, n_cols, dtype=dtype), scale
-
-
-_LINEAR = "Tensor x, Tensor x_scale, int group, Tensor weight, Tensor weight_scale, Tensor? bias, str activation"
-_Q_LINEAR = _register(
-    f"quantized_linear({_LINEAR}, ScalarType dtype) -> Tensor",
+_Q_LINEAR = eight_bit.register(
+    f"quantized_linear({eight_bit.LINEAR}, ScalarType dtype) -> Tensor",
     _linear_kernel,
     lambda *args: _product(*args[:-1]).to(args[-1]),
     lambda x, x_scale, group, weight, weight_scale, bias, activation, dtype: x.new_empty(
         x.shape[0], weight.shape[0], dtype=dtype
     ),
 )
-_Q_LINEAR_QUANTIZED = _register(
-    f"quantized_linear_quantized({_LINEAR}) -> (Tensor, Tensor)",
+_Q_LINEAR_QUANTIZED = eight_bit.register(
+    f"quantized_linear_quantized({eight_bit.LINEAR}) -> (Tensor, Tensor)",
     _linear_quantized_kernel,
     _linear_quantized_twin,
-    lambda x, x_scale, group, weight, *rest: _fake_8_bit(
+    lambda x, x_scale, group, weight, *rest: eight_bit.empty_result(
         x, x.shape[0], weight.shape[0], -(-weight.shape[0] // OUT_GROUP), x.dtype
     ),
 )
-_Q_LAYER_NORM = _register(
+_Q_LAYER_NORM = eight_bit.register(
     "layer_norm_quantized(Tensor x, Tensor? bias, Tensor? residual, Tensor weight, Tensor? ln_bias, float eps, "
     "str precision) -> (Tensor, Tensor, Tensor)",
     _layer_norm_kernel,
     lambda *args: _normalized(layer_norm._eager(*args[:-1]), args[-1]),
-    lambda x, *rest: (x.new_empty(x.shape), *_fake_8_bit(x, x.shape[0], x.shape[1], 1, DTYPES[rest[-1]])),
+    lambda x, *rest: (x.new_empty(x.shape), *eight_bit.empty_result(x, x.shape[0], x.shape[1], 1, DTYPES[rest[-1]])),
 )
-_Q_EMBEDDING = _register(
+_Q_EMBEDDING = eight_bit.register(
     "embedding_layer_norm_quantized(Tensor? input_ids, Tensor? token_type_ids, Tensor? position_ids, Tensor word, "
     "Tensor? token_type, Tensor? position, Tensor weight, Tensor? ln_bias, float eps, str precision) "
     "-> (Tensor, Tensor, Tensor)",
@@ -384,14 +274,14 @@ _Q_EMBEDDING = _register(
     lambda *args: _normalized(embedding._eager(*[*args[:-1], None]), args[-1]),
     lambda input_ids, types, positions, word, *rest: (
         word.new_empty((n_rows := (word if input_ids is None else input_ids).shape[0]), word.shape[1]),
-        *_fake_8_bit(word, n_rows, word.shape[1], 1, DTYPES[rest[-1]]),
+        *eight_bit.empty_result(word, n_rows, word.shape[1], 1, DTYPES[rest[-1]]),
     ),
 )
-_Q_ATTENTION = _register(
+_Q_ATTENTION = eight_bit.register(
     "varlen_attention_quantized(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor? row_spans, "
     "Tensor? tiles, int num_heads, float scale, str precision, bool small=False, Tensor? bias=None, "
     "Tensor? columns=None) -> (Tensor, Tensor)",
     _attention_kernel,
     _attention_twin,
-    lambda qkv, *rest: _fake_8_bit(qkv, qkv.shape[0], qkv.shape[1] // 3, rest[4], DTYPES[rest[6]]),
+    lambda qkv, *rest: eight_bit.empty_result(qkv, qkv.shape[0], qkv.shape[1] // 3, rest[4], DTYPES[rest[6]]),
 )

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastbert.ops import attention, attention_plan, dispatch, layer_norm, quantized
+from fastbert.ops import attention, attention_plan, dispatch, eight_bit, layer_norm
 from fastbert.ops.columns_around import ranges_of
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.gated import activation_obstacle
@@ -32,9 +32,9 @@ def rows(
     if x.shape[1] % group:
         raise ValueError(f"group: expected a divisor of {x.shape[1]}, got {group}")
     if rotated:
-        quantized._check_width(x.shape[1], precision)
+        eight_bit.check_width(x.shape[1], precision)
     obstacle = layer_norm.triton_obstacle(group, x)
-    data, scale = quantized._run("rows", precision, policy, obstacle, _ROWS, x, precision, group, rotated)
+    data, scale = eight_bit.run("rows", precision, policy, obstacle, _ROWS, x, precision, group, rotated)
     return Quantized(data, scale, group)
 
 
@@ -45,12 +45,12 @@ def gated_linear(
 
     x: (T, K) with a scale a row. weight: (2 I, K), up above gate. bias: (2 I,) or None. Neither product is rounded.
     """
-    quantized._check(x, weight, bias)
+    eight_bit.check_operands(x, weight, bias)
     if x.group < x.data.shape[1] or weight.data.shape[0] % 2:
         raise ValueError(f"x, weight: expected one scale a row and (2 I, K), got {x.group}, {tuple(weight.data.shape)}")
     obstacle = activation_obstacle(activation)
     arguments = x.data, x.scale, x.group, weight.data, weight.scale, bias, activation
-    data, scale = quantized._run("gated", x.precision, policy, obstacle, _GATED, *arguments)
+    data, scale = eight_bit.run("gated", x.precision, policy, obstacle, _GATED, *arguments)
     return Quantized(data, scale, min(OUT_GROUP, data.shape[1]))
 
 
@@ -65,10 +65,10 @@ def add_layer_norm(
     policy: Policy = AUTO,
 ) -> tuple[Tensor, Quantized]:
     """x + residual, and the LayerNorm of it in 8 bits, one scale a row (int8: rotated). x, residual: (T, H)."""
-    quantized._check_width(x.shape[-1], precision)
+    eight_bit.check_width(x.shape[-1], precision)
     obstacle = layer_norm.triton_obstacle(x.shape[-1], x, residual, weight, ln_bias)
     arguments = x, residual, weight, ln_bias, eps, precision
-    total, data, scale = quantized._run("sum_norm", precision, policy, obstacle, _SUM_NORM, *arguments)
+    total, data, scale = eight_bit.run("sum_norm", precision, policy, obstacle, _SUM_NORM, *arguments)
     return total, Quantized(data, scale, data.shape[1])
 
 
@@ -86,7 +86,7 @@ def windowed_attention(
     ranges = None if batch.columns is None else ranges_of(batch, window)
     settings = num_heads, head_size**-0.5, precision, window, plan[3], batch.columns, ranges
     arguments = qkv, batch.cu_seqlens, batch.cu_seqlens_cpu, *plan[:2], *settings
-    data, scale = quantized._run("attention", precision, policy, obstacle, _WINDOWED, *arguments)
+    data, scale = eight_bit.run("attention", precision, policy, obstacle, _WINDOWED, *arguments)
     return Quantized(data, scale, head_size)
 
 
@@ -128,7 +128,7 @@ def _sum_norm_kernel(
     from fastbert_kernels.sum_norm import sum_norm_forward
 
     x, residual = (t if t.stride(-1) == 1 else t.contiguous() for t in (x, residual))
-    buffers = quantized._buffers(x, x.shape[1], 1, DTYPES[precision])
+    buffers = eight_bit.buffers(x, x.shape[1], 1, DTYPES[precision])
     total, _ = sum_norm_forward(x, residual, weight, ln_bias, eps, True, buffers)
     assert total is not None
     return total, *buffers
@@ -151,7 +151,7 @@ def _windowed_kernel(
     from fastbert_kernels.attention import varlen_attention_forward
     from fastbert_kernels.attention_window import Window
 
-    buffers = quantized._buffers(qkv, qkv.shape[1] // 3, num_heads, DTYPES[precision])
+    buffers = eight_bit.buffers(qkv, qkv.shape[1] // 3, num_heads, DTYPES[precision])
     plan = row_spans, tiles, None, small  # no list of short sequences
     qkv, work_list, _, config = attention_plan.launch_arguments(qkv, cu_seqlens_cpu, plan, num_heads)
     varlen_attention_forward(qkv, work_list, num_heads, scale, buffers, config, window=Window(window, ranges))
@@ -167,34 +167,34 @@ def _windowed_twin(*arguments: Any) -> tuple[Tensor, Tensor]:
     return q.data, q.scale
 
 
-_ROWS = quantized._register(
+_ROWS = eight_bit.register(
     "quantized_rows(Tensor x, str precision, int group, bool rotated) -> (Tensor, Tensor)",
     _rows_kernel,
     _rows_twin,
-    lambda x, precision, group, rotated: quantized._fake_8_bit(
+    lambda x, precision, group, rotated: eight_bit.empty_result(
         x, x.shape[0], x.shape[1], x.shape[1] // group, DTYPES[precision]
     ),
 )
-_GATED = quantized._register(
-    f"quantized_gated_linear({quantized._LINEAR}) -> (Tensor, Tensor)",
+_GATED = eight_bit.register(
+    f"quantized_gated_linear({eight_bit.LINEAR}) -> (Tensor, Tensor)",
     _gated_kernel,
     _gated_twin,
-    lambda x, x_scale, group, weight, *rest: quantized._fake_8_bit(
+    lambda x, x_scale, group, weight, *rest: eight_bit.empty_result(
         x, x.shape[0], weight.shape[0] // 2, -(-weight.shape[0] // (2 * OUT_GROUP)), x.dtype
     ),
 )
-_SUM_NORM = quantized._register(
+_SUM_NORM = eight_bit.register(
     "sum_norm_quantized(Tensor x, Tensor residual, Tensor weight, Tensor? ln_bias, float eps, str precision) "
     "-> (Tensor, Tensor, Tensor)",
     _sum_norm_kernel,
     _sum_norm_twin,
-    lambda x, *rest: (x.new_empty(x.shape), *quantized._fake_8_bit(x, x.shape[0], x.shape[1], 1, DTYPES[rest[-1]])),
+    lambda x, *rest: (x.new_empty(x.shape), *eight_bit.empty_result(x, x.shape[0], x.shape[1], 1, DTYPES[rest[-1]])),
 )
-_WINDOWED = quantized._register(
+_WINDOWED = eight_bit.register(
     "windowed_attention_quantized(Tensor qkv, Tensor cu_seqlens, Tensor cu_seqlens_cpu, Tensor? row_spans, "
     "Tensor? tiles, int num_heads, float scale, str precision, int window, bool small=False, Tensor? columns=None, "
     "Tensor? ranges=None) -> (Tensor, Tensor)",
     _windowed_kernel,
     _windowed_twin,
-    lambda qkv, *rest: quantized._fake_8_bit(qkv, qkv.shape[0], qkv.shape[1] // 3, rest[4], DTYPES[rest[6]]),
+    lambda qkv, *rest: eight_bit.empty_result(qkv, qkv.shape[0], qkv.shape[1] // 3, rest[4], DTYPES[rest[6]]),
 )

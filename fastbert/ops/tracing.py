@@ -130,7 +130,29 @@ def _is_proxy(tensor: Any) -> bool:
 
 
 def _exports_to_onnx() -> bool:
-    return torch.onnx.is_in_onnx_export()
+    flags = _onnx_flags()
+    if flags is None:
+        return torch.onnx.is_in_onnx_export()
+    return flags[0].in_onnx_export or flags[1]._is_onnx_exporting
+
+
+# The names in `torch.onnx.is_in_onnx_export`, whose two imports in each call take longer than all else here.
+_ONNX_FLAGS = {
+    "torch.onnx._internal.exporter", "_flags", "_is_onnx_exporting",
+    "torch.onnx._internal.torchscript_exporter._globals", "GLOBALS", "in_onnx_export",
+}  # fmt: skip
+
+
+@functools.cache
+def _onnx_flags() -> tuple[Any, Any] | None:
+    """Returns what that function reads, or None where it reads something else."""
+    code = getattr(torch.onnx.is_in_onnx_export, "__code__", None)
+    if code is None or set(code.co_names) != _ONNX_FLAGS:
+        return None
+    from torch.onnx._internal.exporter import _flags
+    from torch.onnx._internal.torchscript_exporter._globals import GLOBALS
+
+    return GLOBALS, _flags
 
 
 def _reason(modes: bool, tensors: tuple[Any, ...]) -> str | None:

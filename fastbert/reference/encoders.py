@@ -10,7 +10,7 @@ from torch import Tensor
 from fastbert.checkpoint.families import family_of
 from fastbert.reference.bert import BertReference, bert
 from fastbert.reference.deberta_v2 import deberta_v2
-from fastbert.reference.jina_bert_v2 import jina_bert_v2
+from fastbert.reference.jina_bert_v2 import jina_bert_code, jina_bert_v2
 from fastbert.reference.modernbert import gated_rotary_bert, modernbert
 from fastbert.reference.mpnet import mpnet
 
@@ -24,6 +24,7 @@ TEXTS = {
     "gated_rotary_bert": gated_rotary_bert,
     "deberta": deberta_v2,
     "jina_bert_v2": jina_bert_v2,
+    "jina_bert_code": jina_bert_code,
 }
 
 

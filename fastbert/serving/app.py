@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
@@ -20,8 +20,8 @@ from starlette.types import Receive, Scope, Send
 from fastbert.serving import openapi, routes
 from fastbert.serving.answers import dump
 from fastbert.serving.batcher import log_exception
-from fastbert.serving.calls import Call, ClientGone
-from fastbert.serving.errors import ApiError
+from fastbert.serving.calls import Call
+from fastbert.serving.errors import ApiError, ClientGone
 from fastbert.serving.limits import read_json
 from fastbert.serving.logs import logger
 from fastbert.serving.schemas import Fields
@@ -30,7 +30,8 @@ from fastbert.serving.service import Service
 Handler = Callable[[Call], Awaitable[Any]]
 
 GONE = 499  # for the log and the metrics: nobody reads this status
-_ID = re.compile(r"[\w.:-]{1,64}")
+_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+_JSON = (b"content-type", b"application/json")
 
 
 class Endpoint(NamedTuple):
@@ -106,7 +107,7 @@ def _ready(service: Service) -> Response:
 
 def _metrics(service: Service, request: Request) -> Response:
     try:
-        _authorize(service, request)
+        _authorize(service, request.headers.get("authorization", "").encode("latin-1"))  # the bytes that came
     except ApiError as error:
         return _error_response(error)
     return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -120,31 +121,51 @@ def _no_route(request: Request, error: Exception) -> Response:
     return response
 
 
-def _authorize(service: Service, request: Request) -> None:
+def _authorize(service: Service, authorization: bytes) -> None:
     keys = service.settings.keys
-    if keys and not keys.allow(request.headers.get("authorization", "")):
+    if keys and not keys.allow(authorization.decode("utf-8", "surrogateescape")):
         raise ApiError(401, "invalid_api_key", "expected the header Authorization: Bearer KEY")
 
 
+class Reply(NamedTuple):
+    """A Reply is an answer as it is sent. headers: without its length."""
+
+    status: int
+    body: bytes
+    headers: list[tuple[bytes, bytes]]
+
+    async def send(self, send: Send) -> None:
+        """Sends it. Raises OSError or RuntimeError where the connection is closed."""
+        headers = [*self.headers, (b"content-length", b"%d" % len(self.body))]
+        await send({"type": "http.response.start", "status": self.status, "headers": headers})
+        await send({"type": "http.response.body", "body": self.body})
+
+
 class Answering:
-    """An Answering is the ASGI app of an endpoint."""
+    """An Answering is the ASGI app of an endpoint, without the objects of starlette: they take longer than it does."""
 
     def __init__(self, service: Service, endpoint: Endpoint) -> None:
         self.service, self.endpoint = service, endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive)
-        sent = request.headers.get("x-request-id", "")
-        id_ = sent if _ID.fullmatch(sent) else uuid.uuid4().hex
-        call = Call(request, self.service, self.endpoint.path, id_)
-        with self.service.metrics.in_flight.track_inprogress():
-            response = await _respond(call, self.endpoint)
-        seconds, status = time.perf_counter() - call.started, response.status_code
+        service, headers = self.service, dict(reversed(scope["headers"]))
+        sent = headers.get(b"x-request-id", b"").decode("latin-1")
+        id_ = sent if sent and _ID.fullmatch(sent) else uuid.uuid4().hex
+        is_only = service.is_only_caller(scope.get("client"))
+        call = Call(scope, receive, service, self.endpoint.path, id_, headers, is_only)
+        service.in_flight += 1
         try:
-            await response(scope, receive, send)
+            reply = await _respond(call, self.endpoint)
+        finally:
+            service.in_flight -= 1
+        seconds, status = time.perf_counter() - call.started, reply.status
+        try:
+            await reply.send(send)
         except (OSError, RuntimeError):  # asyncio's and uvloop's of a connection that is closed
             status = GONE
-        _note(call, status, seconds)  # the caller does not wait for it
+        # Not here: uvloop writes an answer when the tasks that are ready have had their turn.
+        service.later.add(_note, call, status, seconds, time.time())
+        service.later.soon()
 
 
 class App(Starlette):
@@ -163,32 +184,33 @@ class App(Starlette):
             await answering(scope, receive, send)
 
 
-async def _respond(call: Call, endpoint: Endpoint) -> Response:
-    service, error = call.service, None
+async def _respond(call: Call, endpoint: Endpoint) -> Reply:
+    service, error, is_read = call.service, None, endpoint.method != "POST"
+    headers = [_JSON, (b"x-request-id", call.id.encode("ascii"))]
     try:
-        _authorize(service, call.request)
+        _authorize(service, call.headers.get(b"authorization", b""))
         service.check_serving()
         if endpoint.method == "POST":
-            call.fields = Fields(await read_json(call.request, service.settings.limits))
+            call.fields = Fields(await read_json(call.headers, call.receive, service.settings.limits))
+            is_read = True
         answer = await endpoint.handler(call)
-        response = Response(await _to_json(answer, call.n_texts), media_type="application/json")
+        status, body = 200, await _to_json(answer, call.n_texts)
     except ApiError as raised:
         error = raised
-    except (ClientGone, ClientDisconnect):
+    except ClientGone:
         error = ApiError(GONE, "client_gone", "the caller closed the connection")
     except Exception as raised:
         log_exception("request failed", raised, id=call.id, route=call.route)
         error = ApiError(500, "internal_error", f"the server failed on this request, whose id is {call.id}")
     if error is not None:
-        response = _error_response(error)
-        if error.status in (408, 413):  # the rest of the body is not read
-            response.headers["Connection"] = "close"
-    response.headers["X-Request-Id"] = call.id
+        status, body = error.status, dump(error.body)
+        headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     if call.n_truncated:
-        response.headers["X-Truncated"] = str(call.n_truncated)
-    if service.state == "draining":
-        response.headers["Connection"] = "close"
-    return response
+        headers.append((b"x-truncated", b"%d" % call.n_truncated))
+    # The rest of a body that is late or too large is not read.
+    if service.state == "draining" or (status in (408, 413) and not is_read):
+        headers.append((b"connection", b"close"))
+    return Reply(status, body, headers)
 
 
 async def _to_json(answer: Any, n_texts: int) -> bytes:
@@ -199,8 +221,8 @@ def _error_response(error: ApiError) -> Response:
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
-def _note(call: Call, status: int, seconds: float) -> None:
-    """Counts and logs an answer."""
+def _note(call: Call, status: int, seconds: float, at: float) -> None:
+    """Counts and logs an answer. at: when it was sent, in seconds since 1970."""
     model = "" if call.model is None else call.model.name
     call.service.metrics.requests.labels(call.route, model, str(status)).inc()
     call.service.metrics.seconds.labels(call.route).observe(seconds)
@@ -208,4 +230,4 @@ def _note(call: Call, status: int, seconds: float) -> None:
         "id": call.id, "route": call.route, "model": model, "status": status, "seconds": round(seconds, 4),
         "texts": call.n_texts, "tokens": call.n_tokens, "truncated": call.n_truncated,
     }  # fmt: skip
-    logger.info("request", extra={"fields": fields})
+    logger.info("request", extra={"fields": fields, "at": at})

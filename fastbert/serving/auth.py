@@ -25,7 +25,7 @@ class Keys:
         """
         if file is None:
             return cls([key] if (key := os.environ.get(VARIABLE, "").strip()) else [])
-        keys = [line.strip() for line in Path(file).read_text(encoding="utf-8").splitlines()]
+        keys = [line.strip() for line in Path(file).read_text(encoding="utf-8-sig").splitlines()]
         if not any(keys):
             raise ValueError(f"{os.fspath(file)}: expected an API key, one a line")
         return cls(filter(None, keys))

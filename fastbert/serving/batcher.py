@@ -4,27 +4,32 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 from typing import Any
 
 from fastbert.serving.errors import ApiError
 from fastbert.serving.work import Item, Lane, Work
+from fastbert.serving.worker import Worker
 
 logger = logging.getLogger("fastbert.serving")
+
+HERE_SECONDS = 0.01  # of a batch that may be computed in the caller's thread, at most
 
 Compute = Callable[[Lane, list[Item]], list[Any]]  # a result for each item
 Picked = list[tuple[Work, int]]  # works, and the places of their items
 
 
 class Batcher:
-    """A Batcher has a thread that computes, and a queue that is bounded in tokens.
+    """A Batcher has a queue that is bounded in tokens, from which a worker takes batches.
 
     compute: gives a result for each item. token_budget: tokens in a batch, where one item has no more. capacity: tokens
-    that may wait and run at once. on_batch: is called with the number of items and tokens of each batch.
+    that may wait and run at once. on_batch: is called with the number of items and tokens of each batch. compute_here:
+    computes as `compute` does where nothing is in the way of the calling thread, and returns None elsewhere. worker: is
+    shared with other batchers; by default there is one for this batcher.
 
     Lanes take turns, and within a lane callers do: a batch takes an item of each caller, then one more of each. So a
     caller of one text does not wait until a list of a thousand is done.
@@ -36,21 +41,24 @@ class Batcher:
         token_budget: int,
         capacity: int,
         on_batch: Callable[[int, int], None] = lambda n_items, n_tokens: None,
-        name: str = "model",
+        compute_here: Callable[[Lane, list[Item]], list[Any] | None] | None = None,
+        worker: Worker | None = None,
     ) -> None:
         self._compute, self._token_budget, self.capacity, self._on_batch = compute, token_budget, capacity, on_batch
+        self._compute_here = compute_here
         self._lanes: OrderedDict[Lane, deque[Work]] = OrderedDict()
-        self._changed = threading.Condition()
+        self._worker = worker or Worker()
+        self._changed = self._worker.changed
         self._closing = False
         self.n_tokens = 0  # waiting and running
+        self._seconds: dict[tuple[str, int], float] = {}  # of batches, by their task and the bits of n_tokens
         self._tokens_per_second = 0.0  # of the batches so far, the last ones counting most
-        self._thread = threading.Thread(target=self._run, name=f"fastbert-{name}", daemon=True)
-        self._thread.start()
+        self._worker.add(self)
 
     @property
     def alive(self) -> bool:
-        """Tells whether the thread runs, which no exception of a batch ends."""
-        return self._thread.is_alive()
+        """Tells whether the worker runs, which no exception of a batch ends."""
+        return self._worker.alive
 
     def reserve(self, n_tokens: int) -> Work:
         """Returns a work that has room for that many tokens, or for all there is room for at all.
@@ -72,9 +80,7 @@ class Batcher:
         with self._changed:
             if work.future.done():
                 return work.future
-            n_tokens = sum(item.n_tokens for item in items)
-            self.n_tokens += n_tokens - work.n_tokens
-            work.lane, work.items, work.n_tokens, work.results = lane, items, n_tokens, [None] * len(items)
+            self._fill(work, lane, items)
             if items and not self._closing:
                 self._lanes.setdefault(lane, deque()).append(work)
                 self._changed.notify()
@@ -84,12 +90,50 @@ class Batcher:
             work.future.set_exception(ApiError(503, "stopping", "the server is stopping"))
         return work.future
 
+    def _fill(self, work: Work, lane: Lane, items: list[Item]) -> None:
+        n_tokens = sum(item.n_tokens for item in items)
+        self.n_tokens += n_tokens - work.n_tokens
+        work.lane, work.items, work.n_tokens, work.results = lane, items, n_tokens, [None] * len(items)
+
+    def run_here(self, work: Work, lane: Lane, items: list[Item]) -> bool:
+        """Computes a reserved work in the calling thread, and tells whether it did; then its future is done.
+
+        It does where nothing else waits or runs, and where batches of that size have taken less than HERE_SECONDS: then
+        two changes of thread would take longer than what they leave free.
+        """
+        if self._compute_here is None or not items:
+            return False
+        seconds = self._seconds.get(_size(lane, sum(item.n_tokens for item in items)), math.inf)
+        if seconds > HERE_SECONDS or not self._worker.begin_here():
+            return False
+        try:
+            started = time.perf_counter()
+            results = self._try(self._compute_here, lane, items)
+            if results is None or work.future.done():
+                return False
+            with self._changed:
+                self._fill(work, lane, items)
+            self._finish([(work, i) for i in range(len(items))], results, time.perf_counter() - started)
+            return True
+        finally:
+            self._worker.end_here()
+
+    @property
+    def waits(self) -> bool:
+        """Tells whether there is a batch to compute."""
+        return bool(self._lanes)
+
+    def next_batch(self) -> Callable[[], None]:
+        """Returns what computes the next batch."""
+        return partial(self._run, *self._pick())
+
+    def stop(self) -> None:
+        """Takes no more work."""
+        self._closing = True
+
     def close(self, seconds: float = 60.0) -> None:
-        """Computes what is in the queue, and ends the thread."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(seconds)
+        """Computes what is in the queue, and ends the worker."""
+        self._worker.close(seconds)
 
     def _seconds_to_wait(self) -> int:
         seconds = self.n_tokens / self._tokens_per_second if self._tokens_per_second else 1.0
@@ -104,20 +148,23 @@ class Batcher:
                 if not waiting:
                     del self._lanes[work.lane]
 
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._lanes and not self._closing:
-                    self._changed.wait()
-                if not self._lanes:
-                    return
-                lane, picked = self._pick()
-            started, n_tokens = time.perf_counter(), sum(work.items[place].n_tokens for work, place in picked)
-            results = self._results(lane, [work.items[place] for work, place in picked])
-            rate = n_tokens / max(time.perf_counter() - started, 1e-6)
-            self._tokens_per_second += (rate - self._tokens_per_second) * (0.1 if self._tokens_per_second else 1.0)
-            self._on_batch(len(picked), n_tokens)
-            self._deliver(picked, results)
+    def _run(self, lane: Lane, picked: Picked) -> None:
+        started = time.perf_counter()
+        results = self._results(lane, [work.items[place] for work, place in picked])
+        self._finish(picked, results, time.perf_counter() - started)
+
+    def _finish(self, picked: Picked, results: list[Any], seconds: float) -> None:
+        """Hands the results of a batch over, and notes how long it took."""
+        n_tokens = sum(work.items[place].n_tokens for work, place in picked)
+        rate, size = n_tokens / max(seconds, 1e-6), _size(picked[0][0].lane, n_tokens)
+        self._tokens_per_second += (rate - self._tokens_per_second) * (0.1 if self._tokens_per_second else 1.0)
+        self._seconds[size] = self._seconds.get(size, seconds) * 0.8 + seconds * 0.2
+        self._on_batch(len(picked), n_tokens)
+        for (work, place), result in zip(picked, results, strict=True):
+            work.results[place] = result
+            work.n_finished += 1
+            if work.n_finished == len(work.items):
+                _resolve(work)
 
     def _pick(self) -> tuple[Lane, Picked]:
         """Takes the items of the next batch out of the queue."""
@@ -142,20 +189,23 @@ class Batcher:
 
     def _results(self, lane: Lane, items: list[Item]) -> list[Any]:
         """Returns a result or an exception for each item: one that cannot be computed fails alone."""
+        results = self._try(self._compute, lane, items)
+        assert results is not None
+        return results
+
+    def _try(self, compute: Callable[[Lane, list[Item]], list[Any] | None], lane: Lane, items: list[Item]) -> Any:
         try:
-            return self._compute(lane, items)
+            return compute(lane, items)
         except Exception as error:
             log_exception("batch failed", error, n_items=len(items))
             if len(items) == 1:
                 return [error]
         return [self._results(lane, [item])[0] for item in items]
 
-    def _deliver(self, picked: Picked, results: list[Any]) -> None:
-        for (work, place), result in zip(picked, results, strict=True):
-            work.results[place] = result
-            work.n_finished += 1
-            if work.n_finished == len(work.items):
-                _resolve(work)
+
+def _size(lane: Lane, n_tokens: int) -> tuple[str, int]:
+    """Returns what batches share that take about as long."""
+    return lane.task, n_tokens.bit_length()
 
 
 def _resolve(work: Work) -> None:

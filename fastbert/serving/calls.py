@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qs
 
-from starlette.requests import Request
+from starlette.types import Receive, Scope
 
-from fastbert.serving.errors import ApiError, invalid
+from fastbert.serving.errors import ApiError, ClientGone, invalid
 from fastbert.serving.interruption import Interruption
 from fastbert.serving.schemas import Fields
 from fastbert.serving.served import Served, ServedEncoder
@@ -18,18 +20,20 @@ from fastbert.serving.work import Lane
 UNWATCHED_SECONDS = 0.02  # until somebody looks whether the caller is still there: most answers take less
 
 
-class ClientGone(Exception):
-    """A ClientGone ends a call whose caller has closed the connection."""
-
-
 @dataclass
 class Call:
-    """A Call has the fields of a request, the model that answers, and what the log says of it."""
+    """A Call has the fields of a request, the model that answers, and what the log says of it.
 
-    request: Request
+    scope, receive: of ASGI. headers: the first of each name, in lower case. is_only: nobody else asks meanwhile.
+    """
+
+    scope: Scope
+    receive: Receive
     service: Service
     route: str
     id: str
+    headers: Mapping[bytes, bytes]
+    is_only: bool = False
     fields: Fields = field(default_factory=lambda: Fields({}))
     model: Served | None = None
     n_texts: int = 0
@@ -49,7 +53,9 @@ class Call:
         return self.model
 
     def _name(self) -> str | None:
-        return self.request.query_params.get("model") or self.request.headers.get("x-model") or None
+        query = self.scope.get("query_string")
+        names = parse_qs(query.decode("latin-1")).get("model") if query else None
+        return names[-1] if names else self.headers.get(b"x-model", b"").decode("latin-1") or None
 
     def lane(self, task: str, fields: Fields | None = None, **options: Any) -> Lane:
         """Returns the lane of a task, with the prompt that the fields name, or the model's default."""
@@ -74,12 +80,15 @@ class Call:
         with Interruption() as interrupt:
             interrupt.later(seconds, late)
             interrupt.watch(UNWATCHED_SECONDS, self._disconnected, ClientGone())
-            answer = await self.service.compute(self.model, lane, texts, truncate)
+            started = time.perf_counter()
+            answer = await self.service.compute(self.model, lane, texts, truncate, self.is_only)
+        if time.perf_counter() - started > seconds:  # what runs here does not see its time pass
+            raise late
         self.n_texts += len(texts)
         self.n_tokens += answer.tokens.n_tokens
         self.n_truncated += answer.tokens.n_truncated
         return answer
 
     async def _disconnected(self) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
+        while (await self.receive())["type"] != "http.disconnect":
             pass

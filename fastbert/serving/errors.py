@@ -40,6 +40,10 @@ class ApiError(Exception):
         return {**headers, "WWW-Authenticate": "Bearer"} if self.status == 401 else headers
 
 
+class ClientGone(Exception):
+    """A ClientGone ends a call whose caller has closed the connection."""
+
+
 def invalid(param: str, message: str) -> ApiError:
     """Returns the error of a field whose value cannot be taken."""
     return ApiError(400, "invalid_value", f"{param}: {message}", param=param)

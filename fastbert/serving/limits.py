@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from fastbert.serving.errors import ApiError, invalid
+from fastbert.serving.errors import ApiError, ClientGone, invalid
 from fastbert.serving.interruption import Interruption
 
 if TYPE_CHECKING:
-    from starlette.requests import Request
+    from starlette.types import Receive
 
 CHARACTERS = 16  # of a token, on average over a request, at most
 LARGE_BODY = 2**16  # bytes from which on a body is parsed in a thread, beside the event loop
@@ -55,30 +55,38 @@ class Limits:
             raise ApiError(413, "answer_too_large", message)
 
 
-async def read_json(request: Request, limits: Limits) -> dict[str, Any]:
-    """Returns the object in the body of a request. Raises ApiError for a body that is late, too large or no JSON."""
-    content_type = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
-    if content_type != "application/json":
+async def read_json(headers: Mapping[bytes, bytes], receive: Receive, limits: Limits) -> dict[str, Any]:
+    """Returns the object in the body of a request. Raises ApiError for a body that is late, too large or no JSON.
+
+    Raises ClientGone where the caller closes the connection. headers: by names in lower case.
+    """
+    content_type = headers.get(b"content-type", b"application/json").partition(b";")[0].strip().lower()
+    if content_type != b"application/json":
         raise ApiError(415, "unsupported_media_type", "Content-Type: expected application/json")
-    if request.headers.get("content-encoding", "identity").lower() != "identity":
+    if headers.get(b"content-encoding", b"identity").strip().lower() != b"identity":
         raise ApiError(415, "unsupported_media_type", "Content-Encoding: expected none")
-    length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length[:20]) > limits.body_bytes:
+    length = headers.get(b"content-length", b"")
+    if length.isdigit() and int(length[:20]) > limits.body_bytes:
         raise _too_large(limits)
     message = f"the body did not arrive within {limits.body_seconds:g} seconds"
     with Interruption() as interrupt:
         interrupt.later(limits.body_seconds, ApiError(408, "body_timeout", message))
-        data = await _read(request, limits)
+        data = await _read(receive, limits)
     return parse_object(data) if len(data) < LARGE_BODY else await asyncio.to_thread(parse_object, data)
 
 
-async def _read(request: Request, limits: Limits) -> bytes:
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk
-        if len(data) > limits.body_bytes:
+async def _read(receive: Receive, limits: Limits) -> bytes:
+    parts: list[bytes] = []
+    n_bytes, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        parts.append(message.get("body", b""))
+        more, n_bytes = message.get("more_body", False), n_bytes + len(parts[-1])
+        if n_bytes > limits.body_bytes:
             raise _too_large(limits)
-    return bytes(data)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _too_large(limits: Limits) -> ApiError:
@@ -95,7 +103,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 def _parse(data: bytes) -> Any:
     try:
-        return json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        return _DECODER.decode(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise ApiError(400, "invalid_utf8", f"the body is not UTF-8: byte {error.start}") from None
     except json.JSONDecodeError as error:
@@ -108,6 +116,9 @@ def _parse(data: bytes) -> Any:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(name)
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def type_name(value: Any) -> str:

@@ -15,7 +15,8 @@ class JsonLines(logging.Formatter):
     """A JsonLines makes a line of JSON of a record: time, level, event, and the fields of `extra={"fields": ...}`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        at = getattr(record, "at", record.created)  # of what is logged a moment later
+        time = datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {"time": time, "level": record.levelname.lower(), "event": record.getMessage()}
         line.update(getattr(record, "fields", {}))
         if record.exc_info and record.exc_info[0] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -21,9 +22,13 @@ class ModelMetrics(NamedTuple):
 
 
 class Metrics:
-    """The Metrics of one server, in a registry of their own, so that one process may have several servers."""
+    """The Metrics of one server, in a registry of their own, so that one process may have several servers.
 
-    def __init__(self) -> None:
+    complete: is called before they are read.
+    """
+
+    def __init__(self, complete: Callable[[], None] = lambda: None) -> None:
+        self._complete = complete
         self.registry = registry = CollectorRegistry()
         self.requests = Counter(
             "fastbert_requests", "Answered requests.", ("route", "model", "status"), registry=registry
@@ -56,4 +61,5 @@ class Metrics:
 
     def page(self) -> bytes:
         """Returns all figures in the text format of Prometheus."""
+        self._complete()
         return generate_latest(self.registry)

@@ -33,7 +33,7 @@ async def list_models(call: Call) -> Any:
 
 async def get_model(call: Call) -> Any:
     """Describes one model, as OpenAI does."""
-    return _model(call, call.service.named(call.request.path_params["name"]).name)
+    return _model(call, call.service.named(call.scope["path_params"]["name"]).name)
 
 
 def _model(call: Call, name: str) -> dict[str, Any]:

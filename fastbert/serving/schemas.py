@@ -93,6 +93,8 @@ def text_or_texts(name: str, value: Any, limits: Limits) -> tuple[list[str], boo
     """Returns the strings that came, and whether a single one came that is in no list."""
     if isinstance(value, str):
         return [text(name, value)], True
+    if not isinstance(value, list):
+        raise invalid(name, f"expected a string or an array, got {type_name(value)}")
     return texts(name, value, limits), False
 
 
@@ -110,7 +112,7 @@ def filled_list(name: str, value: Any, limits: Limits) -> list[Any]:
 
 def inputs(name: str, value: Any, limits: Limits, vocab_size: int) -> tuple[list[Any], bool]:
     """Returns texts, or rows of token ids, and whether a single one came: a string, or an array of ids."""
-    if isinstance(value, str):
+    if not isinstance(value, list):
         return text_or_texts(name, value, limits)
     items = value if _is_row(value) else filled_list(name, value, limits)
     if _is_row(items):
@@ -138,8 +140,8 @@ def _row(name: str, value: Any, vocab_size: int, limits: Limits) -> list[int]:
 
 def sequences(name: str, value: Any, limits: Limits) -> tuple[list[str], bool]:
     """Returns texts and pairs, and whether a single one came: "a", ["a", "b"] or [["a"], ["a", "b"], ...]."""
-    if isinstance(value, str):
-        return [text(name, value)], True
+    if not isinstance(value, list):
+        return text_or_texts(name, value, limits)
     items = filled_list(name, value, limits)
     if not isinstance(items[0], list):
         return [_sequence(name, items)], True

@@ -112,8 +112,19 @@ class Served:
         """Returns a result for each item; a NotFinite for one that has NaN or infinity."""
         self.n_threads = torch.get_num_threads()
         with _turn(self.bert.device):
-            results = self._compute(lane, items)
-        return [result if _is_finite(result) else NotFinite() for result in results]
+            return _checked(self._compute(lane, items))
+
+    def compute_here(self, lane: Lane, items: list[Item]) -> list[Any] | None:
+        """Returns what `compute` does, or None where it would wait for another model, or compute by several threads.
+
+        Threads that compute belong to the one that calls them: a second group would be in the way of the first.
+        """
+        if self.bert.device.type != "cpu" or torch.get_num_threads() > 1 or not _CPU.acquire(blocking=False):
+            return None
+        try:
+            return _checked(self._compute(lane, items))
+        finally:
+            _CPU.release()
 
     def _compute(self, lane: Lane, items: list[Item]) -> list[Any]:
         raise NotImplementedError
@@ -241,6 +252,10 @@ def _turn(device: torch.device) -> AbstractContextManager[Any]:
 
 def _numpy(tensor: Tensor) -> np.ndarray:
     return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype).cpu().numpy()
+
+
+def _checked(results: list[Any]) -> list[Any]:
+    return [result if _is_finite(result) else NotFinite() for result in results]
 
 
 def _is_finite(result: Any) -> bool:

@@ -30,7 +30,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(service, self.stop), host=host, port=port, log_config=None, access_log=False, lifespan="on",
-                backlog=BACKLOG, timeout_graceful_shutdown=int(seconds) + 5, server_header=False,
+                backlog=BACKLOG, proxy_headers=False, timeout_graceful_shutdown=int(seconds) + 5, server_header=False,
             )
         )  # fmt: skip
         self.service, self.drain_seconds = service, drain_seconds
@@ -72,11 +72,14 @@ class Server(uvicorn.Server):
 
 
 def run(service: Service, host: str, port: int, drain_seconds: float = 0.0) -> None:
-    """Serves until SIGTERM or SIGINT. Raises what the loading of a model raised, and OSError for a taken port."""
+    """Serves until SIGTERM or SIGINT. Raises what the loading of a model raised.
+
+    Raises OSError for an address that cannot be had, before a model is loaded.
+    """
     server = Server(service, host, port, drain_seconds)
     try:
-        server.run()
-    except SystemExit as error:  # uvicorn's way to say that it cannot listen
+        server.run([server.config.bind_socket()])
+    except (SystemExit, OverflowError) as error:  # uvicorn's and Python's ways to say that it cannot listen
         raise OSError(f"cannot listen on {host}:{port}") from error
     if service.error is not None:
         raise service.error

@@ -6,24 +6,31 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+import torch
 
 from fastbert.diagnostics.warmup import warmup
 from fastbert.serving.auth import Keys
 from fastbert.serving.batcher import Batcher
 from fastbert.serving.errors import ApiError
+from fastbert.serving.later import Later
 from fastbert.serving.limits import Limits
 from fastbert.serving.metrics import Metrics, ModelMetrics
 from fastbert.serving.served import NotFinite, Served, Tokens, n_characters, serve_model
 from fastbert.serving.work import Lane
+from fastbert.serving.worker import Worker
 
 logger = logging.getLogger("fastbert.serving")
 
 TOKENIZERS = 2  # threads that tokenize, while a batch is computed
 # Texts and characters of a request that take less time to tokenize than a thread does to begin.
 FEW_TEXTS, FEW_CHARACTERS = 8, 1000
+ALONE_SECONDS = 0.1  # in which no other connection has asked, where a caller is the only one
 _TEXT = "One text."
 
 
@@ -52,18 +59,25 @@ class Answer:
 class Service:
     """A Service is "starting" until its models are loaded and warm, then "ready", and "draining" before it stops.
 
-    loaders: by the name of a model, what loads it. A state of "failed" has its reason in `error`.
+    loaders: by the name of a model, what loads it. A state of "failed" has its reason in `error`. later: what is
+    counted and logged when an answer has been sent. in_flight: requests without an answer.
     """
 
     def __init__(self, loaders: Mapping[str, Callable[[], Any]], settings: Settings | None = None) -> None:
         self.loaders, self.settings = dict(loaders), settings or Settings()
-        self.metrics = Metrics()
+        self.later = Later()
+        self.metrics = Metrics(self.later.now)
+        self.in_flight = 0
+        self.metrics.in_flight.set_function(lambda: self.in_flight)
+        self._last_caller: tuple[Any, float] = (None, -ALONE_SECONDS)
+        self._others_at = -ALONE_SECONDS
         self.metrics_of: dict[str, ModelMetrics] = {}
         self.models: dict[str, Served] = {}
         self.batchers: dict[str, Batcher] = {}
         self.state, self.error = "starting", None
         self.started = int(time.time())
         self._pool = ThreadPoolExecutor(TOKENIZERS, "fastbert-tokenizer")
+        self._workers = [Worker("fastbert-cpu")]  # and one for each model on another device
 
     error: BaseException | None
 
@@ -71,7 +85,7 @@ class Service:
         """Loads and warms up all models; afterwards the service is ready, or failed."""
         try:
             for name, load in self.loaders.items():
-                self._add(serve_model(name, load()))
+                self._workers[0].call(partial(self._add, name, load))
         except BaseException as error:
             self.state, self.error = "failed", error
             raise
@@ -80,19 +94,25 @@ class Service:
             self.metrics.ready.set(1)
         logger.info("ready", extra={"fields": {"models": list(self.models)}})
 
-    def _add(self, model: Served) -> None:
-        started, name = time.perf_counter(), model.name
+    def _add(self, name: str, load: Callable[[], Any]) -> None:
+        torch.get_num_threads()  # which gives OpenMP this number of threads in this thread
+        model = serve_model(name, load())
+        started = time.perf_counter()
         metrics = self.metrics_of[name] = self.metrics.of(name)
 
         def count(n_items: int, n_tokens: int) -> None:
-            metrics.batch_texts.inc(n_items)
-            metrics.batch_tokens.observe(n_tokens)
+            self.later.add(metrics.batch_texts.inc, n_items)
+            self.later.add(metrics.batch_tokens.observe, n_tokens)
 
         warmup(model.model if model.kind == "embedding" else model.model.model)
         for task in sorted(model.tasks):
             lane = Lane(task)
             model.compute(lane, model.encode(lane, [_TEXT]).items)
-        batcher = Batcher(model.compute, model.token_budget, self.settings.limits.queue_tokens, count, name)
+        if model.bert.device.type != "cpu":
+            self._workers.append(Worker(f"fastbert-{name}"))
+        worker = self._workers[-1 if model.bert.device.type != "cpu" else 0]
+        capacity = self.settings.limits.queue_tokens
+        batcher = Batcher(model.compute, model.token_budget, capacity, count, model.compute_here, worker)
         self.metrics.queue.labels(name).set_function(lambda: batcher.n_tokens)
         self.models[name], self.batchers[name] = model, batcher
         seconds = round(time.perf_counter() - started, 3)
@@ -106,14 +126,15 @@ class Service:
     def close(self) -> None:
         """Computes what waits, and ends all threads."""
         self.drain()
-        for batcher in self.batchers.values():
-            batcher.close(self.settings.limits.seconds)
+        for worker in self._workers:
+            worker.close(self.settings.limits.seconds)
         self._pool.shutdown(cancel_futures=True)
+        self.later.now()
 
     @property
     def alive(self) -> bool:
         """Tells whether the models can compute, or are still being loaded."""
-        return self.state != "failed" and all(batcher.alive for batcher in self.batchers.values())
+        return self.state != "failed" and all(worker.alive for worker in self._workers)
 
     def check_serving(self) -> None:
         """Raises ApiError 503 before the models are there."""
@@ -139,11 +160,26 @@ class Service:
         wanted = " or ".join(sorted(tasks))
         raise ApiError(424, "unsupported_task", f"no model that was asked for does this: {wanted}", param="model")
 
-    async def compute(self, model: Served, lane: Lane, texts: list[Any], truncate: bool | None) -> Answer:
+    def is_only_caller(self, address: Any) -> bool:
+        """Tells whether no other connection than that of this request has asked in the last ALONE_SECONDS.
+
+        Of one connection there is one request at a time: then nobody waits while it is computed.
+        """
+        now = time.perf_counter()
+        last, at = self._last_caller
+        self._last_caller = address, now
+        if last != address and now - at < ALONE_SECONDS:
+            self._others_at = now
+        return now - self._others_at > ALONE_SECONDS
+
+    async def compute(
+        self, model: Served, lane: Lane, texts: list[Any], truncate: bool | None, is_only: bool = False
+    ) -> Answer:
         """Returns the results of texts. Whoever cancels this takes them out of the queue.
 
-        truncate: whether longer texts are cut, None for the settings' choice. Raises ApiError: 429 for a full queue,
-        413 for longer texts that must not be cut and for too many tokens, and 500 where a text cannot be computed.
+        truncate: whether longer texts are cut, None for the settings' choice. is_only: no other request is there or
+        expected, so that this one may hold the event loop for a moment. Raises ApiError: 429 for a full queue, 413 for
+        longer texts that must not be cut and for too many tokens, and 500 where a text cannot be computed.
         """
         batcher, limits = self.batchers[model.name], self.settings.limits
         if model.limit is None:
@@ -164,7 +200,9 @@ class Service:
                 message = f"the request has {tokens.n_tokens} tokens, expected at most {limits.tokens}"
                 raise ApiError(413, "too_many_tokens", message)
             limits.check_numbers(tokens.n_tokens * model.bert.config.hidden_size if lane.task == "embed_all" else 0)
-            results = await asyncio.wrap_future(batcher.submit(work, lane, tokens.items))
+            if not (is_only and self.in_flight == 1 and batcher.run_here(work, lane, tokens.items)):
+                await _done(batcher.submit(work, lane, tokens.items))
+            results = work.future.result()
         finally:
             work.future.cancel()  # no effect on one that is done
         for result in results:
@@ -172,15 +210,35 @@ class Service:
                 raise _failure(result)
         if lane.task == "sparse":
             limits.check_numbers(sum(len(weights) for _, weights in results))
-        metrics = self.metrics_of[model.name]
-        metrics.texts.inc(len(texts))
-        metrics.tokens.inc(tokens.n_tokens)
-        metrics.truncated.inc(tokens.n_truncated)
+        self.later.add(self._count, model.name, len(texts), tokens.n_tokens, tokens.n_truncated)
         return Answer(results, tokens)
+
+    def _count(self, name: str, n_texts: int, n_tokens: int, n_truncated: int) -> None:
+        metrics = self.metrics_of[name]
+        metrics.texts.inc(n_texts)
+        metrics.tokens.inc(n_tokens)
+        metrics.truncated.inc(n_truncated)
 
     async def in_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs a function beside the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+
+async def _done(future: Future[Any]) -> None:
+    """Waits until a future of another thread is done, by one call of this thread's event loop."""
+    loop, waiter = asyncio.get_running_loop(), asyncio.Future[None]()
+
+    def wake(_: Future[Any]) -> None:
+        with suppress(RuntimeError):  # the loop has ended, and with it whoever waits
+            loop.call_soon_threadsafe(_set, waiter)
+
+    future.add_done_callback(wake)
+    await waiter
+
+
+def _set(waiter: asyncio.Future[None]) -> None:
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def _failure(error: Exception) -> ApiError:

@@ -66,7 +66,7 @@ HELP: dict[str, dict[str, tuple[str, str]]] = {
         "schedule": ("", "linear: warm-up, then down to 0; trapezoid: warm-up, constant, down to 0 at the end"),
         "warmup": ("N", "updates, or below 1 a share of all"),
         "decay": ("N", "updates at the end of a trapezoid, or below 1 a share of all"),
-        "precision": ("", "of products; weights and sums are fp32. auto: bf16 where the device has it"),
+        "precision": ("", "of products; weights and sums are fp32. auto: bf16 where it is faster"),
     },
     "on the way": {
         "evaluate_every": ("STEPS", "between evaluations (default: a twentieth of all)"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from fastbert.engine.cpu_encoder import multiplies_bfloat16
+from fastbert.engine import cpu_encoder
 
 
 def takes_bf16(precision: str, device: torch.device) -> bool:
-    """Tells whether products are in bfloat16: where that is asked for, or by itself where the device has it."""
+    """Tells whether products are in bfloat16: where that is asked for, or where the device is faster at it."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and multiplies_bfloat16()
+    return device.type == "cpu" and cpu_encoder.bfloat16_obstacle() is None

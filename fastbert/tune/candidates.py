@@ -42,14 +42,20 @@ _PERSISTENT_TILES_8BIT = (
 )  # fmt: skip
 _APART_TILES_8BIT = ((64, 128, 128, 4, 3, 2),)
 _SPECIALIZED_TILES_8BIT = ((128, 128, 128, 4, 4), (128, 128, 128, 4, 3))
+# With a gate, a tile has two sums of 128 columns. More than 64 rows leave 8 warps that take pointers no registers, and
+# fewer are not multiplied in 8 bits on sm_90 and sm_100.
+_GATED_TILES = (
+    (64, 128, 128, 8, 3), (64, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 128, 128, 8, 2), (64, 128, 64, 8, 2),
+)  # fmt: skip
+_GATED_PERSISTENT_TILES = ((128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (64, 128, 128, 8, 3))
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A kernel and its tile.
 
-    kernel: a name in GEMMS, QUANTIZED_GEMMS or FEW_ROWS of fastbert_kernels.tables, or "attention". tile: empty for
-    cuBLAS.
+    kernel: a name in GEMMS, QUANTIZED_GEMMS, QUANTIZED_GATED_GEMMS or FEW_ROWS of fastbert_kernels.tables, or
+    "attention". tile: empty for cuBLAS.
     """
 
     kernel: str
@@ -154,6 +160,26 @@ def quantized_candidates(
     )
 
 
+def quantized_gated_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int]) -> Iterator[Candidate]:
+    """The candidates of an 8-bit product with a gate, for the kernel on pointers first: the tiles of now, then others.
+
+    shape: (K, I).
+    """
+    from fastbert_kernels import quantized_configs
+
+    pointer = quantized_configs.quantized_gated_config(dtype, arch, shape).block_sizes
+    descriptors = quantized_configs.quantized_gated_persistent_config(dtype, arch, shape)
+    kinds = [("quantized_gated_linear", sizes) for sizes in (pointer, *map(_gemm_tile, _GATED_TILES))]
+    if descriptors is not None:
+        tiles = descriptors.block_sizes, *map(_gemm_tile, _GATED_PERSISTENT_TILES)
+        kinds += [("quantized_gated_linear_persistent", sizes) for sizes in tiles]
+    yield from dict.fromkeys(
+        _candidate(kernel, sizes)
+        for kernel, sizes in kinds
+        if _fits(sizes, dtype, arch, staged_outputs=int(kernel.endswith("persistent")), n_weights=2)
+    )
+
+
 def _gemm_tile(tile: tuple[int, int, int, int, int]) -> dict[str, int]:
     names = ("BLOCK_ROWS", "BLOCK_COLS", "BLOCK_K", "num_warps", "num_stages")
     return {**dict(zip(names, tile, strict=True)), "GROUP_ROWS": 8}
@@ -210,13 +236,19 @@ def _shared_memory(arch: int) -> int:
 
 
 def _fits(
-    sizes: dict[str, int], dtype: torch.dtype, arch: int, staged_outputs: int = 0, staged_cols: int | None = None
+    sizes: dict[str, int],
+    dtype: torch.dtype,
+    arch: int,
+    staged_outputs: int = 0,
+    staged_cols: int | None = None,
+    n_weights: int = 1,
 ) -> bool:
     """True if the operands of all stages fit into shared memory, and the tiles of output that are staged there.
 
     staged_outputs: elements of dtype that an element of the output takes there. staged_cols: columns at most.
+    n_weights: the blocks of weights that a step multiplies.
     """
     rows, cols = sizes["BLOCK_ROWS"], sizes["BLOCK_COLS"]
     staged = staged_outputs * rows * min(cols, staged_cols or cols)
-    elements = sizes["num_stages"] * (rows + cols) * sizes["BLOCK_K"] + staged
+    elements = sizes["num_stages"] * (rows + n_weights * cols) * sizes["BLOCK_K"] + staged
     return elements * dtype.itemsize <= _shared_memory(arch)

@@ -5,13 +5,16 @@ K and M are the sizes of a weight, (M, K); D is the head size.
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fastbert.checkpoint.config import BertConfig
-from fastbert.engine.block import product_shapes
+from fastbert.engine.block import Block
+from fastbert.models.registry import encoder_class
 from fastbert.ops import quantized
 from fastbert.tune.candidates import (
     Candidate,
@@ -19,6 +22,7 @@ from fastbert.tune.candidates import (
     few_rows_candidates,
     gemm_candidates,
     quantized_candidates,
+    quantized_gated_candidates,
 )
 
 # Sizes of all-MiniLM-L6-v2 and of BERT-base and -large: what is tuned where no model is named.
@@ -27,16 +31,18 @@ TOKENS = (256, 2048, 16384)
 # The products of a layer: what the terminal calls them, and what follows each in 16 and 32 bits.
 TITLES = {"qkv": "QKV", "out": "attention output", "up": "up", "down": "down"}
 EPILOGUES = {"qkv": "none", "out": "residual", "up": "gelu", "down": "residual"}
+GATED = "gated"  # The epilogue of an 8-bit product with its gate.
 
 
 @dataclass(frozen=True)
 class Job:
     """One entry of a table to be.
 
-    op: "gemm", "few_rows", "quantized_gemm" or "attention". key: the entry's. title: what people read. sizes: (K, M) of
-    a GEMM, (number of heads, D) of attention. epilogue: of a GEMM, "none", "gelu" or "residual"; "gelu" of a quantised
-    one quantises the result. group: columns of a quantised operand that share a scale, None where a row has one.
-    tokens: the numbers of tokens at which it is timed, where the entry is for these alone.
+    op: "gemm", "few_rows", "quantized_gemm", "quantized_gated_gemm" or "attention". key: the entry's. title: what
+    people read. sizes: (K, M) of a GEMM, (K, I) of one with a gate, (number of heads, D) of attention. epilogue: of a
+    GEMM, "none", "gelu" or "residual"; "gelu" of a quantised one quantises the result, as "gated" does. group: columns
+    of a quantised operand that share a scale, None where a row has one. tokens: the numbers of tokens at which it is
+    timed, where the entry is for these alone.
     """
 
     op: str
@@ -83,12 +89,40 @@ def jobs_of(
     return list(jobs.values())
 
 
+def _products(config: BertConfig) -> Iterator[tuple[str, tuple[int, int], str]]:
+    """Each product of a layer by name, the shape (M, K) of its weight, and its epilogue in 16 and 32 bits.
+
+    Of a product with a gate the weight has both, one above the other, and another kernel applies the gate.
+    """
+    block = _first_block(config)
+    for product, linears in block.products().items():
+        shape = sum(linear.weight.shape[0] for linear in linears), linears[0].weight.shape[1]
+        epilogue = EPILOGUES[product]
+        if epilogue == "gelu" and block.gate is not None:
+            epilogue = "none"
+        elsewhere = block.pre_norm or block.rotary is not None or (product == "down" and block.second_norm is not None)
+        if epilogue == "residual" and elsewhere:  # the residual is added by another kernel
+            epilogue = "none"
+        yield product, shape, epilogue
+
+
+@functools.cache
+def _blocks_of(settings: str) -> Block:
+    """The first layer of a model with these settings, whose tensors have no numbers."""
+    config = BertConfig.from_dict(json.loads(settings))
+    with torch.device("meta"):
+        return next(iter(encoder_class(config)(config).blocks()))
+
+
+def _first_block(config: BertConfig) -> Block:
+    return _blocks_of(json.dumps(config.to_dict(), sort_keys=True))
+
+
 def _gemm_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
     """The four linears of a layer in 16 or 32 bits."""
     from fastbert_kernels import configs
 
-    for product, (m, k) in product_shapes(config.hidden_size, config.intermediate_size).items():
-        epilogue = EPILOGUES[product]
+    for product, (m, k), epilogue in _products(config):
         key = configs.gemm_key(dtype, (k, m), epilogue)
         candidates = tuple(gemm_candidates(dtype, arch, (k, m), epilogue))
         yield Job("gemm", key, f"{name} {TITLES[product]}", dtype, (k, m), epilogue, candidates)
@@ -100,8 +134,7 @@ def _few_rows_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int)
 
     if dtype == torch.float32:
         return
-    for product, (m, k) in product_shapes(config.hidden_size, config.intermediate_size).items():
-        epilogue = EPILOGUES[product]
+    for product, (m, k), epilogue in _products(config):
         candidates = tuple(few_rows_candidates(dtype, arch, (k, m), epilogue))
         for bucket in few_rows.BUCKETS if epilogue != "none" else ():
             key, title = few_rows.key_of(dtype, (k, m), epilogue, bucket), f"{name} {TITLES[product]}, {bucket} tokens"
@@ -125,7 +158,13 @@ def _quantized_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int
 
     # Columns that share a scale: of a head in the attention's output, of a group that "up" wrote; else those of a row.
     groups: dict[str, int] = {"out": config.head_size, "down": quantized.OUT_GROUP}
-    for product, (m, k) in product_shapes(config.hidden_size, config.intermediate_size).items():
+    for product, (m, k), epilogue in _products(config):
+        if product == "up" and epilogue == "none":
+            sizes = k, m // 2
+            key = quantized_configs.quantized_gated_key(dtype, sizes)
+            candidates = tuple(quantized_gated_candidates(dtype, arch, sizes))
+            yield Job("quantized_gated_gemm", key, f"{name} up and gate", dtype, sizes, GATED, candidates)
+            continue
         group = groups.get(product)
         if group is not None and group >= k:
             group = None

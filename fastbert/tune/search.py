@@ -57,7 +57,8 @@ class Outcome:
         lines = [f"{self.job.title}, {self.job.op} {self.job.key}"]
         best = self.best()
         firsts = (("cublas",), (*OURS, "split_linear", "attention"), ("quantized_linear",),
-                  ("quantized_linear_persistent", "quantized_linear_specialized"))  # fmt: skip
+                  ("quantized_linear_persistent", "quantized_linear_specialized"), ("quantized_gated_linear",),
+                  ("quantized_gated_linear_persistent",))  # fmt: skip
         for candidate in filter(None, (self.best(*kernels) for kernels in firsts)):
             times = " ".join(f"{1e6 * seconds:.1f}" for seconds in self.seconds[candidate])
             lines.append(f"  {'*' if candidate == best else ' '} {times} us  {candidate}")
@@ -148,7 +149,8 @@ def table_of(
         "date": date or datetime.date.today().isoformat(),
         "source": f"{made_by}, geometric mean over {', '.join(map(str, tokens))} tokens",
     }
-    for op in (*OURS, "gemm", "few_rows", *tables.QUANTIZED_GEMMS, "quantized_gemm", "attention"):
+    quantized = {"quantized_gemm": tables.QUANTIZED_GEMMS, "quantized_gated_gemm": tables.QUANTIZED_GATED_GEMMS}
+    for op in (*OURS, "gemm", "few_rows", *quantized, *sum(quantized.values(), ()), "attention"):
         table[op] = dict((before or {}).get(op, {}))
     for outcome in outcomes:
         key, best = outcome.job.key, outcome.best()
@@ -162,12 +164,13 @@ def table_of(
             chosen = best if outcome.job.epilogue == "residual" else outcome.best("linear") or best
             table["few_rows"][key] = {"kernel": chosen.kernel, **chosen.sizes}
             continue
-        if outcome.job.op == "quantized_gemm":
-            for op in tables.QUANTIZED_GEMMS:
+        if outcome.job.op in quantized:
+            kernels = quantized[outcome.job.op]
+            for op in kernels:
                 table[op].pop(key, None)
             table[best.kernel][key] = best.sizes
-            times = _microseconds(outcome, (outcome.best(kernel) for kernel in tables.QUANTIZED_GEMMS))
-            table["quantized_gemm"][key] = {"kernel": best.kernel, "microseconds": times}
+            times = _microseconds(outcome, (outcome.best(kernel) for kernel in kernels))
+            table[outcome.job.op][key] = {"kernel": best.kernel, "microseconds": times}
             continue
         ours = outcome.best(*OURS)
         entry: dict[str, Any] = {"kernel": best.kernel}

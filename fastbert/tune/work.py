@@ -20,6 +20,7 @@ from fastbert.tune.jobs import Job
 # Lengths of the sequences in which attention is timed, over and over up to the number of tokens.
 LENGTHS = (20, 512, 60, 128, 300)
 EPS = 1e-12
+QUANTIZED = "quantized_gemm", "quantized_gated_gemm"
 
 Call = Callable[[], Tensor]
 
@@ -30,8 +31,9 @@ class Work:
     def __init__(self, job: Job, n_tokens: int, device: torch.device, seed: int = 0) -> None:
         self.job, self.n_tokens, self.device = job, n_tokens, device
         self.generator = torch.Generator().manual_seed(seed)
-        if job.op == "quantized_gemm":
+        if job.op in QUANTIZED:
             k, m = job.sizes
+            m = 2 * m if job.op == "quantized_gated_gemm" else m
             precision = "int8" if job.dtype == torch.int8 else "fp8"
             self.x = self._random(n_tokens, k)
             self.weight, self.bias = self._random(m, k, scale=k**-0.5), self._random(m)
@@ -59,6 +61,8 @@ class Work:
             return self._attention(candidate)
         if self.job.op == "quantized_gemm":
             return self._quantized(candidate)
+        if self.job.op == "quantized_gated_gemm":
+            return self._gated(candidate)
         return self._cublas() if candidate.kernel == "cublas" else self._ours(candidate)
 
     def _cublas(self) -> Call:
@@ -125,10 +129,33 @@ class Work:
 
         return run
 
+    def _gated(self, candidate: Candidate) -> Call:
+        from fastbert_kernels import launch
+        from fastbert_kernels.quantized_gated_linear import quantized_gated_linear_pointer_forward
+        from fastbert_kernels.quantized_gated_linear_persistent import quantized_gated_linear_persistent_forward
+        from fastbert_kernels.quantized_linear import sums_outside
+
+        forward: Any = {
+            "quantized_gated_linear": quantized_gated_linear_pointer_forward,
+            "quantized_gated_linear_persistent": quantized_gated_linear_persistent_forward,
+        }[candidate.kernel]
+        x, weight = self.q_x, self.q_weight
+        inputs = x.data, x.scale, weight.data, weight.scale.flatten(), self.bias, "gelu", candidate.sizes
+        n_rows, n_cols = x.data.shape[0], self.job.sizes[1]
+        outside = sums_outside(x.data.dtype, launch.arch(self.device))
+
+        def run() -> Tensor:
+            out = x.data.new_empty(n_rows, n_cols)
+            self.out_scale = x.scale.new_empty(n_rows, -(-n_cols // quantized.OUT_GROUP))
+            forward(*inputs, out, self.out_scale, outside)
+            return out
+
+        return run
+
     def result(self, candidate: Candidate) -> Tensor:
         """The result of the candidate; an 8-bit one dequantised."""
         out = self.call(candidate)()
-        if self.job.op != "quantized_gemm" or self.out_scale is None:
+        if self.job.op not in QUANTIZED or self.out_scale is None:
             return out
         return quantized.dequantize(quantized.Quantized(out, self.out_scale, min(quantized.OUT_GROUP, out.shape[1])))
 
@@ -146,20 +173,23 @@ class Work:
 
     def eager(self) -> Tensor:
         """Plain PyTorch in the same dtype, whose error bounds that of every candidate."""
-        if self.job.op == "quantized_gemm":
+        if self.job.op in QUANTIZED:
             y = self._plain_quantized(torch.float32)
-            if self.job.epilogue == "gelu":
+            if self.job.epilogue in ("gelu", "gated"):
                 return quantized.dequantize(quantized.quantize(y, self.q_x.precision, quantized.OUT_GROUP))
             return y.to(self.job.out_dtype)
         return self._plain(self.job.dtype)
 
     def exact(self) -> Tensor:
         """The right result, in float64; of 8-bit operands, one that is not quantised."""
-        return self._plain_quantized(torch.float64) if self.job.op == "quantized_gemm" else self._plain(torch.float64)
+        return self._plain_quantized(torch.float64) if self.job.op in QUANTIZED else self._plain(torch.float64)
 
     def _plain_quantized(self, dtype: torch.dtype) -> Tensor:
         x, weight = (quantized.dequantize(q).to(dtype) for q in (self.q_x, self.q_weight))
         y = F.linear(x, weight, self.bias.to(dtype))
+        if self.job.epilogue == "gated":
+            first, second = y.chunk(2, 1)
+            return F.gelu(first) * second
         return F.gelu(y) if self.job.epilogue == "gelu" else y
 
     def _plain(self, dtype: torch.dtype) -> Tensor:

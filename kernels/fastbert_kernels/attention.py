@@ -355,13 +355,24 @@ def varlen_attention_forward(
         short = configs.short_attention_config(qkv.dtype, head_size, launch.arch(qkv.device))
         assert short is not None, "this tile has no smaller one for short sequences"
         lists.append((short_list, short.block_sizes, True))
+    inference = n_rows > 1 and quantized is dropout is lse is bias is window is None
+    precision = launch.dot_precision(qkv.dtype)
     # Grid: every head for every tile of a work list, as many at a time as a grid's second dimension holds.
     for (tiles, row_spans), block_sizes, one_block in lists:
         for part in tiles.split(MAX_TILES) if tiles.shape[0] > MAX_TILES else (tiles,):
-            launch.run(
+            grid, facts = (num_heads, part.shape[0]), None
+            if inference and (dtypes := launch.alike(qkv, out, part, row_spans)):
+                q, step = qkv.data_ptr(), hidden_size * qkv.element_size()
+                facts = dtypes, hidden_size, num_heads, scale, one_block, precision
+                head = qkv, q + step, q + 2 * step, out, None, None, part, row_spans  # the addresses of the views below
+                if launch.again(_varlen_attention_kernel, grid, block_sizes, facts, *head):
+                    continue
+            launch.run_first(
                 _varlen_attention_kernel,
-                (num_heads, part.shape[0]),
+                grid,
                 block_sizes,
+                facts,
+                8,
                 q_ptr=qkv,
                 k_ptr=qkv[:, hidden_size:],
                 v_ptr=qkv[:, 2 * hidden_size :],
@@ -383,6 +394,6 @@ def varlen_attention_forward(
                 QUANTIZE=quantized is not None,
                 INT8=out.dtype == torch.int8,
                 ONE_BLOCK=one_block,
-                INPUT_PRECISION=launch.dot_precision(qkv.dtype),
+                INPUT_PRECISION=precision,
             )
     return out

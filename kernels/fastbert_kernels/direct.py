@@ -6,6 +6,9 @@ its knobs, and calls launch hooks that nobody has set. `Direct` describes argume
 that description and the options. The first launch of each kind goes through Triton, which compiles it; `remember` keeps
 what Triton compiled.
 
+A launcher that says what its arguments follow from has them described once: `repeat` launches a kernel with the tensors
+of now and all else as it was, where dtypes, sizes and the config are what they were (`launch.again`).
+
 Every launch goes through Triton while somebody debugs, instruments or inspects (`Direct.watched`), and in a Triton that
 works otherwise (`direct`). Launch hooks are called as Triton calls them.
 
@@ -15,8 +18,9 @@ Source: `JITFunction.run` and `create_function_from_signature` of Triton 3.6 to 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton import knobs
 from triton.runtime import driver
@@ -28,12 +32,21 @@ _FIRST, _LAST = (3, 6), (3, 9)  # The versions of Triton whose launches were rea
 Reader = Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
 
 
+class _Repeat(NamedTuple):
+    """A `_Repeat` is a launch without the arguments that differ."""
+
+    config: dict[str, int]
+    compiled: Any  # a value of `Direct.compiled`
+    rest: tuple[Any, ...]
+
+
 class Direct:
     """The compiled kernels of one function, by a description of the arguments. Threads may share it."""
 
     def __init__(self, kernel: Any, read: Reader) -> None:
         self.kernel, self.read = kernel, read
         self.compiled: dict[tuple[Any, ...], Any] = {}
+        self.repeats: dict[tuple[Any, ...], _Repeat] = {}
 
     def watched(self) -> bool:
         """Says whether a launch must go through Triton, because somebody looks at it or changes it there."""
@@ -66,6 +79,35 @@ class Direct:
         x, y, z = (*grid, 1, 1)[:3]
         run(x, y, z, stream, function, metadata, told, enter, leave, *values)
         return None
+
+    def repeat(self, facts: Any, config: dict[str, int], grid: tuple[int, ...], first: torch.Tensor, head: Any) -> bool:
+        """Launches the kernel as it was launched when `keep` got these facts, with other first arguments, if it was.
+
+        first: a tensor on the device of all.
+        """
+        active, runtime = driver.active, knobs.runtime
+        device = active.get_current_device()
+        known = self.repeats.get((device, facts))
+        if known is None or (known.config is not config and known.config != config) or self.watched():
+            return False
+        enter, leave, index = runtime.launch_enter_hook, runtime.launch_exit_hook, first.get_device()
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or (index >= 0 and index != device):
+            return False
+        x, y, z = (*grid, 1, 1)[:3]
+        run, function, metadata, _ = known.compiled
+        run(x, y, z, active.get_current_stream(device), function, metadata, None, None, None, *head, *known.rest)
+        return True
+
+    def keep(self, facts: Any, config: dict[str, int], n_head: int, arguments: dict[str, Any]) -> None:
+        """Keeps what `repeat` needs of a launch that was made. n_head: how many arguments come first, and differ."""
+        device = driver.active.get_current_device()
+        key, values = self.read(device, **arguments, **config)
+        known, rest = self.compiled.get(key), values[n_head:]
+        if known is None or any(hasattr(value, "data_ptr") for value in rest):
+            return
+        if len(self.repeats) >= LIMIT:
+            self.repeats.clear()
+        self.repeats[device, facts] = _Repeat(config, known, rest)
 
     def remember(self, key: tuple[Any, ...], compiled: Any) -> None:
         """Keeps the kernel that Triton has just launched under a key that `launch_again` gave."""

@@ -6,7 +6,8 @@ q, k, v, out: (T, N, D), fp32 / bf16 / fp16, D from 16 to 128. pk, pq: (2R, N, D
 each distance in columns a row of pk and pq: `rows_of`, (2M + 1,) int32, of the distances from -M to M.
 
 First a product of each head gives q . pk and k . pq, (T, N, W) each, of the W rows that distances in the longest text
-need. Then attention reads, for each pair of a tile, one number of the query's row and one of the key's. For one query
+need. A CUDA graph has room for those of the longest text that may come, and multiplies those that the batch needs by
+blocks. Then attention reads, for each pair of a tile, one number of the query's row and one of the key's. For one query
 the numbers of neighbouring keys are neighbours, and the other way round, so that they come from the L1 cache.
 FLOPs: 4 * N * D * sum_b len_b^2 + 4 * T * N * W * D. Bytes moved at least: 4 * T * N * D + 4 * T * N * W elements.
 
@@ -39,6 +40,7 @@ def _product_kernel(
     x_ptr,  # (T, N, D)
     y_ptr,  # (2R, N, D)
     out_ptr,  # (T, N, W)
+    needed_ptr,  # (2,) int32, or None
     n_tokens,
     low,
     n_rows,  # W
@@ -52,7 +54,12 @@ def _product_kernel(
 ):
     head, n_heads = tl.program_id(2), tl.num_programs(2)
     tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    places = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    first_place = tl.program_id(1) * BLOCK_W
+    if needed_ptr is not None:
+        first_needed, last_needed = tl.load(needed_ptr), tl.load(needed_ptr + 1)
+        if (first_place > last_needed) | (first_place + BLOCK_W <= first_needed):
+            return
+    places = first_place + tl.arange(0, BLOCK_W)
     d_offs = tl.arange(0, BLOCK_D)
     d_mask, token_mask, place_mask = d_offs < HEAD_SIZE, tokens < n_tokens, places < n_rows
     x_offs = tokens.to(tl.int64)[:, None] * x_row_stride + head * HEAD_SIZE + d_offs[None, :]
@@ -199,7 +206,10 @@ def product_tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
 
 
 def products(x: torch.Tensor, y: torch.Tensor, distances: Distances, num_heads: int) -> torch.Tensor:
-    """x . y of each head, (T, N, W), in the dtype of x. x: (T, N * D). y: (2R, N * D)."""
+    """x . y of each head, (T, N, W), in the dtype of x. x: (T, N * D). y: (2R, N * D).
+
+    Numbers of rows that no distance needs (`Distances.needed`) are undefined, by whole blocks of BLOCK_W.
+    """
     n_tokens, head_size = x.shape[0], x.shape[1] // num_heads
     out = launch.empty((n_tokens, num_heads, distances.n_rows), like=x)
     config = product_tile(x.dtype, head_size)
@@ -212,6 +222,7 @@ def products(x: torch.Tensor, y: torch.Tensor, distances: Distances, num_heads: 
         x_ptr=x,
         y_ptr=y,
         out_ptr=out,
+        needed_ptr=distances.needed,
         n_tokens=n_tokens,
         low=distances.low,
         n_rows=distances.n_rows,

@@ -18,7 +18,8 @@ class Distances(NamedTuple):
 
     keys, queries: (2R, N * D) in the dtype of qkv, contiguous, or None. rows_of: (2M + 1,) int32. low, n_rows: the
     first of the rows that the batch needs, and how many they are. columns: (T,) int32, or None where the tokens of each
-    sequence are neighbours.
+    sequence are neighbours. needed: (2,) int32 on the device, the first and the last of the n_rows that a batch needs
+    whose lengths the host does not know; or None where it needs all.
     """
 
     keys: torch.Tensor | None
@@ -27,6 +28,7 @@ class Distances(NamedTuple):
     low: int
     n_rows: int
     columns: torch.Tensor | None
+    needed: torch.Tensor | None = None
 
 
 @jit

@@ -186,10 +186,10 @@ def _embedding_layer_norm_kernel(
 def _embedding_norm_kernel(
     input_ids_ptr,  # (T,) or None
     token_type_ids_ptr,  # (T,) or None
-    position_ids_ptr,  # (T,)
+    position_ids_ptr,  # (T,) or None
     word_ptr,  # (V, H), or (T, H) without input ids
     token_type_ptr,  # (2, H) or None
-    position_ptr,  # (P, H)
+    position_ptr,  # (P, H) or None
     weight_ptr,  # (H,)
     ln_bias_ptr,  # (H,)
     out_ptr,  # (T, H) S
@@ -210,6 +210,7 @@ def _embedding_norm_kernel(
     N_COLS: tl.constexpr,
     HAS_INPUT_IDS: tl.constexpr,
     HAS_TOKEN_TYPES: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr,
     DROPOUT: tl.constexpr,
     LOW: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -223,7 +224,7 @@ def _embedding_norm_kernel(
     x = _summed_rows(
         input_ids_ptr, token_type_ids_ptr, position_ids_ptr, word_ptr, token_type_ptr, position_ptr, row_offs, row_mask,
         col_offs, mask, word_row_stride, token_type_row_stride, position_row_stride, None, 0, 0, 0, 0, HAS_INPUT_IDS,
-        HAS_TOKEN_TYPES, True, False,
+        HAS_TOKEN_TYPES, HAS_POSITIONS, False,
     )  # fmt: skip
 
     normalized, mean, rstd = normalize_rows(x, col_mask, N_COLS, eps)
@@ -308,10 +309,10 @@ def embedding_layer_norm_forward(
 def embedding_norm_forward(
     input_ids: torch.Tensor | None,
     token_type_ids: torch.Tensor | None,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
     word: torch.Tensor,
     token_type: torch.Tensor | None,
-    position: torch.Tensor,
+    position: torch.Tensor | None,
     weight: torch.Tensor,
     ln_bias: torch.Tensor,
     eps: float,
@@ -325,7 +326,7 @@ def embedding_norm_forward(
     where `low` and C is not S, else None; the sum before the norm, rounded to C; and of each row of that sum, before it
     is rounded, the mean and 1 / sqrt(variance + eps), (T,) float32.
     """
-    n_rows, n_cols = position_ids.shape[0], word.shape[1]
+    n_rows, n_cols = (word if input_ids is None else input_ids).shape[0], word.shape[1]
     y, total = (launch.empty((n_rows, n_cols), like=word, dtype=d) for d in (word.dtype, dtype))
     y_low = launch.empty((n_rows, n_cols), like=word, dtype=dtype) if low and dtype != word.dtype else None
     mean, rstd = (launch.empty((n_rows,), like=word, dtype=torch.float32) for _ in range(2))
@@ -339,7 +340,7 @@ def embedding_norm_forward(
         config,
         input_ids_ptr=input_ids,
         token_type_ids_ptr=token_type_ids if token_type is not None else None,
-        position_ids_ptr=position_ids,
+        position_ids_ptr=position_ids if position is not None else None,
         word_ptr=word,
         token_type_ptr=token_type,
         position_ptr=position,
@@ -353,11 +354,12 @@ def embedding_norm_forward(
         n_rows=n_rows,
         word_row_stride=word.stride(0),
         token_type_row_stride=token_type.stride(0) if token_type is not None else 0,
-        position_row_stride=position.stride(0),
+        position_row_stride=position.stride(0) if position is not None else 0,
         eps=eps,
         N_COLS=n_cols,
         HAS_INPUT_IDS=input_ids is not None,
         HAS_TOKEN_TYPES=token_type is not None,
+        HAS_POSITIONS=position is not None,
         DROPOUT=dropout is not None,
         LOW=y_low is not None,
         **(drawing.NONE if dropout is None else drawing.arguments(dropout)),

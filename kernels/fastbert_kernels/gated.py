@@ -108,10 +108,17 @@ def gated_forward(x: torch.Tensor, activation: str) -> torch.Tensor:
         return out
     config = configs.gated_config(n_cols)
     # Grid: tiles of BLOCK_ROWS x BLOCK_COLS; rows on axis 0, whose limit is 2^31 - 1 programs.
-    launch.run(
+    grid, facts = (launch.cdiv(n_rows, config["BLOCK_ROWS"]), launch.cdiv(n_cols, config["BLOCK_COLS"])), None
+    if n_rows > 1 and (dtypes := launch.alike(x, out)):
+        facts = dtypes, n_cols, activation
+        if launch.again(_gated_kernel, grid, config, facts, x, out, n_rows):
+            return out
+    launch.run_first(
         _gated_kernel,
-        (launch.cdiv(n_rows, config["BLOCK_ROWS"]), launch.cdiv(n_cols, config["BLOCK_COLS"])),
+        grid,
         config,
+        facts,
+        3,
         x_ptr=x,
         out_ptr=out,
         n_rows=n_rows,

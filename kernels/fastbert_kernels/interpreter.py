@@ -17,7 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
+from fastbert_kernels import interpreter_speed
+
 ACTIVE = bool(triton.knobs.runtime.interpret)
+QUICKENED: dict[str, bool] = {}  # the changes of interpreter_speed, and whether each fits this Triton
 
 
 def _to_float32(bits: np.ndarray) -> np.ndarray:
@@ -75,6 +78,7 @@ def _install() -> None:
     builder.create_dot = create_dot
     builder.create_fp_to_fp = create_fp_to_fp
     interpreter._patch_lang_tensor = patch_lang_tensor
+    QUICKENED.update(interpreter_speed.install(interpreter))
 
 
 if ACTIVE:

@@ -79,7 +79,7 @@ def _n_multiprocessors(index: int) -> int:
 
 def empty(shape: tuple[int, ...], *, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Allocates the output of a kernel. Tests replace this function, and fill every output with NaN first."""
-    return torch.empty(shape, device=like.device, dtype=dtype or like.dtype)
+    return like.new_empty(shape) if dtype is None else like.new_empty(shape, dtype=dtype)
 
 
 def cdiv(n: int, block: int) -> int:
@@ -106,6 +106,52 @@ def run(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments:
             _launch(kernel, grid, config, arguments)
     else:
         _launch(kernel, grid, config, arguments)
+
+
+_run = run
+
+
+def alike(*tensors: torch.Tensor | None) -> tuple[Any, ...] | None:
+    """Returns what a kernel's description of the tensors follows from, beside their sizes; None stands for None.
+
+    Returns None unless their elements lie densely, at addresses that are a multiple of 16, as they almost always do. In
+    tensors of one row, strides do not follow from sizes: a caller does not ask about them.
+    """
+    dtypes: list[torch.dtype | None] = []
+    addresses = 0
+    for tensor in tensors:
+        if tensor is None:
+            dtypes.append(None)
+        elif tensor.is_contiguous():
+            addresses |= tensor.data_ptr()
+            dtypes.append(tensor.dtype)
+        else:
+            return None
+    return None if addresses % 16 else tuple(dtypes)
+
+
+def again(kernel: Any, grid: tuple[int, ...], config: dict[str, int], facts: Any, *head: Any) -> bool:
+    """Launches a kernel as `run_first` did before with the same facts, and tells whether it did.
+
+    facts: what all arguments but the first ones follow from, and how those are described; hashable, or None. head: the
+    first arguments of the kernel, the first of them a tensor or its descriptor.
+    """
+    direct = getattr(kernel, "direct", None)
+    if facts is None or direct is None or recorded is not None or run is not _run:  # a test may count launches
+        return False
+    first = head[0]
+    answer: bool = direct.repeat(facts, config, grid, getattr(first, "base", first), head)
+    return answer
+
+
+def run_first(
+    kernel: Any, grid: tuple[int, ...], config: dict[str, int], facts: Any, n_head: int, **arguments: Any
+) -> None:
+    """Does what `run` does, and keeps it for `again`. n_head: how many arguments `again` will be given."""
+    run(kernel, grid, config, **arguments)
+    direct = getattr(kernel, "direct", None)
+    if facts is not None and direct is not None and recorded is None:
+        direct.keep(facts, config, n_head, arguments)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> None:

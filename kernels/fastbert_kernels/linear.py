@@ -132,11 +132,13 @@ def linear_forward(
     if few is not None:
         config = few
     elif gemm.ours != "linear":
-        if describable(weight) and describable(out) and (pre is None or describable(pre)):
-            x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
+        dtypes = launch.alike(x, weight, bias, residual, out, pre)
+        # Of the sizes for which `gemm` names these kernels, all that is so is describable.
+        if dtypes or (describable(weight) and describable(out) and (pre is None or describable(pre))):
+            x = x if dtypes or describable(x) else x.clone(memory_format=torch.contiguous_format)
             if gemm.ours == "linear_specialized" and pre is None:
                 return linear_specialized_forward(x, weight, bias, activation, residual, config, out)
-            return linear_persistent_forward(x, weight, bias, activation, residual, config, out, pre)
+            return linear_persistent_forward(x, weight, bias, activation, residual, config, out, pre, dtypes)
         config = configs.linear_config(x.dtype, arch, shape, epilogue_name).block_sizes
     x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % ALIGNMENT else x
     return linear_pointer_forward(x, weight, bias, activation, residual, config, out, pre)
@@ -161,13 +163,21 @@ def linear_pointer_forward(
     n_cols = weight.shape[0]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
     options = {"SPLIT": True} if splits else {}
+    precision = launch.dot_precision(x.dtype)
     if tables.some_dependent:
         config = dependent.options(config, launch.arch(x.device))
     # Grid: one program per output tile, on one axis so that the kernel can order them, and per share of K.
-    launch.run(
+    grid, facts = (n_tiles, splits) if splits else (n_tiles,), None
+    if n_rows > 1 and (dtypes := launch.alike(x, weight, bias, residual, out, pre)):
+        facts = dtypes, k_size, n_cols, activation, precision, splits > 0
+        if launch.again(_linear_kernel, grid, config, facts, x, weight, bias, residual, out, pre, n_rows):
+            return out
+    launch.run_first(
         _linear_kernel,
-        (n_tiles, splits) if splits else (n_tiles,),
+        grid,
         config,
+        facts,
+        7,
         x_ptr=x,
         weight_ptr=weight,
         bias_ptr=bias,
@@ -185,7 +195,7 @@ def linear_pointer_forward(
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         HAS_RESIDUAL=residual is not None,
-        INPUT_PRECISION=launch.dot_precision(x.dtype),
+        INPUT_PRECISION=precision,
         **options,
     )
     return out

@@ -24,6 +24,8 @@ Source: Triton's tutorial "Persistent matmul" (the technique).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -82,8 +84,9 @@ def _linear_persistent_kernel(
 
 def describable(rows: torch.Tensor) -> bool:
     """Says whether a tensor descriptor can stand for the (rows, columns) tensor."""
-    aligned = rows.data_ptr() % ALIGNMENT == 0 and rows.stride(0) * rows.element_size() % ALIGNMENT == 0
-    return aligned and rows.stride(1) == 1 and rows.numel() > 0
+    row_stride, col_stride = rows.stride()
+    aligned = rows.data_ptr() % ALIGNMENT == 0 and row_stride * rows.element_size() % ALIGNMENT == 0
+    return aligned and col_stride == 1 and rows.numel() > 0
 
 
 def descriptor(rows: torch.Tensor, block_rows: int, block_cols: int) -> TensorDescriptor:
@@ -102,24 +105,40 @@ def linear_persistent_forward(
     config: dict[str, int],
     out: torch.Tensor,
     pre: torch.Tensor | None = None,
+    dtypes: tuple[Any, ...] | None = None,
 ) -> torch.Tensor:
-    """Fills out and pre, (T, M) with T > 0. x, weight, out and pre must be describable; config is the tile."""
+    """Fills out and pre, (T, M) with T > 0. x, weight, out and pre must be describable; config is the tile.
+
+    dtypes: what `launch.alike` says of x, weight, bias, residual, out and pre, where the caller has asked.
+    """
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
     if tables.some_dependent:
         config = dependent.options(config, launch.arch(x.device))
-    # Grid: as many programs as run at once, or one per output tile if those are fewer.
-    launch.run(
-        _linear_persistent_kernel,
-        (min(n_tiles, config.get("PROGRAMS", 1) * launch.n_multiprocessors(x.device)),),
+    # As many programs as run at once, or one per output tile if those are fewer.
+    grid = (min(n_tiles, config.get("PROGRAMS", 1) * launch.n_multiprocessors(x.device)),)
+    x_desc = descriptor(x, config["BLOCK_ROWS"], config["BLOCK_K"])
+    weight_desc = descriptor(weight, config["BLOCK_COLS"], config["BLOCK_K"])
+    out_desc = descriptor(out, config["BLOCK_ROWS"], config["BLOCK_COLS"])
+    pre_desc = None if pre is None else descriptor(pre, config["BLOCK_ROWS"], config["BLOCK_COLS"])
+    kernel, facts = _linear_persistent_kernel, None
+    if dtypes is not None and n_rows > 1:
+        facts = dtypes, k_size, n_cols, activation
+        if launch.again(kernel, grid, config, facts, x_desc, weight_desc, bias, residual, out_desc, pre_desc, n_rows):
+            return out
+    launch.run_first(
+        kernel,
+        grid,
         config,
-        x_desc=descriptor(x, config["BLOCK_ROWS"], config["BLOCK_K"]),
-        weight_desc=descriptor(weight, config["BLOCK_COLS"], config["BLOCK_K"]),
+        facts,
+        7,
+        x_desc=x_desc,
+        weight_desc=weight_desc,
         bias_ptr=bias,
         residual_ptr=residual,
-        out_desc=descriptor(out, config["BLOCK_ROWS"], config["BLOCK_COLS"]),
-        pre_desc=None if pre is None else descriptor(pre, config["BLOCK_ROWS"], config["BLOCK_COLS"]),
+        out_desc=out_desc,
+        pre_desc=pre_desc,
         n_rows=n_rows,
         n_cols=n_cols,
         k_size=k_size,

@@ -9,6 +9,9 @@ import triton
 
 from fastbert_kernels import configs, launch, tables
 
+# The architectures whose gated product takes tensor descriptors, and whether in int8: on sm_100 that tile would spill.
+GATED_ON_DESCRIPTORS = ((90, False), (90, True), (100, False))
+
 
 def quantized_linear_config(
     dtype: torch.dtype,
@@ -94,6 +97,62 @@ def _quantized_gemm(
         return configs.Gemm(entry.get("kernel"), source, "quantized_linear_persistent", persistent)
     pointers = quantized_linear_config(dtype, group, for_arch, shape, quantizes)
     return configs.Gemm(entry.get("kernel"), source, "quantized_linear", pointers)
+
+
+def quantized_gated_gemm(dtype: torch.dtype, for_arch: int, shape: tuple[int, int]) -> configs.Gemm:
+    """Looks up how to multiply 8-bit rows, (T, K), by a weight with its gate, (2 I, K); shape = (K, I).
+
+    `ours` of the result is one of QUANTIZED_GATED_GEMMS.
+    """
+    return _quantized_gated_gemm(dtype, for_arch, shape, launch.recorded is not None, tables.generation)
+
+
+@functools.cache
+def _quantized_gated_gemm(
+    dtype: torch.dtype, for_arch: int, shape: tuple[int, int], shipped_only: bool, generation: int
+) -> configs.Gemm:
+    key = quantized_gated_key(dtype, shape)
+    entry, source = tables.find("quantized_gated_gemm", (key,), for_arch, shipped_only) or ({}, None)
+    wanted = entry.get("kernel")
+    persistent = quantized_gated_persistent_config(dtype, for_arch, shape)
+    if persistent is not None and wanted != "quantized_gated_linear":
+        return configs.Gemm(wanted, source, "quantized_gated_linear_persistent", persistent)
+    return configs.Gemm(wanted, source, "quantized_gated_linear", quantized_gated_config(dtype, for_arch, shape))
+
+
+def quantized_gated_config(dtype: torch.dtype, for_arch: int, shape: tuple[int, int]) -> configs.Config:
+    """Chooses the tile on pointers: as wide as a group of the result, and of as many rows as two sums leave registers.
+
+    shape: (K, I), for which the table may have an entry.
+    """
+    tile = {"BLOCK_ROWS": 64, "BLOCK_COLS": tables.GATED_COLS, "BLOCK_K": 128 if for_arch in (90, 100) else 64,
+            "GROUP_ROWS": 8, "num_warps": 8, "num_stages": 3}  # fmt: skip
+    keys = (quantized_gated_key(dtype, shape),)
+    return configs.from_tables("quantized_gated_linear", keys, for_arch) or configs.Config(
+        tile, "formula of fastbert_kernels.quantized_configs.quantized_gated_config"
+    )
+
+
+def quantized_gated_persistent_config(
+    dtype: torch.dtype, for_arch: int, shape: tuple[int, int]
+) -> configs.Config | None:
+    """Chooses the tile on tensor descriptors, or None where the other kernel runs.
+
+    Descriptors want rows of a multiple of 16 bytes.
+    """
+    if (for_arch, dtype == torch.int8) not in GATED_ON_DESCRIPTORS or any(size % 16 for size in shape):
+        return None
+    tile = {"BLOCK_ROWS": 128, "BLOCK_COLS": tables.GATED_COLS, "BLOCK_K": 128, "GROUP_ROWS": 8, "num_warps": 8,
+            "num_stages": 3}  # fmt: skip
+    keys = (quantized_gated_key(dtype, shape),)
+    return configs.from_tables("quantized_gated_linear_persistent", keys, for_arch) or configs.Config(
+        tile, "formula of fastbert_kernels.quantized_configs.quantized_gated_persistent_config"
+    )
+
+
+def quantized_gated_key(dtype: torch.dtype, shape: tuple[int, int]) -> str:
+    """Returns the key of an 8-bit product with a gate in a table, K x I, as "float8/768x1152"."""
+    return f"{quantized_class(dtype)}/{shape[0]}x{shape[1]}"
 
 
 def quantized_class(dtype: torch.dtype) -> str:

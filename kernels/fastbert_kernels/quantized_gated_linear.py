@@ -22,13 +22,12 @@ from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_persistent import describable
 from fastbert_kernels.linear_tile import tile_of
 from fastbert_kernels.quantize import quantize_rows
+from fastbert_kernels.quantized_configs import quantized_gated_config, quantized_gated_gemm
 from fastbert_kernels.quantized_gated_linear_persistent import quantized_gated_linear_persistent_forward
 from fastbert_kernels.quantized_linear import sums_outside
 from fastbert_kernels.quantized_tile import OUT_GROUP, gate, scaled_epilogue
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
-# The architectures that take the kernel on tensor descriptors, and whether in int8: on sm_100 that tile would spill.
-PERSISTENT = ((90, False), (90, True), (100, False))
 
 
 @jit(do_not_specialize=["n_rows"])
@@ -102,23 +101,6 @@ def _quantized_gated_linear_kernel(
     tl.store(out_scale_ptr + row_offs.to(tl.int64) * n_col_blocks + col_block, scale, mask=row_offs < n_rows)
 
 
-def gated_tile(arch: int) -> dict[str, int]:
-    """Chooses the tile: as wide as a group of the result, and of as many rows as two sums leave registers for."""
-    return {"BLOCK_ROWS": 64, "BLOCK_COLS": OUT_GROUP, "BLOCK_K": 128 if arch in (90, 100) else 64, "GROUP_ROWS": 8,
-            "num_warps": 8, "num_stages": 3}  # fmt: skip
-
-
-def persistent_tile(dtype: torch.dtype, arch: int, k: int, n_cols: int) -> dict[str, int] | None:
-    """Chooses the tile of the kernel on tensor descriptors, or None where the other one runs.
-
-    Descriptors want rows of a multiple of 16 bytes.
-    """
-    if (arch, dtype == torch.int8) not in PERSISTENT or k % 16 or n_cols % 16:
-        return None
-    return {"BLOCK_ROWS": 128, "BLOCK_COLS": OUT_GROUP, "BLOCK_K": 128, "GROUP_ROWS": 8, "num_warps": 8,
-            "num_stages": 3}  # fmt: skip
-
-
 def quantized_gated_linear_forward(
     x: torch.Tensor,
     x_scale: torch.Tensor,
@@ -139,14 +121,13 @@ def quantized_gated_linear_forward(
     if n_rows == 0:
         return out, out_scale
     arch = launch.arch(x.device)
-    persistent = persistent_tile(x.dtype, arch, k, n_cols)
-    if persistent is not None and describable(weight) and describable(out):
-        x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
-        quantized_gated_linear_persistent_forward(
-            x, x_scale, weight, weight_scale, bias, activation, persistent, out, out_scale, sums_outside(x.dtype, arch)
-        )
-        return out, out_scale
-    quantized_gated_linear_pointer_forward(x, x_scale, weight, weight_scale, bias, activation, out, out_scale)
+    gemm, outside = quantized_gated_gemm(x.dtype, arch, (k, n_cols)), sums_outside(x.dtype, arch)
+    forward, config = quantized_gated_linear_persistent_forward, gemm.config
+    if gemm.ours == "quantized_gated_linear" or not (describable(weight) and describable(out)):
+        forward, config = quantized_gated_linear_pointer_forward, quantized_gated_config(x.dtype, arch, (k, n_cols))
+    elif not describable(x):
+        x = x.clone(memory_format=torch.contiguous_format)
+    forward(x, x_scale, weight, weight_scale, bias, activation, config.block_sizes, out, out_scale, outside)
     return out, out_scale
 
 
@@ -157,13 +138,14 @@ def quantized_gated_linear_pointer_forward(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     activation: str,
+    config: dict[str, int],
     out: torch.Tensor,
     out_scale: torch.Tensor,
+    sum_outside: bool,
 ) -> None:
-    """Fills out, (T, I) with T > 0, and out_scale, by the kernel of this file."""
+    """Fills out, (T, I) with T > 0, and out_scale, by the kernel of this file; config is the tile."""
     n_rows, k = x.shape
-    n_cols, arch = weight.shape[0] // 2, launch.arch(x.device)
-    config = gated_tile(arch)
+    n_cols = weight.shape[0] // 2
     # Grid: one program per output tile, on one axis so that the kernel can order them.
     launch.run(
         _quantized_gated_linear_kernel,
@@ -182,5 +164,5 @@ def quantized_gated_linear_pointer_forward(
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         INT8=x.dtype == torch.int8,
-        SUM_OUTSIDE=sums_outside(x.dtype, arch),
+        SUM_OUTSIDE=sum_outside,
     )

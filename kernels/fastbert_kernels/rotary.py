@@ -88,10 +88,17 @@ def _rotate(
     n_heads = (2 if in_place else 3) * num_heads
     config = configs.rotary_config(half, n_heads)
     # Grid: tiles of BLOCK_ROWS rows x BLOCK_HEADS heads; rows on axis 0, whose limit is 2^31 - 1 programs.
-    launch.run(
+    grid, facts = (launch.cdiv(n_rows, config["BLOCK_ROWS"]), launch.cdiv(n_heads, config["BLOCK_HEADS"])), None
+    if n_rows > 1 and (dtypes := launch.alike(qkv, out, cos, sin)):
+        facts = dtypes, num_heads, half, in_place, back
+        if launch.again(_rotary_kernel, grid, config, facts, qkv, out, cos, sin, n_rows):
+            return out
+    launch.run_first(
         _rotary_kernel,
-        (launch.cdiv(n_rows, config["BLOCK_ROWS"]), launch.cdiv(n_heads, config["BLOCK_HEADS"])),
+        grid,
         config,
+        facts,
+        5,
         x_ptr=qkv,
         out_ptr=out,
         cos_ptr=cos,

@@ -90,11 +90,17 @@ def sum_norm_forward(
     config = configs.rowwise_config(n_cols)
     if tables.some_dependent:
         config = dependent.options(config, launch.arch(x.device))
-    # Grid: one program per BLOCK_ROWS whole rows.
-    launch.run(
+    grid, facts = (launch.cdiv(n_rows, config["BLOCK_ROWS"]),), None  # one program per BLOCK_ROWS whole rows
+    if quantized is None and n_rows > 1 and (dtypes := launch.alike(x, residual, weight, ln_bias, total, out)):
+        facts, head = (dtypes, n_cols, eps), (x, residual, weight, ln_bias, total, out, None, None, n_rows)
+        if launch.again(_sum_norm_kernel, grid, config, facts, *head):
+            return total, out
+    launch.run_first(
         _sum_norm_kernel,
-        (launch.cdiv(n_rows, config["BLOCK_ROWS"]),),
+        grid,
         config,
+        facts,
+        9,
         x_ptr=x,
         residual_ptr=residual,
         weight_ptr=weight,

@@ -10,6 +10,8 @@ A table is JSON:
       "quantized_linear": {"float8": {"BLOCK_ROWS": 128, ...}, "float8/768x3072/row-quantized": {...}},
       "quantized_linear_persistent": {...}, "quantized_linear_specialized": {...},
       "quantized_gemm": {"float8/768x3072/row-quantized": {"kernel": "quantized_linear"}},
+      "quantized_gated_linear": {"float8/768x1152": {...}}, "quantized_gated_linear_persistent": {...},
+      "quantized_gated_gemm": {"float8/768x1152": {"kernel": "quantized_gated_linear"}},
       "attention": {"float16/64": {"BLOCK_Q": 128, ...}},
       "few_rows": {"float16/3072x768/residual/128": {"kernel": "split_linear", "SPLITS": 4, "BLOCK_ROWS": 64, ...}},
       "dependent_launch": true
@@ -19,8 +21,9 @@ A table is JSON:
 for a GEMM then K x M and what its epilogue does, for attention the head size of the tile. The number of tokens is in
 none. `gemm` names the faster kernel, and the faster of ours for where cuBLAS may not be taken; a shape without an entry
 is left to heuristics. 8-bit linears ("float8", "int8") have K x M and which columns share a scale; without an entry in
-`quantized_gemm` they take the persistent kernel wherever there is a tile for it. Keys of `few_rows` end with the number
-of rows up to which they count, see `few_rows`. `dependent_launch`: see `dependent`.
+`quantized_gemm` they take the persistent kernel wherever there is a tile for it. Those with a gate have K x I, and no
+entry in the tables that ship: `quantized_configs` has their tiles. Keys of `few_rows` end with the number of rows up to
+which they count, see `few_rows`. `dependent_launch`: see `dependent`.
 
 The user's table, in the cache folder under the name of the GPU, goes before the one that ships.
 """
@@ -42,6 +45,8 @@ TABLE_VERSION = 1
 TABLE_FOLDER = Path(__file__).parent / "tuned"
 GEMMS = ("cublas", "linear", "linear_persistent", "linear_specialized")
 QUANTIZED_GEMMS = ("quantized_linear", "quantized_linear_persistent", "quantized_linear_specialized")
+QUANTIZED_GATED_GEMMS = ("quantized_gated_linear", "quantized_gated_linear_persistent")
+GATED_COLS = 128  # of a gated 8-bit tile, whose result has a scale for each so many columns
 FEW_ROWS = ("cublas", "linear", "split_linear")
 SPECIALIZED_WARPS = 4  # of a group of warps: with other numbers Triton splits nothing, or wrong
 # The names that each entry must have. More are allowed.
@@ -54,6 +59,8 @@ REQUIRED = {
     "linear_specialized": _GEMM_TILE,
     "quantized_linear_persistent": _GEMM_TILE,
     "quantized_linear_specialized": _GEMM_TILE,
+    "quantized_gated_linear": _GEMM_TILE,
+    "quantized_gated_linear_persistent": _GEMM_TILE,
     "attention": _TILE | {"BLOCK_Q", "BLOCK_K"},
 }
 
@@ -98,7 +105,7 @@ def read_table(path: Path) -> dict[str, Any]:
     if not isinstance(table.get("dependent_launch", False), bool):
         raise ValueError(f"{path}: dependent_launch: expected true or false, got {table['dependent_launch']!r}")
     some_dependent = some_dependent or table.get("dependent_launch", False)
-    for op in (*REQUIRED, "gemm", "quantized_gemm", "few_rows"):
+    for op in (*REQUIRED, "gemm", "quantized_gemm", "quantized_gated_gemm", "few_rows"):
         for key, entry in _object(path, op, table.get(op, {})).items():
             _check_entry(path, op, key, _object(path, f"{op} -> {key}", entry))
     return table
@@ -114,9 +121,10 @@ def _check_entry(path: Path, op: str, key: str, entry: dict[str, Any]) -> None:
     if op == "gemm":
         if entry.get("kernel") not in GEMMS or entry.get("ours", "linear") not in GEMMS[1:]:
             raise ValueError(f"{path}: gemm -> {key}: expected kernel of {GEMMS} and ours of {GEMMS[1:]}, got {entry}")
-    elif op == "quantized_gemm":
-        if entry.get("kernel") not in QUANTIZED_GEMMS:
-            raise ValueError(f"{path}: {op} -> {key}: expected kernel of {QUANTIZED_GEMMS}, got {entry}")
+    elif op in ("quantized_gemm", "quantized_gated_gemm"):
+        kernels = QUANTIZED_GEMMS if op == "quantized_gemm" else QUANTIZED_GATED_GEMMS
+        if entry.get("kernel") not in kernels:
+            raise ValueError(f"{path}: {op} -> {key}: expected kernel of {kernels}, got {entry}")
     elif op == "few_rows":
         if entry.get("kernel") not in FEW_ROWS:
             raise ValueError(f"{path}: {op} -> {key}: expected kernel of {FEW_ROWS}, got {entry}")
@@ -127,6 +135,8 @@ def _check_entry(path: Path, op: str, key: str, entry: dict[str, Any]) -> None:
         raise ValueError(f"{path}: {op} -> {key}: WARP_SPECIALIZE: descriptors from the host would be compiled wrong")
     elif op.endswith("_specialized") and entry.get("num_warps") != SPECIALIZED_WARPS:
         raise ValueError(f"{path}: {op} -> {key}: expected num_warps = {SPECIALIZED_WARPS}, got {entry}")
+    elif op in QUANTIZED_GATED_GEMMS and entry.get("BLOCK_COLS", GATED_COLS) != GATED_COLS:
+        raise ValueError(f"{path}: {op} -> {key}: expected BLOCK_COLS = {GATED_COLS}, got {entry}")
     elif missing := REQUIRED.get(op, _GEMM_TILE | {"SPLITS"}) - entry.keys():
         raise ValueError(f"{path}: {op} -> {key}: lacks {', '.join(sorted(missing))}")
     elif wrong := [name for name, size in entry.items() if isinstance(size, bool) or not isinstance(size, int)]:

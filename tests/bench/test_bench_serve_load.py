@@ -43,8 +43,9 @@ def test_callers_ask_and_are_counted(server: ServerThread) -> None:
         serve_load.Connection("ours", server.url).ask("\ud800")
 
 
-def test_latency_is_measured_in_turn(server: ServerThread, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a comparison of two sides that did not have the same texts, or of one that ran while the other did."""
+def test_latency_is_measured_in_turn(server: ServerThread, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Catches a comparison of two sides that did not have the same texts, one that ran while the other did, and a part
+    of the results that a later one takes away."""
     order: list[tuple[str, str]] = []
     sides: Any = [lambda text: order.append(("encode", text)), lambda text: order.append(("ask", text))]
     ours, theirs = serve_load.in_turn(sides, list("abc"), 0.01)
@@ -52,9 +53,19 @@ def test_latency_is_measured_in_turn(server: ServerThread, capsys: pytest.Captur
     block = serve_load.IN_TURN + 1
     assert [side for side, _ in order[: 2 * block]] == ["encode"] * block + ["ask"] * block
     assert [text for _, text in order[:block]] == [text for _, text in order[block : 2 * block]]
-    serve_load.print_latency(len, server.url, INPUTS, 0.05)
+    rows = serve_load.print_latency(len, {"ours": server.url, "again": server.url}, INPUTS, 0.05)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(serve_load.LENGTHS) and lines[1].startswith("about 8 tokens") and "ratio" in lines[0]
+    assert len(lines) == 1 + len(rows) == 1 + 3 * (1 + len(serve_load.LENGTHS)) and "ratio" in lines[0]
+    assert [row["side"] for row in rows[:3]] == ["encode", "ours", "again"] and rows[0]["ratio_of_p50"] == 1
+    assert lines[1].startswith("about 8 tokens") and rows[-1]["texts"] == "all"
+    file = tmp_path / "new" / "serve.json"
+    serve_load._save(file, "latency", rows)
+    serve_load._save(file, "load", [serve_load.Row("ours", 1, 2.0, 30, [0.1] * 4).facts()])
+    kept = json.loads(file.read_text())
+    assert kept["latency"]["rows"] == rows and kept["load"]["rows"][0]["requests_per_second"] == 2
+    serve_load._save(file, "latency", rows[:1])
+    assert sorted(map(str, json.loads(file.read_text())["latency"]["rows"])) == sorted(map(str, rows))
+    assert "threads" in kept["load"]["environment"]
 
 
 def test_a_server_that_is_not_there(tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ from fastbert import (
     __version__,
 )
 from fastbert.bench import demonstration
+from fastbert.cli.info import _cpp_kernels
 from fastbert.cli.main import main
 from fastbert.pipelines.run import WINDOW
+from fastbert_kernels import cpu
 from helpers import source_env
 
 COMMANDS = (
@@ -117,11 +119,19 @@ def test_log_handler_goes(models: SimpleNamespace) -> None:
     assert logging.getLogger("fastbert").level == logging.NOTSET
 
 
-def test_info(models: SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches versions, devices, checkpoint or backends left out."""
+def test_info(models: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches versions, devices, instructions of the C++ kernels, checkpoint or backends left out."""
     assert main(["info"]) == 0
     out = capsys.readouterr().out
-    assert f"torch                  {torch.__version__}" in out and "cpu, " in out and "kernels" in out
+    assert f"torch                  {torch.__version__}" in out and "cpu, " in out
+    assert f"C++ kernels            {cpu.instructions()}, " in out and "Triton kernels         " in out
+    monkeypatch.setattr(cpu, "obstacle", lambda: "they were not compiled")
+    monkeypatch.setattr(cpu, "int8_obstacle", lambda: "no VNNI")
+    assert list(_cpp_kernels()) == ["none, PyTorch's own operations run on the CPU: they were not compiled"]
+    monkeypatch.setattr(cpu, "obstacle", lambda: None)
+    assert list(_cpp_kernels())[-1] == "none for int8: no VNNI"
+    monkeypatch.undo()
+    assert "bfloat16 on the CPU    the tests say so" in out
     assert main(["info", "--model", models.mlm, "--device", "cpu"]) == 0
     out = capsys.readouterr().out
     assert models.mlm in out and "BertForMaskedLM" in out and "1 layers, hidden 32" in out and "attention" in out

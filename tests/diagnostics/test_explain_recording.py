@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import re
 import threading
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import fastbert
+from family_cases import config_of_transformers
 from fastbert import BertConfig, BertModel, SentenceEncoder, Tokenizer
 from fastbert.diagnostics.explain import above
 from fastbert.diagnostics.explain.dry_run import N_SEQUENCES, N_TOKENS, Question, dry_run, recorder_for
@@ -161,6 +163,43 @@ def test_kernels_are_those_that_are_launched(
     assert not launched
     run_of(model)
     assert [(row.kernel, row.block_sizes) for row in report.rows if row.block_sizes is not None] == launched
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_sums_are_in_norms_where_layers_are_launched(
+    hooked: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a report of a module's norm where the kernel of the layers adds a residual too, or the reverse."""
+    from fastbert_kernels import few_rows, launch
+
+    theirs = config_of_transformers("modernbert", num_hidden_layers=3)
+    model: Any = BertModel(BertConfig.from_dict(theirs.to_dict()), backend="triton").eval().to(device)
+    model.cuda_graphs = False
+    if hooked:
+        model.encoder.layer[2].register_forward_hook(lambda *_: None)
+    launched: list[str] = []
+    real_run = launch.run
+
+    def run(kernel: Any, *others: Any, **arguments: Any) -> None:
+        launched.append(kernel.fn.__module__)
+        real_run(kernel, *others, **arguments)
+
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(few_rows, "BUCKETS", ())
+    kernels = [row.kernel for row in fastbert.explain(model).rows if row.op == "layer_norm" for _ in _layers_of(row)]
+    with torch.no_grad():
+        model(torch.randint(1, 100, (2, 5), device=device))
+    norms = [name for name in launched if name.endswith(("layer_norm", "sum_norm"))]
+    assert sorted(kernels) == sorted(norms)
+    assert set(norms) == {f"fastbert_kernels.{'layer_norm' if hooked else 'sum_norm'}"}
+    elsewhere = fastbert.explain(model, device="cuda:0", arch=90, dtype="bfloat16").rows  # a GPU that is not there
+    assert {row.kernel for row in elsewhere if row.op == "layer_norm"} == set(norms)
+
+
+def _layers_of(row: Any) -> range:
+    """As many numbers as the row stands for layers."""
+    found = re.search(r"layer\.(\d+)(?:-(\d+))?", row.module)
+    return range(1) if found is None or found[2] is None else range(int(found[2]) - int(found[1]) + 1)
 
 
 def boom(*args: Any) -> None:

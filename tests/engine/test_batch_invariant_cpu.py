@@ -168,7 +168,7 @@ def test_sentence_encoder(dtype: torch.dtype, precision: str | None, minilm: Pat
 
 def test_auto_takes_bfloat16(minilm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches float32 taken where bfloat16 is batch-invariant, or bfloat16 where it is not."""
-    monkeypatch.setattr(cpu_encoder, "multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(cpu_encoder, "bfloat16_obstacle", lambda: None)
     monkeypatch.setattr(cpu, "multiplies", lambda dtype: dtype in DTYPES)
     options: dict[str, Any] = {"device": "cpu", "num_hidden_layers": 1, "batch_invariant": True}
     assert SentenceEncoder.from_pretrained(minilm, **options).dtype == torch.bfloat16

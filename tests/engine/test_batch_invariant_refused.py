@@ -22,7 +22,7 @@ from fastbert.ops import Policy, dispatch
 from fastbert.ops.packing import from_cu_seqlens
 from fastbert.pipelines.modules import Dense, Dropout
 from fastbert_kernels import cpu
-from helpers import cu_seqlens_of, only_variant
+from helpers import cu_seqlens_of
 from invariance_cases import CPU, INVARIANT, SIZES, make, skip_without
 
 pytestmark = [
@@ -67,17 +67,6 @@ def test_refused_in_other_dtypes(dtype: torch.dtype, backend: str, minilm: Path)
     model = make(options={"batch_invariant": True, "backend": backend}).to(dtype)
     with pytest.raises(BackendError, match=f"batch_invariant: linear: .* do not multiply {dtype}"), torch.no_grad():
         model(torch.ones(1, 9, dtype=torch.int64))
-
-
-def test_refused_without_bfloat16(minilm: Path) -> None:
-    """Catches oneDNN or PyTorch taken for bfloat16 on a processor without its instructions."""
-    with only_variant("avx2"):
-        with pytest.raises(
-            BackendError, match="batch_invariant: the C.. kernels .AVX2. do not multiply torch.bfloat16"
-        ):
-            BertModel.from_pretrained(minilm, dtype="bfloat16", batch_invariant=True)
-        with pytest.raises(BackendError, match="linear: .*do not multiply torch.bfloat16"), torch.no_grad():
-            make(torch.bfloat16)(torch.ones(1, 9, dtype=torch.int64))
 
 
 def test_refused_sizes() -> None:

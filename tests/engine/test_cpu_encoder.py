@@ -14,6 +14,9 @@ from fastbert import BertConfig, BertForTokenClassification, BertModel, Sentence
 from fastbert.bench.devices import fast_at_bfloat16
 from fastbert.diagnostics.explain.entry import explain
 from fastbert.engine import cpu_encoder
+from fastbert.engine.cpu_encoder import bfloat16_obstacle
+from fastbert.ops import packed_linear
+from fastbert.training.precision import takes_bf16
 from fastbert_kernels import cpu
 from helpers import (
     assert_as_accurate,
@@ -299,20 +302,45 @@ def test_any_number_of_threads(threads: int, dtype: torch.dtype) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("has_it", [True, False])
-def test_dtype_auto_of_encoders(has_it: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: Any) -> None:
+@pytest.mark.parametrize("obstacle", [None, "it is slow"])
+def test_dtype_auto_of_encoders(
+    obstacle: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: Any
+) -> None:
     """Catches bfloat16 where it is slow, where float32 was asked for, in a model to be trained, or without a word; and
-    a demo and benchmarks that think otherwise.
+    a demo, benchmarks and training that think otherwise.
     """
-    monkeypatch.setattr(cpu_encoder, "multiplies_bfloat16", lambda: has_it)
-    folder = str(minilm_folder())
+    monkeypatch.setattr(cpu_encoder, "bfloat16_obstacle", lambda: obstacle)
+    folder, fast = str(minilm_folder()), obstacle is None
     encoder = SentenceEncoder.from_pretrained(folder, device="cpu")
-    assert encoder.dtype == (torch.bfloat16 if has_it else torch.float32)
-    assert ("dtype='auto' took bfloat16" in str(explain(encoder))) == has_it
+    assert encoder.dtype == (torch.bfloat16 if fast else torch.float32)
+    assert ("dtype='auto' took bfloat16" in str(explain(encoder))) == fast
+    assert ("dtype='auto' kept float32: it is slow" in str(explain(encoder))) != fast
     for options in ({"dtype": "float32"}, {"backend": "torch"}):
         exact = SentenceEncoder.from_pretrained(folder, device="cpu", **options)
-        assert exact.dtype == torch.float32 and "took bfloat16" not in str(explain(exact))
+        assert exact.dtype == torch.float32 and "dtype='auto'" not in str(explain(exact))
     assert BertModel.from_pretrained(folder).dtype == torch.float32
-    assert fast_at_bfloat16(torch.device("cpu")) == has_it
+    assert fast_at_bfloat16(torch.device("cpu")) == takes_bf16("auto", torch.device("cpu")) == fast
     encoder.save_pretrained(tmp_path)
-    assert ("writes torch.bfloat16 weights" in caplog.text) == has_it
+    assert ("writes torch.bfloat16 weights" in caplog.text) == fast
+    encoder.model.to(torch.float32 if fast else torch.bfloat16)  # after which what "auto" took counts no more
+    caplog.clear()
+    encoder.save_pretrained(tmp_path)
+    assert "dtype='auto'" not in str(explain(encoder)) + caplog.text
+
+
+@pytest.mark.parametrize(
+    ("amx", "rate", "obstacle"),
+    [
+        (False, 2.0, None),
+        (False, 0.5, "this processor multiplies bfloat16 at 0.5 times the rate of float32"),
+        (False, None, "this processor does not multiply bfloat16 in hardware"),
+        (True, 0.5, None),
+    ],
+)
+def test_bfloat16_by_its_rate(amx: bool, rate: float | None, obstacle: str | None, monkeypatch: Any) -> None:
+    """Catches bfloat16 taken because the processor has the instruction, however slow, or left where AMX multiplies."""
+    monkeypatch.setattr(cpu, "has_amx", lambda: amx)
+    monkeypatch.setattr(cpu, "bfloat16_rate", lambda: rate)
+    monkeypatch.setattr(cpu, "obstacle", lambda: None)
+    monkeypatch.setattr(packed_linear, "packing_obstacle", lambda dtype: None)
+    assert bfloat16_obstacle() == obstacle

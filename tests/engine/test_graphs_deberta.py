@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from family_cases import run, theirs, twin
-from fastbert.ops import Policy, attention_plan, packing
+from fastbert.ops import Policy, attention_plan, distances, packing
 from graph_cases import StandIn, encode, without_graphs
 from model_cases import VOCAB, assert_close, generator, valid_of
 
@@ -24,6 +24,12 @@ V3: dict[str, Any] = {
 KINDS = {"v3": V3, "v2-xlarge": {**V3, "conv_kernel_size": 3, "conv_act": "gelu"}}
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 LENGTHS = ([3, 0, 7], [1, 70, 2])  # Several texts in a tile, an empty one, and one of several tiles.
+
+
+@pytest.fixture(autouse=True)
+def needed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small graphs ask for the rows of distances that their batches need, as large ones do."""
+    monkeypatch.setattr(distances, "FEW_TOKENS", 0)
 
 
 def make(kind: str, device: torch.device, dtype: torch.dtype = torch.float32, **options: Any) -> Any:

@@ -30,10 +30,12 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deberta, convolution": ("deberta-v2", {**V3, "conv_kernel_size": 3, "conv_act": "gelu"}),
     "deberta, one term": ("deberta-v2", {**V3, "pos_att_type": "c2p", "position_buckets": -1}),
     "jina": ("jina", {}),
+    "jina code": ("jina", {"_name_or_path": "jinaai/jina-bert-v2-qk-post-norm"}),
     "bert": ("bert", {}),
 }
 # Kernels and library products of one layer: those of a norm that reads the sum before it among them.
-LAUNCHES = {"bert": 7, "mpnet": 7, "albert": 7, "nomic": 9, "gte": 9, "modernbert": 9, "deberta": 9, "jina": 8}
+LAUNCHES = {"bert": 7, "mpnet": 7, "albert": 7, "nomic": 9, "gte": 9, "modernbert": 9, "deberta": 9, "jina": 8,
+            "jina code": 11}  # fmt: skip
 
 
 def config_of(family: str, n_layers: int = 2, **sizes: int) -> fastbert.BertConfig:
@@ -44,7 +46,7 @@ def config_of(family: str, n_layers: int = 2, **sizes: int) -> fastbert.BertConf
         alibi = {"position_embedding_type": "alibi", "feed_forward_type": "geglu", "emb_pooler": "mean"}
         settings = {"model_type": "bert", "vocab_size": VOCAB, "hidden_size": 32, "num_attention_heads": 2,
                     "intermediate_size": 37, "max_position_embeddings": 128, **sizes}  # fmt: skip
-        return fastbert.BertConfig.from_dict({**settings, **(alibi if model_type == "jina" else {})})
+        return fastbert.BertConfig.from_dict({**settings, **(alibi if model_type == "jina" else {}), **options})
     theirs = config_of_transformers(model_type, **{**options, **sizes})
     return fastbert.BertConfig.from_dict(theirs.to_dict())
 
@@ -87,7 +89,7 @@ def states_of(model: Any) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("family", "invariant"),
     [*((family, False) for family in FAMILIES if family != "bert"), ("gte", True), ("modernbert", True),
-     ("deberta", True)],
+     ("jina code", True),      ("deberta", True)],
 )  # fmt: skip
 def test_same_bits(
     family: str, invariant: bool, device: torch.device, runs: list[bool], monkeypatch: pytest.MonkeyPatch
@@ -109,6 +111,7 @@ def test_same_bits(
         ("mpnet", "encoder.relative_attention_bias.weight"),
         ("gte", "encoder.layer.0.mlp.up_proj.weight"),
         ("modernbert", "encoder.final_norm.weight"),
+        ("jina code", "encoder.layer.1.mlp.up_gated_layer.weight"),
         ("deberta", "encoder.layer.1.attention.self.key_proj.weight"),
         ("deberta", "encoder.rel_embeddings.weight"),
     ],
@@ -132,14 +135,14 @@ def test_weights_are_followed(family: str, name: str, device: torch.device, runs
     assert torch.equal(after, encode())
 
 
-@pytest.mark.parametrize("family", ["gte", "modernbert", "mpnet", "jina", "deberta"])
+@pytest.mark.parametrize("family", ["gte", "modernbert", "mpnet", "jina", "jina code", "deberta"])
 def test_a_part_that_is_not_plain(family: str, device: torch.device, runs: list[bool]) -> None:
     """Catches a hook inside a layer of another form that is passed by."""
     model = make(family, device, torch.float32)
     before = states_of(model)[0]
     linears = [m for m in model.encoder.layer[1].modules() if isinstance(m, torch.nn.Linear)]
     for linear in (linears[0], linears[-1]):
-        handle = linear.register_forward_hook(lambda module, inputs, output: 2 * output)
+        handle = linear.register_forward_hook(lambda module, inputs, output: output.abs())
         assert not torch.equal(states_of(model)[0], before)
         handle.remove()
     assert not any(runs[2:])

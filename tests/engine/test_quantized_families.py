@@ -25,6 +25,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "albert": ("albert", {"num_hidden_layers": 4}),
     "electra": ("electra", {}),
     "jina": ("jina", {}),
+    "jina code": ("jina", {"_name_or_path": "jinaai/jina-bert-v2-qk-post-norm"}),
     "deberta": ("deberta-v2", {
         "relative_attention": True, "position_buckets": 8, "max_relative_positions": 16, "share_att_key": True,
         "pos_att_type": "p2c|c2p", "norm_rel_ebd": "layer_norm", "position_biased_input": False, "type_vocab_size": 0,
@@ -43,7 +44,7 @@ def config_of(family: str) -> fastbert.BertConfig:
     if model_type == "jina":
         settings = {"position_embedding_type": "alibi", "feed_forward_type": "geglu", "emb_pooler": "mean"}
         sizes = {**SIZES, "model_type": "bert", "vocab_size": VOCAB, "max_position_embeddings": 128}
-        return fastbert.BertConfig.from_dict({**sizes, **settings})
+        return fastbert.BertConfig.from_dict({**sizes, **settings, **options})
     return fastbert.BertConfig.from_dict(config_of_transformers(model_type, **{**SIZES, **options}).to_dict())
 
 
@@ -154,7 +155,7 @@ def test_kernels_are_named(family: str) -> None:
     wanted = {"quantized_linear_persistent"}
     if family.startswith("modernbert"):
         wanted |= {"quantized_gated_linear_persistent", "rotary", "sum_norm", "attention"}
-    if family in ("nomic", "gte", "jina"):
+    if family in ("nomic", "gte", "jina", "jina code"):
         wanted |= {"quantized_gated_linear_persistent", "layer_norm"}
     if family in ("albert", "electra", "deberta"):
         wanted |= {"quantized_rows"}

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from family_cases import make_batch, theirs, twin
 from fastbert.engine import training
+from fastbert.ops.packing import from_lengths
 from fastbert.ops.training.plain import PLAIN
+from fastbert_kernels import launch
 from helpers import rms_error
 from model_cases import assert_close, in_dtype, valid_of
 
@@ -77,6 +79,31 @@ def test_same_masks_on_every_backend(model_type: str, kind: str, device: torch.d
     hooked = make(model_type, p=0.2, backend="cpu")
     hooked.encoder.layer[0].register_forward_hook(lambda *_: None)
     assert_near(step(hooked, batch), expected)
+
+
+@FAMILY
+def test_embeddings_are_one_node(model_type: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches words, norm and dropout of embeddings without positions that run apart, or that lose a gradient."""
+    model, launched = make(model_type, p=0.2, backend="triton").to(device), []
+    plain = make(model_type, dtype=torch.float64, p=0.2, backend="torch")
+    run = launch.run
+
+    def noted(kernel: Any, *arguments: Any, **others: Any) -> None:
+        launched.append(kernel.__name__)
+        run(kernel, *arguments, **others)
+
+    monkeypatch.setattr(launch, "run", noted)
+    ids, batch = torch.tensor([5, 1, 7, 5], device=device), from_lengths([3, 1], device)
+    torch.manual_seed(3)
+    rows = model.embeddings(ids, batch=batch, policy=model.policy)
+    assert launched == ["_embedding_norm_kernel"] and (rows == 0).any()
+    rows.sin().sum().backward()
+    torch.manual_seed(3)
+    expected = plain.embeddings(ids.cpu(), batch=from_lengths([3, 1], torch.device("cpu")), policy=plain.policy)
+    assert rms_error(rows.cpu(), expected) < 1e-6
+    expected.sin().sum().backward()
+    for name, parameter in model.embeddings.named_parameters():
+        assert rms_error(parameter.grad.cpu(), plain.embeddings.get_parameter(name).grad) < 1e-6, name
 
 
 @FAMILY

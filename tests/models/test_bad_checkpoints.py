@@ -111,7 +111,7 @@ def test_more_layers_than_the_checkpoint_has(folder: Path) -> None:
         (
             {"model_type": "funnel"},
             "model_type: got 'funnel', expected one of albert, bert, camembert, deberta-v2, distilbert, electra, gte, "
-            "jina_bert_v2, modernbert, mpnet, nomic_bert, roberta, xlm-roberta",
+            "jina_bert_code, jina_bert_v2, modernbert, mpnet, nomic_bert, roberta, xlm-roberta",
         ),
         (
             {"position_embedding_type": "relative_key"},

@@ -19,9 +19,8 @@ from model_cases import assert_close
 from published_cases import PUBLISHED, small
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "supported-models.md"
-ROW = re.compile(r"^\| ([\w.-]+/[\w.-]+) \| `([\w-]+)` \| (yes|not yet) \|(.*?) \| (.+?) \| (.+?) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| ([\w.-]+/[\w.-]+) \| `([\w-]+)` \| (yes) \|(.*?) \| (.+?) \| (.+?) \|$", re.MULTILINE)
 ROWS = {match[1]: match.groups() for match in ROW.finditer(PAGE.read_text(encoding="utf-8"))}
-LOADED = [name for name, row in ROWS.items() if row[2] == "yes"]
 IDS = torch.tensor([[2, 5, 6, 7, 8, 3], [2, 9, 3, 1, 1, 1]])
 MASK = torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0]])
 
@@ -78,7 +77,7 @@ def test_the_table_has_every_case() -> None:
     assert {name: row[1] for name, row in ROWS.items()} == {n: config["model_type"] for n, config in PUBLISHED.items()}
 
 
-@pytest.mark.parametrize("name", LOADED)
+@pytest.mark.parametrize("name", ROWS)
 def test_a_model_that_loads(name: str, tmp_path: Path) -> None:
     """Catches a published config.json or tensor that the class of the table cannot read, or reads otherwise.
 
@@ -100,11 +99,3 @@ def test_a_model_that_loads(name: str, tmp_path: Path) -> None:
     per_token = mine.logits.dim() == 3
     assert_close(name, *((x[MASK > 0] if per_token else x) for x in (mine.logits, expected)), 1e-5)
     assert ours.missing_names == []
-
-
-@pytest.mark.parametrize("name", sorted(set(ROWS) - set(LOADED)))
-def test_a_model_that_is_refused(name: str, tmp_path: Path) -> None:
-    """Catches a family with other layers that is run as BERT, or one that loads and is still called "not yet"."""
-    (tmp_path / "config.json").write_text(json.dumps(small(name)))
-    with pytest.raises(ValueError, match=r"model_type: got|auto_map: jina"):
-        fastbert.BertModel.from_pretrained(tmp_path)

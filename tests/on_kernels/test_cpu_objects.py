@@ -1,4 +1,4 @@
-"""A record of Python objects notices every change that it names, whichever way PyTorch gives addresses."""
+"""A record of Python objects notices every change that it names, whichever way PyTorch gives addresses and counts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from fastbert_kernels.cpu import ObjectRecord, library, objects
 pytestmark = pytest.mark.skipif(objects.obstacle() is not None, reason=f"no records: {objects.obstacle()}")
 
 
-@pytest.fixture(params=["Inductor's", "method"], autouse=True)
+@pytest.fixture(params=["fast", "address by method", "all by Python's ways"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Both ways to a tensor's address: the function for Inductor's code, and the method data_ptr."""
-    if request.param == "method":
+    """The ways to a tensor's address, by the function for Inductor's code or the method, and to its count of writes."""
+    if request.param != "fast":
         monkeypatch.setattr(objects, "_fast_address", lambda: None)
     elif objects._fast_address() is None:
+        pytest.skip("this PyTorch has no such function")
+    if request.param == "all by Python's ways":
+        monkeypatch.setattr(objects, "_fast_version", lambda: (None, 0))
+    elif objects._fast_version() == (None, 0):
         pytest.skip("this PyTorch has no such function")
     objects._prepared.cache_clear()
     yield

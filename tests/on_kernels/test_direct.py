@@ -11,26 +11,33 @@ from process_cases import run_beside_tests as run
 COMPARE = """
 import json, torch, stub_driver
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 stub = stub_driver.install()
 calls = []
 stub.load_binary = lambda name, code, *rest: ("module", (name, hash(code)), 32, 0, 1024)
 
+def of(value):
+    if isinstance(value, TensorDescriptor):
+        return value.base.data_ptr(), tuple(value.shape), tuple(value.strides), tuple(value.block_shape)
+    return value.data_ptr() if isinstance(value, torch.Tensor) else value
+
 def launch(self, x, y, z, stream, function, metadata, told, enter, leave, *values):
     if enter is not None:  # as the compiled launcher does
         enter(told)
-    values = [v.data_ptr() if isinstance(v, torch.Tensor) else v for v in values]
+    values = [of(v) for v in values]
     calls.append(repr((x, y, z, function, metadata, values)))
 
 stub.launcher_cls.__call__ = launch
-from fastbert_kernels import configs, direct, launch as launching, layer_norm
+from fastbert_kernels import attention, configs, direct, gated, launch as launching, layer_norm, linear
+from fastbert_kernels import linear_persistent, rotary, sum_norm, work_list
 
 bf16, memory = torch.bfloat16, torch.zeros(1 << 20, dtype=torch.bfloat16)
 
 def rows(n, k, offset=0, stride=None):
     return memory[offset:].as_strided((n, k), (stride or k, 1))
 
-out = torch.zeros(32 * 48 * 2, dtype=torch.uint8)
+out = torch.zeros(1 << 20, dtype=torch.uint8)
 launching.empty = lambda shape, like, dtype=None: out[: 2 * shape[0] * shape[1]].view(like.dtype).view(shape)
 weights = {(n, t): torch.zeros(n, dtype=t) for n in (48, 17) for t in (bf16, torch.float16)}
 
@@ -53,10 +60,42 @@ cases = {
 kernel = layer_norm._bias_residual_layer_norm_kernel
 ours = kernel.direct
 
+def attend(n_rows, n_heads, head_size, scale=0.25, offset=0):
+    block_q = configs.attention_config(bf16, head_size, 90).block_sizes["BLOCK_Q"]
+    tiles = lists.setdefault((n_rows, block_q), work_list.build_work_list([0, n_rows], block_q))
+    attention.varlen_attention_forward(rows(n_rows, 3 * n_heads * head_size, offset), tiles, n_heads, scale)
+
+def multiply(n_rows, n_cols, k_size, activation="gelu", residual=False, by_rows=False, offset=0):
+    added = rows(n_rows, n_cols, 4096) if residual else None
+    weight, bias = rows(n_cols, k_size, 8192 + offset), None if residual else rows(1, n_cols)[0]
+    linear.linear_forward(rows(n_rows, k_size, 1 << 19), weight, bias, activation, added, by_rows=by_rows)
+
+def add_norm(n_rows, n_cols, keep=True, eps=1e-5, offset=0):
+    vector = rows(1, n_cols)[0]
+    sum_norm.sum_norm_forward(rows(n_rows, n_cols, 512 + offset), rows(n_rows, n_cols), vector, vector, eps, keep)
+
+angles, lists = torch.zeros(64, 8), {}
+others = [
+    *((attend, sizes) for sizes in ((33, 2, 16), (40, 2, 16), (33, 2, 16, 0.5), (33, 1, 20), (33, 2, 16, 0.25, 1))),
+    *((multiply, sizes) for sizes in (
+        (33, 128, 64), (700, 128, 64), (33, 64, 64), (33, 128, 64, "none", True), (33, 128, 64, "gelu", False, True),
+        (60, 128, 64, "gelu", False, True), (33, 128, 64, "gelu", False, False, 1))),
+    *((add_norm, sizes) for sizes in ((9, 48), (10, 48), (9, 48, False), (9, 48, True, 1e-6), (9, 48, True, 1e-5, 1))),
+    *((lambda n, place: rotary.rotary_forward(rows(n, 96), angles[:n], angles[:n], 2, place), sizes)
+      for sizes in ((5, True), (6, True), (5, False))),
+    *((lambda n, k, name: gated.gated_forward(rows(n, k), name), sizes)
+      for sizes in ((5, 64, "gelu"), (6, 64, "gelu"), (5, 64, "gelu_tanh"), (5, 40, "gelu"))),
+]
+kernels = [kernel, attention._varlen_attention_kernel, linear._linear_kernel, gated._gated_kernel,
+           linear_persistent._linear_persistent_kernel, rotary._rotary_kernel, sum_norm._sum_norm_kernel]
+directs = [each.direct for each in kernels]
+
 def all_cases():
     calls.clear()
     for case in cases.values():
         case()
+    for function, arguments in others:
+        function(*arguments)
     return list(calls)
 
 through = [0]
@@ -66,14 +105,23 @@ def counting(self, *arguments, **options):
     return run(self, *arguments, **options)
 type(kernel).run = counting
 
-kernel.direct = None
+for each in kernels:
+    each.direct = None
 expected = all_cases()
-kernel.direct = ours
+for each, before in zip(kernels, directs):
+    each.direct = before
 all_cases()
 through[0] = 0
+repeated = [0]
+for each in directs:
+    def counted(*arguments, repeat=each.repeat):
+        answer = repeat(*arguments)
+        repeated[0] += answer
+        return answer
+    each.repeat = counted
 again = all_cases()
-kernels = {known[1] for known in ours.compiled.values()}
-result = {"same": expected == again, "kernels": len(kernels), "through": through[0]}
+kernels = {known[1] for known in ours.compiled.values()}  # of LayerNorm
+result = {"same": expected == again, "kernels": len(kernels), "through": through[0], "repeated": repeated[0]}
 
 heard = []
 hook = lambda metadata: heard.append(metadata.get()["name"])
@@ -94,10 +142,11 @@ for name, watch, end in (
 
 direct.LIMIT = 3
 ours.compiled.clear()
+ours.repeats.clear()
 sizes = []
 for case in cases.values():
     case()
-    sizes.append(len(ours.compiled))
+    sizes.append(max(len(ours.compiled), len(ours.repeats)))
 result["most"] = max(sizes)
 through[0] = 0
 tile, configs.rowwise_config = configs.rowwise_config, lambda n: {**tile(n), "num_warps": 1}
@@ -118,6 +167,7 @@ def test_same_kernels(result: dict[str, Any]) -> None:
     """Catches a kernel that was compiled for aligned addresses, other strides or another dtype than it is given."""
     assert result["same"] and result["kernels"] >= 6
     assert result["through"] == 0  # none of them went through Triton, so that this compared something
+    assert result["repeated"] >= 20  # and most were not described again
 
 
 def test_launch_hooks(result: dict[str, Any]) -> None:

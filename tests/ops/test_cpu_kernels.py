@@ -130,6 +130,19 @@ def test_linear_is_as_accurate_as_eager(n_rows, k, n_cols, with_residual, activa
     outputs.check() if n_rows else None
 
 
+@pytest.mark.parametrize(("n_rows", "k", "n_cols"), [(1, 2, 1), (13, 258, 131), (9, 600, 48)])
+def test_linear_in_bfloat16_is_rounded_once(n_rows, k, n_cols, variant, outputs):
+    """Catches bits of an element's partner in a product, a sum in bfloat16, or columns beyond a row's end."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(n_rows, k).bfloat16(), torch.randn(n_cols, k).bfloat16()
+    exact = x.double() @ weight.double().T
+    packed = cpu.pack_weight(guarded(weight, extra_columns=6))
+    ours = cpu.linear_forward(guarded(x, extra_columns=6), packed, n_cols, None)
+    half_ulp = torch.finfo(torch.bfloat16).eps / 2 * exact.abs()
+    assert ((ours.double() - exact).abs() <= half_ulp + 1e-5 * k**0.5).all()
+    outputs.check()
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
 def test_gelu_over_its_whole_range(activation, variant):
     """Catches a polynomial that leaves its range, a tail that is not 0 or x, or an infinity or a NaN that changes."""

@@ -43,11 +43,6 @@ def memory(monkeypatch):
     return buffers
 
 
-def skip_without(dtype):
-    if not cpu.multiplies(dtype):
-        pytest.skip(f"the kernels of this instruction set do not multiply {dtype}")
-
-
 def operands(n_rows, m_size, k_size, dtype, seed=0):
     torch.manual_seed(seed)
     return torch.randn(n_rows, m_size).to(dtype), torch.randn(n_rows, k_size).to(dtype)
@@ -63,10 +58,30 @@ def assert_gradients_as_accurate(gradients, inputs):
     assert_as_accurate("bias", biases, eager_bias, grad.double().sum(1))
 
 
-def test_bfloat16_is_offered_where_the_processor_multiplies_it(variant):
-    """Catches gradients in bfloat16 by an instruction that the processor lacks, or refused where it has it."""
-    assert cpu.multiplies(torch.float32) and not cpu.multiplies(torch.float16)
-    assert cpu.multiplies(torch.bfloat16) == (variant == "avx512_bf16")
+def test_dtypes_on_offer(variant):
+    """Catches bfloat16 refused where no instruction multiplies pairs of it, or a dtype without kernels on offer."""
+    assert [cpu.multiplies(dtype) for dtype in (torch.float32, torch.bfloat16, torch.float16)] == [True, True, False]
+
+
+def test_rate_of_bfloat16():
+    """Catches a rate measured anew for each model, of the compiler's cleverness, or of no instruction at all."""
+    rate = cpu.bfloat16_rate()
+    assert rate == cpu.bfloat16_rate()
+    assert (rate is None) == ("avx512_bf16" not in cpu.library.processor_flags())
+    assert rate is None or 0.1 < rate < 4.0
+
+
+@pytest.mark.parametrize(("rate", "first"), [(2.0, "avx512_bf16"), (0.5, "avx512_vnni"), (None, "avx512_vnni")])
+def test_library_by_the_rate_of_bfloat16(rate, first, monkeypatch):
+    """Catches kernels that multiply bfloat16 by an instruction slower than float32's, or leave a fast one unused."""
+    if not cpu.library.processor_flags() >= cpu.VARIANTS["avx512_bf16"][1]:
+        pytest.skip("the processor has no AVX-512 with bfloat16")
+    monkeypatch.setattr(cpu.library, "bfloat16_rate", lambda: rate)
+    cpu.library.load.cache_clear()
+    try:
+        assert cpu.instructions() == cpu.VARIANTS[first][0]
+    finally:
+        cpu.library.load.cache_clear()
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
@@ -75,7 +90,6 @@ def test_bfloat16_is_offered_where_the_processor_multiplies_it(variant):
 def test_weight_gradient_is_as_accurate_as_eager(n_rows, m_size, k_size, dtypes, variant, memory):
     """Catches a wrong edge of a tile, an odd row of a pair, a piece lost, or one chain of sums over all rows."""
     dtype, out_dtype = DTYPES[dtypes]
-    skip_without(dtype)
     draws = range(20 if m_size * k_size < 100 else 1)  # few numbers have an error by chance
     inputs = [operands(n_rows, m_size, k_size, dtype, seed) for seed in draws]
     gradients = [
@@ -91,7 +105,6 @@ def test_weight_gradient_is_as_accurate_as_eager(n_rows, m_size, k_size, dtypes,
 def test_more_than_one_chunk(n_rows, m_size, k_size, dtypes, variant, memory):
     """Catches a chunk packed over one that is still multiplied, or sums of the bias added twice or not at all."""
     dtype, out_dtype = DTYPES[dtypes]
-    skip_without(dtype)
     grad, x = operands(n_rows, m_size, k_size, dtype)
     assert_gradients_as_accurate([cpu.weight_gradient(grad, x, out_dtype, True)], [(grad, x)])
     memory.check()
@@ -109,7 +122,6 @@ def test_a_bias_gradient_only_where_wanted(variant):
 def test_bits_do_not_depend_on_threads(threads, dtypes, variant, number_of_threads):
     """Catches sums whose order follows the tasks of the threads."""
     dtype, out_dtype = DTYPES[dtypes]
-    skip_without(dtype)
     grad, x = operands(1500, 210, 330, dtype)
     torch.set_num_threads(1)
     expected = cpu.weight_gradient(grad, x, out_dtype, True)
@@ -121,7 +133,6 @@ def test_bits_do_not_depend_on_threads(threads, dtypes, variant, number_of_threa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nan_stays_in_its_row_and_column(dtype, variant):
     """Catches a NaN that is lost, or one that reaches the gradients of other weights."""
-    skip_without(dtype)
     grad, x = operands(200, 60, 70, dtype)
     grad[150, 31], x[3, 52] = float("nan"), float("inf")
     weight, bias = cpu.weight_gradient(grad, x, torch.float32, True)
@@ -158,7 +169,6 @@ HEIGHTS = ([1], [131], [16, 16, 16], [7, 1, 40], [97, 96, 95])
 def test_packed_bytes(heights, k_size, dtypes, variant):
     """Catches a word out of its place, an edge without zeros, a row of another weight, or another rounding."""
     dtype, packed_dtype = PACKED[dtypes]
-    skip_without(packed_dtype or dtype)
     weights = [torch.randn(n, k_size).to(dtype) for n in heights]
     weights[0][0, 0], weights[-1][-1, -1] = float("inf"), -0.0
     inputs = [guarded(weight, extra_columns=i + 3) for i, weight in enumerate(weights)]
@@ -174,7 +184,6 @@ def test_packed_bytes(heights, k_size, dtypes, variant):
 @pytest.mark.parametrize("heights", [[96], [50], [20, 30, 14]], ids=str)
 def test_gradient_of_the_input(heights, dtype, variant, memory):
     """Catches a transposed weight packed for another product than grad @ weight."""
-    skip_without(dtype)
     weights = [(torch.randn(n, 77) / n**0.5).to(dtype) for n in heights]
     grad, whole = torch.randn(30, sum(heights)).to(dtype), torch.cat(weights)
     packed = cpu.pack_weights(weights, transposed=True)
@@ -189,7 +198,6 @@ def test_gradient_of_the_input(heights, dtype, variant, memory):
 @pytest.mark.parametrize(("n_rows", "n_cols"), [(0, 3), (1, 1), (13, 131), (40, 96)])
 def test_saved_input_of_the_activation(n_rows, n_cols, with_residual, activation, dtype, variant, memory):
     """Catches an output that depends on what is saved, or something else saved than goes into the activation."""
-    skip_without(dtype)
     x, weight, bias, residual = (
         torch.randn(*shape).to(dtype) for shape in ((n_rows, 150), (n_cols, 150), (n_cols,), (n_rows, n_cols))
     )

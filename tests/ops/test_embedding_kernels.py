@@ -118,6 +118,34 @@ def test_embeddings_and_models_without_segments(device, poisoned):
     poisoned.check()
 
 
+@pytest.mark.parametrize("segments", [True, False])
+def test_models_without_positions(segments, device, poisoned):
+    """Catches positions that are read where there are none, and a gradient that such a model's tables lack."""
+    ids, tensors = inputs(70, 48, FP32, device)
+    absent = [2] if segments else [1, 2]
+    exact_tensors, eager_tensors = leaves(tensors, torch.float64), leaves(tensors)
+    for each in (exact_tensors, eager_tensors):
+        for place in absent:
+            each[place].data.zero_()
+    drop, grad = dropout(), torch.randn(70, 48, device=device)
+    present = [None if place in absent else guarded(tensors[place], extra_columns=3) for place in range(3)]
+    rows = [None if place in absent else guarded(ids[place]) for place in range(3)]
+    y, _, *saved = embedding_norm_forward(*rows, *present, *tensors[3:], EPS, drop, FP32, False)
+    mask = kept(70, 48, drop, device)
+    assert_as_accurate("y", y, plain(ids, eager_tensors, mask), plain(ids, exact_tensors, mask))
+    _, of_sum, *vectors = residual_norm_backward(grad, None, *saved, tensors[3], None, drop, True, want_x=False)
+    ours = {
+        "weight": vectors[0],
+        "ln_bias": vectors[1],
+        "word": embedding_backward(of_sum, segments_of(ids[0], 101), FP32),
+    }
+    exact = plain_gradients(ids, exact_tensors, mask, grad.double(), None, FP32)
+    eager = plain_gradients(ids, eager_tensors, mask, grad, None, FP32)
+    for name, gradient in ours.items():
+        assert_gradient(name, gradient, eager[name], exact[name], FP32)
+    poisoned.check()
+
+
 def test_without_dropout_the_output_is_that_of_inference(device):
     """Catches training that embeds in another way than inference."""
     ids, tensors = inputs(13, 96, BF16, device)

@@ -54,6 +54,9 @@ BODIES: list[tuple[bytes, int, str]] = [
     (b'"text"', 400, "invalid_value"),
     (b"{}", 400, "missing_field"),
     (b'{"inputs": ' + b" " * 4000 + b"}", 413, "body_too_large"),
+    (b'\xef\xbb\xbf{"inputs": "a"}', 400, "invalid_json"),
+    ('{"inputs": "a"}'.encode("utf-16"), 400, "invalid_utf8"),
+    (b'{"inputs": 1e999}', 400, "invalid_value"),
 ]
 
 
@@ -72,6 +75,11 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("/embed", {"inputs": True}, "inputs"),
     ("/embed", {"inputs": []}, "inputs"),
     ("/embed", {"inputs": [[]]}, "inputs[0]"),
+    ("/embed", {"inputs": [[["a"]]]}, "inputs[0]"),
+    ("/embed", {"inputs": [[5], "a"]}, "inputs[1]"),
+    ("/embed", {"inputs": [True]}, "inputs[0]"),
+    ("/embed", {"inputs": [None]}, "inputs[0]"),
+    ("/embed", {"inputs": {"text": "a"}}, "inputs"),
     ("/embed", {"inputs": ["a", 1]}, "inputs[1]"),
     ("/embed", {"inputs": ["a", ["b"]]}, "inputs[1]"),
     ("/embed", {"inputs": [1, 2.5]}, "inputs"),
@@ -82,6 +90,9 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("/embed", {"inputs": "a", "truncation_direction": "left"}, "truncation_direction"),
     ("/embed", {"inputs": "a", "dimensions": 33}, "dimensions"),
     ("/embed", {"inputs": "a", "dimensions": 0}, "dimensions"),
+    ("/embed", {"inputs": "a", "dimensions": 10**40}, "dimensions"),
+    ("/embed", {"inputs": "a", "dimensions": 2.5}, "dimensions"),
+    ("/embed", {"inputs": "a", "dimensions": True}, "dimensions"),
     ("/embed", {"inputs": "a", "prompt_name": "none"}, "prompt_name"),
     ("/v1/embeddings", {"input": "a"}, "model"),
     ("/v1/embeddings", {"input": "a", "model": 3}, "model"),
@@ -127,6 +138,8 @@ def test_limits(client: TestClient, service: Service) -> None:
     ):
         response = client.post(path, json=body)
         assert (response.status_code, error_of(response)["code"]) == (413, code), response.text
+        assert ("connection" in response.headers) is False, "all of its body was read"
+    assert client.post("/embed", content=b" " * 4001, headers=JSON).headers["connection"] == "close"
     held = service.batchers["encoder"].reserve(79)
     for inputs in ("fish and boats", ["fish and boats"], ["fish", "boats"]):
         response = client.post("/embed", json={"inputs": inputs})
@@ -145,6 +158,51 @@ def test_routes_and_forms_that_are_not_there(client: TestClient) -> None:
     for headers in ({"Content-Type": "text/plain"}, {**JSON, "Content-Encoding": "gzip"}):
         response = client.post("/embed", content=b'{"inputs": "a"}', headers=headers)
         assert response.status_code == 415 and error_of(response)["code"] == "unsupported_media_type"
+
+
+def test_requests_that_are_odd_and_right(client: TestClient) -> None:
+    """Catches texts of any characters that are refused, and fields of other servers that are in the way."""
+    expected = client.post("/embed", json={"inputs": "fish"}).json()
+    for body in (
+        b'{"inputs": "boats", "inputs": "fish"}',  # the last one counts, as in most readers of JSON
+        b'{"inputs": "fish", "user": 3, "unknown": [{}], "truncate": null, "prompt_name": null}',
+        b' \r\n\t{"inputs": "\\u0066ish"} ',
+    ):
+        assert client.post("/embed", content=body, headers=JSON).json() == expected
+    for content_type in ("application/json; charset=utf-8", "Application/JSON"):
+        response = client.post("/embed", content=b'{"inputs": "fish"}', headers={"Content-Type": content_type})
+        assert response.json() == expected
+    texts = ["", " ", "\u0000", "\ufeff", "물고기 🐟", "e\u0301" * 9]
+    assert np.isfinite(client.post("/embed", json={"inputs": texts[:5]}).json()).all()
+    assert client.post("/embed?model=", json={"inputs": texts[5]}).status_code == 200
+    assert client.post("/embed?model=%ff", json={"inputs": "a"}).status_code == 404
+    assert client.head("/v1/models").status_code == client.head("/health").status_code == 200
+    for method in ("OPTIONS", "HEAD", "PUT", "TRACE"):
+        response = client.request(method, "/embed")
+        assert response.status_code == 405 and response.headers["allow"] == "POST"
+    for id_, is_kept in (("mine-1", True), ("a b", False)):
+        response = client.post("/embed", json={"inputs": "a"}, headers={"X-Request-Id": id_})
+        assert (response.headers["x-request-id"] == id_) is is_kept
+
+
+def test_other_ways_of_http(models: SimpleNamespace) -> None:
+    """Catches requests that come before the last answer, old HTTP, and bodies in pieces, that are not answered."""
+    body = b'{"inputs": "fish"}'
+    post = head(len(body)) + body
+    pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n"
+    chunked = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked") + pieces
+    last = post.replace(b"Host: a", b"Host: a\r\nConnection: close")
+    with served(loaders(models, "encoder")) as server:
+        for data, n_answers in (
+            (post * 3 + chunked + last, 5),
+            (post.replace(b"HTTP/1.1", b"HTTP/1.0"), 1),
+            (last.replace(b"Host: a", b"Host: a\r\nExpect: 100-continue"), 1),
+        ):
+            with send(server, data) as connection:
+                answer = b"".join(iter(lambda: connection.recv(65536), b""))  # noqa: B023
+            assert answer.count(b" 200 OK\r\n") == n_answers, answer
+        with send(server, b"NONSENSE\r\n\r\n") as connection:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
 
 
 def test_weights_that_make_nan(models: SimpleNamespace) -> None:
@@ -199,6 +257,10 @@ def test_keys(models: SimpleNamespace, tmp_path: Any, monkeypatch: pytest.Monkey
             assert response.status_code == 401 and error_of(response)["code"] == "invalid_api_key"
             assert response.headers["WWW-Authenticate"] == "Bearer"
         assert client.get("/health").status_code == client.get("/ready").status_code == 200
+    file.write_bytes("\ufeffone\r\nsécond\r\n".encode())  # as some editors write it
+    with client_of(Service({}, Settings(keys=Keys.read(file)))) as client:
+        for key in ("one", "sécond"):
+            assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}".encode()}).status_code == 200
     file.write_text("\n")
     with pytest.raises(ValueError, match="expected an API key"):
         Keys.read(file)

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import pytest
 from fastbert.cli.main import main
 from fastbert.cli.serve import _name_and_source
 from fastbert.serving.app import make_app
-from fastbert.serving.server import ServerThread
+from fastbert.serving.server import Server, ServerThread, run
 from fastbert.serving.service import Service
 from helpers import source_env
 from serving_cases import loaders, save_models, wait_until
@@ -183,6 +184,33 @@ def test_a_server_that_cannot_start_says_why(models: SimpleNamespace) -> None:
     with pytest.raises(RuntimeError, match="did not start") as error, ServerThread(Service({"none": lambda: 1 // 0})):
         pass
     assert isinstance(error.value.__cause__, ZeroDivisionError)
+
+
+def test_an_address_that_cannot_be_had() -> None:
+    """Catches a taken port that is found out after minutes, when the models are loaded, and one that ends nothing."""
+    loaded: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for host, port in (("127.0.0.1", taken.getsockname()[1]), ("127.0.0.1", 99999), ("nowhere.invalid", 0)):
+            with pytest.raises(OSError, match=f"cannot listen on {host}:{port}"):
+                run(Service({"model": lambda: loaded.append("model")}), host, port)
+    assert not loaded
+
+
+def test_a_second_signal_ends_the_draining() -> None:
+    """Catches a server that cannot be stopped while it drains, and one that SIGTERM stops without an answer."""
+    service = Service({})
+    delays: list[tuple[Any, ...]] = []
+    ours = Server(service, "127.0.0.1", 0, drain_seconds=60.0)
+    loop: Any = SimpleNamespace(call_soon_threadsafe=lambda f, *args: f(*args))
+    loop.call_later = lambda *args: delays.append(args)
+    ours._loop = loop
+    ours.handle_exit(signal.SIGTERM, None)
+    assert service.state == "draining" and not ours.should_exit and delays == [(60.0, ours.stop)]
+    for _ in range(2):
+        ours.handle_exit(signal.SIGTERM, None)
+        assert ours.should_exit and not ours.force_exit and len(delays) == 1
+    ours.handle_exit(signal.SIGINT, None)
+    assert ours.force_exit, "who is in such a hurry waits for nobody"
 
 
 def test_names_of_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ TILE = {"BLOCK_ROWS": 64, "BLOCK_COLS": 64, "BLOCK_K": 64, "GROUP_ROWS": 8, "num
         ({"quantized_linear_persistent": {"int8": {**TILE, "WARP_SPECIALIZE": 0}}}, "descriptors from the host"),
         ({"linear_specialized": {"float16": {**TILE, "num_warps": 8}}}, "expected num_warps = 4"),
         ({"quantized_linear_specialized": {"int8": {**TILE, "num_warps": 8}}}, "expected num_warps = 4"),
+        ({"quantized_gated_linear": {"int8/32x32": TILE}}, "expected BLOCK_COLS = 128"),
+        ({"quantized_gated_gemm": {"int8/32x32": {"kernel": "quantized_linear"}}}, "expected kernel of"),
         ({"few_rows": {"float16/32x32/gelu/64": {"kernel": "linear_persistent", **TILE}}}, "expected kernel of"),
         ({"few_rows": {"float16/32x32/residual/64": {"kernel": "split_linear", **TILE}}}, "lacks SPLITS"),
         ({"few_rows": {"float16/32x32/gelu/64": {"kernel": "linear", "BLOCK_ROWS": 64}}}, "lacks BLOCK_COLS"),

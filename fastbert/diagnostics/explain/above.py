@@ -6,6 +6,7 @@ All that it knows of the engine, of heads and of pooling is in this file.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from types import SimpleNamespace
 from typing import Any
@@ -23,6 +24,7 @@ from fastbert.ops import Policy, attention_plan, recording
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.packing import PackedBatch
 from fastbert.ops.quantized import DTYPES, Quantized
+from fastbert.ops.recording import Record
 from fastbert.pipelines.batching import batches, default_token_budget
 from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.pipelines.sentence import SentenceEncoder
@@ -63,6 +65,28 @@ def one_call_obstacles(bert: EncoderModel, policy: Policy, device: torch.device,
     """Returns every reason why the encoder would not run in one call of a C++ kernel on this CPU."""
     with torch.no_grad():
         return list(bert.engine.one_call_obstacles(bert, policy, device, dtype))
+
+
+def as_launched(bert: EncoderModel, records: list[Record]) -> list[Record]:
+    """Returns the records of an encoder as its layers' kernels run where they are launched without their modules.
+
+    Layers that normalise what they read then add the residual in the kernel of the norm: it is recorded as "sum_norm".
+    """
+    with torch.no_grad():
+        if bert.training or any(bert.engine.state.obstacles(bert, bert.device)):
+            return records
+        first = next(iter(bert.blocks()), None)
+    if first is None or not first.pre_norm:
+        return records
+    norms = [i for i, record in enumerate(records) if _is_norm_of_layer(record)]
+    launched = list(records)
+    for i in norms if first.attention_norm is None else norms[1:]:
+        launched[i] = replace(records[i], op="sum_norm", facts={**records[i].facts, "residual": True})
+    return launched
+
+
+def _is_norm_of_layer(record: Record) -> bool:
+    return (record.op, record.backend) == ("layer_norm", "triton") and ".encoder." in f".{record.module}"
 
 
 def rows_computed(lengths: Sequence[int], model: nn.Module, bert: EncoderModel) -> int:

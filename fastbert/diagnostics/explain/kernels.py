@@ -178,6 +178,10 @@ def _quantized_linear(record: Record, device: torch.device) -> Kernel:
     gemm = quantized_configs.quantized_gemm(
         dtype, _arch(device), _features(record), record.facts["group"], record.dtype
     )
+    return _of_gemm(gemm)
+
+
+def _of_gemm(gemm: Any) -> Kernel:
     source = "; ".join(filter(None, (gemm.choice_source, gemm.config.source)))
     return Kernel(f"fastbert_kernels.{gemm.ours}", dict(gemm.config.block_sizes), source)
 
@@ -185,13 +189,10 @@ def _quantized_linear(record: Record, device: torch.device) -> Kernel:
 def _quantized_gated(record: Record, device: torch.device) -> Kernel:
     if record.backend != "triton":
         return Kernel(quantized.KERNELS["torch"])
-    from fastbert_kernels.quantized_gated_linear import gated_tile, persistent_tile
+    from fastbert_kernels import quantized_configs
 
-    name, dtype = "fastbert_kernels.quantized_gated_linear", quantized.DTYPES[record.facts["precision"]]
-    persistent = persistent_tile(dtype, _arch(device), *_features(record))
-    if persistent is not None:
-        return Kernel(f"{name}_persistent", persistent, f"formula of {name}.persistent_tile")
-    return Kernel(name, gated_tile(_arch(device)), f"formula of {name}.gated_tile")
+    dtype = quantized.DTYPES[record.facts["precision"]]
+    return _of_gemm(quantized_configs.quantized_gated_gemm(dtype, _arch(device), _features(record)))
 
 
 def _sum_norm(record: Record, device: torch.device) -> Kernel:
@@ -214,6 +215,7 @@ _IN_8_BITS: dict[str, Callable[[Record, torch.device], Kernel]] = {
 _KERNELS: dict[str, Callable[[Record, torch.device], Kernel]] = {
     "embedding": _embedding,
     "layer_norm": _layer_norm,
+    "sum_norm": _sum_norm,
     "bias_gelu": _bias_gelu,
     "attention": _attention,
     "rotary": _rotary,

@@ -44,8 +44,8 @@ def notes_of(question: Question, eight_bit: Decision | None, rows: Iterable[OpRe
         yield "batch_invariant on a CPU is for inference: with gradients running raises BackendError"
     if question.dtype == torch.float32 and device.type == "cuda":
         yield f"float32 multiplies in {float32_precision()}: PyTorch's own switch"
-    if model.dtype_choice is not None and question.cast is None:
-        yield model.dtype_choice
+    if model.dtype_choice is not None and question.cast is None and question.dtype == model.dtype_choice[0]:
+        yield model.dtype_choice[1]
 
 
 def _launches(question: Question, rows: Iterable[OpReport]) -> Iterator[str]:

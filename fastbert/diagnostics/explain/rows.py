@@ -10,18 +10,21 @@ from typing import Any
 
 import torch
 
+from fastbert.diagnostics.explain import above
 from fastbert.diagnostics.explain.dry_run import N_SEQUENCES, N_TOKENS, Question, dry_run, recorder_for
 from fastbert.diagnostics.explain.kernels import Kernel, compiled, kernel_of, short_texts
+from fastbert.diagnostics.explain.model import backbone
 from fastbert.diagnostics.explain.report import MODULE, OpReport
 from fastbert.ops import recording
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.recording import Record, Shape
 
-# What a report calls operations that are recorded with a precision.
+_OPS = {"sum_norm": "layer_norm"}  # what a report calls operations
+# The same of those that are recorded with a precision.
 _OPS_IN_8_BITS = {
     "linear": "quantized_linear",
     "gated": "quantized_linear",
-    "sum_norm": "layer_norm",
+    **_OPS,
     "rows": "quantize",
 }
 _LETTERS = {N_TOKENS: "T", N_SEQUENCES: "B"}
@@ -35,6 +38,8 @@ def rows_that_run(question: Question, eight_bit: Decision | None) -> list[OpRepo
     """
     dry = recorder_for(question)
     encoder, others = dry_run(question, dry, eight_bit)
+    if above.is_unquantised(eight_bit):
+        encoder = above.as_launched(backbone(question.model), encoder)
     with recording.recorded(dry):  # a GPU that is not there is asked about here, too
         rows, rest = rows_of(encoder, question.device), rows_of(others, question.device)
     if eight_bit is not None and eight_bit.backend == "cpu":
@@ -71,7 +76,7 @@ def rows_of(records: Sequence[Record], device: torch.device) -> list[OpReport]:
 
 def _row(record: Record, module: str, device: torch.device) -> OpReport:
     name, _, precision = record.op.partition(" in ")
-    op = _OPS_IN_8_BITS.get(name, name) if precision else name
+    op = _OPS_IN_8_BITS.get(name, name) if precision else _OPS.get(name, name)
     row = OpReport(
         op=op,
         module=module,

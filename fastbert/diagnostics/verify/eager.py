@@ -75,9 +75,10 @@ def eager_layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), part.eps)
 
     normed, read = norm(block.attention_norm, x) if block.pre_norm else x, x
+    norms = block.query_norm, block.key_norm, None
     q, k, v = (
-        linear(part, normed).unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
-        for part in (block.query, block.key, block.value)
+        norm(of_part, linear(part, normed)).unflatten(-1, (block.num_heads, -1)).transpose(1, 2)
+        for part, of_part in zip((block.query, block.key, block.value), norms, strict=True)
     )  # (B, N, S, D)
     columns = torch.arange(x.shape[1], device=x.device)
     if block.rotary is not None:
@@ -95,6 +96,8 @@ def eager_layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
     context = (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)  # (B, S, H)
     x = linear(block.out, context) + x
     normed = norm(block.output_norm if block.pre_norm else block.attention_norm, x)
+    if block.second_norm is not None:
+        normed = norm(block.second_norm, normed + read)
     inner = activate(linear(block.up, normed), block.activation)  # (B, S, I)
     if block.gate is not None:
         inner = inner * linear(block.gate, normed)

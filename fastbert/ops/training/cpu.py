@@ -121,13 +121,13 @@ class CpuKernels:
         self,
         word: Tensor,
         token_type: Tensor | None,
-        position: Tensor,
+        position: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         settings: EmbeddingSettings,
     ) -> Normalized:
         input_ids, token_type_ids, position_ids, eps, _, dropout = settings
-        assert position_ids is not None, "embeddings without positions have no passes of training"
+        assert position is not None and position_ids is not None, "the C++ kernel reads a table of positions"
         done = cpu.embedding_norm_forward(
             input_ids, token_type_ids, position_ids, word, token_type, position, weight, bias, eps, dropout, word.dtype
         )

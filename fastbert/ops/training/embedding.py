@@ -16,7 +16,7 @@ from fastbert.ops.training.plain import PLAIN, sum_of_rows
 def embedding(
     word: Tensor,
     token_type: Tensor | None,
-    position: Tensor,
+    position: Tensor | None,
     weight: Tensor,
     ln_bias: Tensor,
     settings: EmbeddingSettings,
@@ -33,13 +33,13 @@ class _Embedding(torch.autograd.Function):
         ctx: Any,
         word: Tensor,
         token_type: Tensor | None,
-        position: Tensor,
+        position: Tensor | None,
         weight: Tensor,
         ln_bias: Tensor,
         settings: EmbeddingSettings,
         kernels: Kernels,
     ) -> Tensor:
-        with torch.autocast(position.device.type, enabled=False):
+        with torch.autocast(weight.device.type, enabled=False):
             done = kernels.embedding_forward(word, token_type, position, weight, ln_bias, settings)
         ctx.settings, ctx.kernels = settings, kernels
         # As with PyTorch's embeddings, tables may be written to before the backward pass, which needs their shapes.
@@ -82,7 +82,7 @@ def _plain(settings: EmbeddingSettings) -> Any:
     """Returns the embeddings in plain PyTorch, on what their node of autograd took."""
 
     def function(
-        word: Tensor, token_type: Tensor | None, position: Tensor, weight: Tensor, ln_bias: Tensor, *_: Any
+        word: Tensor, token_type: Tensor | None, position: Tensor | None, weight: Tensor, ln_bias: Tensor, *_: Any
     ) -> Tensor:
         x = sum_of_rows(word, token_type, position, settings)
         y = PLAIN.norm_forward(x, None, weight, ln_bias, settings.eps, None, False).y

@@ -156,7 +156,7 @@ class _ResidualNorm(torch.autograd.Function):
             return again(_plain_norm(ctx.eps), grad, inputs, need)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             if total is None:
-                total = x if residual is None else (x + residual).to(x.dtype)
+                total = (x if residual is None else (x + residual).to(x.dtype)).contiguous()
             saved = total, mean, rstd
             done = ctx.kernels.norm_backward(grad.contiguous(), None, saved, weight, *ctx.drops, need[1])
         vectors = done.weight.to(weight.dtype), done.bias.to(bias.dtype)

@@ -163,7 +163,7 @@ class Kernels(Protocol):
         self,
         word: Tensor,
         token_type: Tensor | None,
-        position: Tensor,
+        position: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         settings: EmbeddingSettings,

@@ -185,7 +185,7 @@ class Plain:
         self,
         word: Tensor,
         token_type: Tensor | None,
-        position: Tensor,
+        position: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         settings: EmbeddingSettings,

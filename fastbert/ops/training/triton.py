@@ -161,7 +161,7 @@ class TritonKernels:
         self,
         word: Tensor,
         token_type: Tensor | None,
-        position: Tensor,
+        position: Tensor | None,
         weight: Tensor,
         bias: Tensor,
         settings: EmbeddingSettings,
@@ -169,7 +169,6 @@ class TritonKernels:
         from fastbert_kernels.embedding import embedding_norm_forward
 
         input_ids, token_type_ids, position_ids, eps, _, dropout = settings
-        assert position_ids is not None, "embeddings without positions have no passes of training"
         tables = word, token_type, position, weight, bias
         done = embedding_norm_forward(
             input_ids, token_type_ids, position_ids, *tables, eps, dropout, word.dtype, low=False

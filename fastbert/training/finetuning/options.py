@@ -53,7 +53,7 @@ HELP: dict[str, dict[str, tuple[str, str]]] = {
         "warmup": ("N", "updates, or below 1 a share of all"),
         "clip": ("NORM", "the greatest norm of all gradients together, 0 for no limit"),
         "seed": ("N", "of the head's weights, order, dropout and the share that is held out"),
-        "precision": ("", "of products; weights and sums are fp32. auto: bf16 where the device has it"),
+        "precision": ("", "of products; weights and sums are fp32. auto: bf16 where it is faster"),
     },
     "on the way": {
         "evaluate_every": ("STEPS", "between evaluations, each with a checkpoint (default: an epoch)"),

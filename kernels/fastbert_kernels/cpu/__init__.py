@@ -12,6 +12,9 @@ from fastbert_kernels.cpu.attention_training import (
     attention_backward,
     attention_training_forward,
 )
+from fastbert_kernels.cpu.batches import (
+    fill_words,
+)
 from fastbert_kernels.cpu.disentangled import disentangled_attention_backward, disentangled_attention_forward
 from fastbert_kernels.cpu.dropout import (
     dropout_mask,
@@ -44,6 +47,7 @@ from fastbert_kernels.cpu.int8 import (
 )
 from fastbert_kernels.cpu.library import (
     VARIANTS,
+    bfloat16_rate,
     has_amx,
     instructions,
     int8_obstacle,
@@ -85,11 +89,12 @@ from fastbert_kernels.cpu.rows import (
 __all__ = [
     "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderConvolution", "EncoderLayer", "EncoderTables",
     "Int8Encoder", "Int8EncoderLayer", "Int8Weight", "LayerTraits", "NormBackward", "NormForward", "ObjectRecord",
-    "PositionBias", "activation_backward", "attention_backward", "attention_training_forward", "digest",
-    "disentangled_attention_backward", "disentangled_attention_forward", "dropout_forward", "dropout_mask",
-    "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "gated_backward",
-    "gated_forward", "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward",
-    "longest_of", "multiplies", "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights",
-    "pool_forward", "quantize_forward", "residual_norm_backward", "residual_norm_forward", "rotary_backward",
-    "rotary_forward", "varlen_attention_forward", "weight_gradient", "window_bias", "windowed_attention_forward",
+    "PositionBias", "activation_backward", "attention_backward", "attention_training_forward", "bfloat16_rate",
+    "digest", "disentangled_attention_backward", "disentangled_attention_forward", "dropout_forward", "dropout_mask",
+    "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "fill_words",
+    "gated_backward", "gated_forward", "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward",
+    "linear_int8_forward", "longest_of", "multiplies", "obstacle", "pack_int8", "pack_transposed", "pack_weight",
+    "pack_weights", "pool_forward", "quantize_forward", "residual_norm_backward", "residual_norm_forward",
+    "rotary_backward", "rotary_forward", "varlen_attention_forward", "weight_gradient", "window_bias",
+    "windowed_attention_forward",
 ]  # fmt: skip

@@ -146,6 +146,4 @@ void embed(const int64_t* ids, const int64_t* types, const int64_t* positions, c
     }
 
 ENCODER(fastbert_encode_float32, float)
-#ifdef __AVX512BF16__
 ENCODER(fastbert_encode_bfloat16, bf16)
-#endif

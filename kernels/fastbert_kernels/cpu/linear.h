@@ -22,4 +22,4 @@ struct Linear {
 };
 
 void linear(const Linear<float>& call, const Team& team);
-void linear(const Linear<bf16>& call, const Team& team);  // where the processor multiplies bfloat16
+void linear(const Linear<bf16>& call, const Team& team);

@@ -27,7 +27,9 @@ struct Python {
     Object* (*read)(Object* descriptor, Object* instance, Object* type);
     Object* version;  // the descriptor
     Object* (*data_ptr)(Object* tensor, Object* nothing);
-    void* (*address_of)(Object* tensor);  // data_ptr, faster, or null. It throws where there is no address.
+    void* (*address_of)(Object* tensor);           // data_ptr, faster, or null. It throws where there is no address.
+    int64_t (*version_of)(Object* const* inside);  // _version, faster, or null. It throws where there is no count.
+    int64_t inside;  // where a tensor's object holds the address of PyTorch's tensor, in bytes; where version_of is
 };
 
 // What is compared, one part after the other, each with its number of elements before it.
@@ -60,7 +62,12 @@ bool same_address(const Python& python, Object* tensor, void* address) {
     return same;
 }
 
+Object* const* inside_of(const Python& python, Object* tensor) {
+    return (Object* const*)((const char*)tensor + python.inside);
+}
+
 bool same_version(const Python& python, Object* tensor, int64_t version) {
+    if (python.version_of != nullptr) return python.version_of(inside_of(python, tensor)) == version;
     Object* number = python.read(python.version, tensor, nullptr);
     if (number == nullptr) return false;
     bool same = python.to_integer(number) == version;
@@ -68,8 +75,10 @@ bool same_version(const Python& python, Object* tensor, int64_t version) {
     return same;
 }
 
-// The tensor is still the one behind its Python object: torch.utils.swap_tensors gives that another __dict__, too.
-bool same_inside(const Python& python, Object* tensor, Object* attributes) {
+// The tensor is still the one behind its Python object, which torch.utils.swap_tensors gives another one, and another
+// __dict__, too.
+bool same_inside(const Python& python, Object* tensor, Object* attributes, Object* inside) {
+    if (python.version_of != nullptr) return *inside_of(python, tensor) == inside;
     Object* now = python.attributes_of(tensor, nullptr);
     if (now == nullptr) return false;
     python.release(now);  // the caller holds one, if it is the same
@@ -90,10 +99,10 @@ bool all_same(const Python& python, Words words) {
         python.release(type);  // the caller holds one, if it is the same
         if (type != words.object()) return false;
     }
-    for (int64_t n = words.number(); n > 0; n--) {  // (tensor, its __dict__, address, count of writes)
-        Object *tensor = words.object(), *attributes = words.object();
+    for (int64_t n = words.number(); n > 0; n--) {  // (tensor, its __dict__, PyTorch's, address, count of writes)
+        Object *tensor = words.object(), *attributes = words.object(), *inside = words.object();
         void* address = words.object();
-        if (!same_inside(python, tensor, attributes) || !same_address(python, tensor, address)) return false;
+        if (!same_inside(python, tensor, attributes, inside) || !same_address(python, tensor, address)) return false;
         if (!same_version(python, tensor, words.number())) return false;
     }
     return true;

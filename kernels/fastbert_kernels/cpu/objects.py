@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 import sysconfig
 import types
 from array import array
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ _DESCR_GET = 54  # Py_tp_descr_get in typeslots.h
 _NO_ARGUMENTS = 4  # METH_NOARGS in methodobject.h
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _ABSENT = object()
+_LIBRARY = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
 
 
 class ObjectRecord:
@@ -60,6 +63,9 @@ class ObjectRecord:
             reason = "a tensor is of a class of its own"
         if reason is not None:
             raise RuntimeError(reason)
+        self._compare, self._python, place = _prepared(library.load()[0])
+        if place and any(_word_at(tensor, place) != tensor._cdata for tensor in tensors):
+            raise RuntimeError("a tensor's object is unlike those of other tensors")
         items = [list(dict.items(each)) for each in dicts]
         values = [(each, key, each.get(key, _ABSENT)) for each, key in entries]
         classes = list(zip(objects, map(type, objects), strict=True))
@@ -72,10 +78,10 @@ class ObjectRecord:
         words.extend((len(classes), *map(id, chain.from_iterable(classes)), len(tensors)))
         attributes = [tensor.__dict__ for tensor in tensors]
         for tensor, inside in zip(tensors, attributes, strict=True):
-            words.extend((id(tensor), id(inside), ctypes.c_int64(tensor.data_ptr()).value, tensor._version))
+            address, counted = ctypes.c_int64(tensor.data_ptr()).value, tensor._version
+            words.extend((id(tensor), id(inside), tensor._cdata, address, counted))
         # The words are addresses of these.
         self._kept = words, items, values, classes, tuple(dicts), tuple(empty), tuple(tensors), attributes
-        self._compare, self._python = _prepared(library.load()[0])
         self._words = words.buffer_info()[0]
 
     def holds(self) -> bool:
@@ -100,8 +106,11 @@ def _obstacle_of(loaded: Any) -> str | None:
 
 
 @functools.lru_cache(8)
-def _prepared(loaded: Any) -> tuple[Any, int]:
-    """Returns the function that compares, and its first argument. Raises AttributeError or TypeError without them."""
+def _prepared(loaded: Any) -> tuple[Any, int, int]:
+    """Returns the function that compares, its first argument, and the second number of `_fast_version`.
+
+    Raises AttributeError or TypeError without them.
+    """
     python = ctypes.pythonapi
     slot_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_int)(("PyType_GetSlot", python))
     flags_of = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.py_object)(("PyCFunction_GetFlags", python))
@@ -111,16 +120,15 @@ def _prepared(loaded: Any) -> tuple[Any, int]:
         raise TypeError("_version is no attribute of C")
     if type(data_ptr) is not types.BuiltinMethodType or flags_of(data_ptr) != _NO_ARGUMENTS:
         raise TypeError("data_ptr is no method of C without arguments")
-    words = [
-        *(_address_of(getattr(python, name)) for name in _FUNCTIONS), slot_of(type(version), _DESCR_GET), id(version),
-        function_of(data_ptr),
-    ]  # fmt: skip
+    functions = [library.address_of(getattr(python, name)) for name in _FUNCTIONS]
+    words = [*functions, slot_of(type(version), _DESCR_GET), id(version), function_of(data_ptr)]
     if not all(words):
         raise TypeError("a function has no address")
-    table = (ctypes.c_void_p * (len(words) + 1))(*words, _fast_address())
+    version_of, place = _fast_version()
+    table = (ctypes.c_void_p * (len(words) + 3))(*words, _fast_address(), version_of, place)
     _forever.append((table, version))
     prototype = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
-    return prototype(_address_of(loaded.fastbert_objects_same)), ctypes.addressof(table)
+    return prototype(library.address_of(loaded.fastbert_objects_same)), ctypes.addressof(table), place
 
 
 def _fast_address() -> int | None:
@@ -134,10 +142,32 @@ def _fast_address() -> int | None:
     return address if gives == tensor.data_ptr() else None
 
 
-def _address_of(function: Any) -> int:
-    address = ctypes.cast(function, ctypes.c_void_p).value
-    assert address is not None
-    return address
+def _fast_version() -> tuple[int | None, int]:
+    """Returns PyTorch's `TensorBase::_version() const`, and where a tensor's object holds what it wants, in bytes.
+
+    It wants the address of a `TensorBase`, which is one pointer. Returns (None, 0) where it does not count as tensors
+    do.
+    """
+    try:
+        version_of = ctypes.CDLL(str(_LIBRARY), mode=os.RTLD_NOLOAD)._ZNK2at10TensorBase8_versionEv
+    except (OSError, AttributeError):
+        return None, 0
+    with torch.inference_mode(False):  # which makes tensors that have no count
+        tensor = torch.zeros(3, device="cpu")
+    words = range(object.__basicsize__, torch._C.TensorBase.__basicsize__, ctypes.sizeof(ctypes.c_void_p))
+    places = [place for place in words if _word_at(tensor, place) == tensor._cdata]
+    if len(places) != 1:
+        return None, 0
+    version_of.argtypes, version_of.restype = [ctypes.c_void_p], ctypes.c_int64
+    for _ in range(3):
+        if version_of(id(tensor) + places[0]) != tensor._version:
+            return None, 0
+        tensor.zero_()
+    return library.address_of(version_of), places[0]
+
+
+def _word_at(tensor: torch.Tensor, place: int) -> int | None:
+    return ctypes.c_void_p.from_address(id(tensor) + place).value
 
 
 _forever: list[Any] = []  # whose addresses the library has

@@ -38,12 +38,12 @@ INLINE vi words_along(Pairs, const bf16* p, int64_t n) {
     return words;
 }
 
-#ifdef __AVX512BF16__
 INLINE vi words_along(Pairs, const float* p, int64_t n) {
-    const vf low = to_floats(p, n), high = n > VL ? to_floats(p + VL, n - VL) : vf{};
-    return (vi)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    bf16 some[2 * VL];
+    from_floats(some, to_floats(p, n));
+    from_floats(some + VL, n > VL ? to_floats(p + VL, n - VL) : vf{});
+    return load<vi>(some);
 }
-#endif
 
 // VL columns of a panel, which are rows of the weights from `row` on.
 template <typename O, typename T>
@@ -98,7 +98,5 @@ EXPORT int64_t fastbert_packed_size(int64_t n_columns, int64_t k_size) {
     }
 
 PACK(fastbert_pack_float32_float32, float, Floats)
-#ifdef __AVX512BF16__
 PACK(fastbert_pack_bfloat16_bfloat16, bf16, Pairs)
 PACK(fastbert_pack_float32_bfloat16, float, Pairs)
-#endif

@@ -13,10 +13,16 @@ constexpr int ROWS = VL == 16 ? 8 : 6;  // of a tile, beside COLUMNS
 
 INLINE int64_t at_least_1(int64_t n) { return n < 1 ? 1 : n; }
 
-// N words from row p of a matrix and, for pairs, from row q. float32 is rounded to bfloat16 for pairs.
+// N words from row p of a matrix and, for pairs, from row q. For pairs float32 is rounded to bfloat16, which becomes
+// float32 for words of one.
 template <int N>
 INLINE void copy_words(float* to, const float* p, const float*) {
     memcpy(to, p, N * sizeof(float));
+}
+
+template <int N>
+INLINE void copy_words(float* to, const bf16* p, const bf16*) {
+    for (int j = 0; j < N; j++) ((int32_t*)to)[j] = (uint32_t)p[j] << 16;
 }
 
 template <int N>

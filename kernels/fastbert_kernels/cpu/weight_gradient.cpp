@@ -4,7 +4,7 @@
 //
 // grad: (T, M), x: (T, K), both float32 or both bfloat16; weight: (M, K), float32 or their dtype; bias: (M,) float32.
 //
-// A step of the sums is one row of grad and x, or two in bfloat16. The sums go over a PIECE of steps at a time; each
+// A step of the sums is one row of grad and x, or two in bfloat16 where the processor multiplies pairs. The sums go over a PIECE of steps at a time; each
 // piece is added to those before it, as in linear.cpp. A chunk of a few pieces is packed as in panels.h, x in panels of
 // COLUMNS and grad in panels of BLOCKS of ROWS; a tile of the weight is ROWS x COLUMNS. The threads of a team (team.h)
 // multiply a chunk and pack the next. Chunks, tasks and threads do not change the order of the sums.
@@ -219,7 +219,8 @@ void run(const Gradient<T, G>& call, void* packed, const Cuts& cuts, const Team&
 // Bytes of scratch. size: of an element of grad and x; rounded: whether the weight is bfloat16.
 EXPORT int64_t fastbert_weight_gradient_bytes(int64_t n_rows, int64_t m_size, int64_t k_size, int64_t size,
                                               int64_t rounded) {
-    return 4 * (Cuts(n_rows, m_size, k_size, 4 / size).size() + m_size + (rounded ? m_size * k_size : 0));
+    const int64_t rows_of_step = size == sizeof(bf16) ? BFloat16Operands::SIZE : 1;
+    return 4 * (Cuts(n_rows, m_size, k_size, rows_of_step).size() + m_size + (rounded ? m_size * k_size : 0));
 }
 
 // bias may be NULL. Strides in elements; the last axis of grad and x is contiguous, and the weight all of it.
@@ -235,7 +236,5 @@ EXPORT int64_t fastbert_weight_gradient_bytes(int64_t n_rows, int64_t m_size, in
     }
 
 WEIGHT_GRADIENT(fastbert_weight_gradient_float32_float32, float, float, Floats)
-#ifdef __AVX512BF16__
-WEIGHT_GRADIENT(fastbert_weight_gradient_bfloat16_float32, bf16, float, Pairs)
-WEIGHT_GRADIENT(fastbert_weight_gradient_bfloat16_bfloat16, bf16, bf16, Pairs)
-#endif
+WEIGHT_GRADIENT(fastbert_weight_gradient_bfloat16_float32, bf16, float, BFloat16Operands)
+WEIGHT_GRADIENT(fastbert_weight_gradient_bfloat16_bfloat16, bf16, bf16, BFloat16Operands)

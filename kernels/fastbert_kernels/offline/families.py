@@ -11,9 +11,19 @@ from typing import Any
 
 import torch
 
-from fastbert_kernels import attention, embedding, layer_norm, quantized_gated_linear, quantized_rows, sum_norm
+from fastbert_kernels import (
+    attention,
+    embedding,
+    launch,
+    layer_norm,
+    quantized_configs,
+    quantized_gated_linear,
+    quantized_rows,
+    sum_norm,
+)
 from fastbert_kernels.attention_window import Window
 from fastbert_kernels.offline.coverage import DTYPES, EIGHT_BIT, Case
+from fastbert_kernels.quantized_linear import sums_outside
 from fastbert_kernels.work_list import N_COLUMNS, WorkList
 
 HIDDEN, INNERS, N_HEADS, WINDOW = 768, (1152, 3072), 12, 64
@@ -77,7 +87,8 @@ def _eight_bit_cases(dtype: str) -> Iterator[Case]:
 def _by_pointers(x: torch.Tensor, x_scale: torch.Tensor, weight: torch.Tensor, *others: Any) -> None:
     """Calls the gated product by the kernel that takes pointers, whatever the architecture."""
     weight_scale, bias, activation = others
-    out = torch.empty((len(x), len(weight) // 2), dtype=x.dtype)
+    out, arch = torch.empty((len(x), len(weight) // 2), dtype=x.dtype), launch.arch(x.device)
+    tile = quantized_configs.quantized_gated_config(x.dtype, arch, (x.shape[1], out.shape[1])).block_sizes
     quantized_gated_linear.quantized_gated_linear_pointer_forward(
-        x, x_scale, weight, weight_scale, bias, activation, out, x_scale
+        x, x_scale, weight, weight_scale, bias, activation, tile, out, x_scale, sums_outside(x.dtype, arch)
     )

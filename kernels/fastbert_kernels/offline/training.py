@@ -145,6 +145,8 @@ def _embedding(h: int, dtype: torch.dtype, stream: torch.dtype) -> Launches:
         ("no dropout", None, ALL, (ids, ids, ids, word, token_type, position)),
         ("embeds", DROPOUT, MORE, (None, ids, ids, word, token_type, position)),
         ("without segments", DROPOUT, MORE, (ids, None, ids, word, None, position)),
+        ("words alone", DROPOUT, MORE, (ids, None, None, word, None, None)),
+        ("without positions", DROPOUT, ALL, (ids, ids, None, word, token_type, None)),
     ):
         arguments: tuple[Any, ...] = *inputs, vector, vector, 1e-12, dropout, dtype, True
         yield "embedding", f"training, {variant}", rank, partial(embedding.embedding_norm_forward, *arguments)
