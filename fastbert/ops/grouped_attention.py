@@ -83,7 +83,8 @@ def attend_in_place(
     if table is not None:
         bias = expand(table, columns)[None]
     if window is not None:  # a query at padding without a key in reach sees itself
-        seen = seen & near(columns, columns, window) | near(columns, columns, 0)
+        seen = seen & near(columns, columns, window)
+        seen = seen | near(columns, columns, 0) & ~seen.any(-1, keepdim=True)
     out = _attend(q, k, v, seen, scale, dropout_p, bias)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
 

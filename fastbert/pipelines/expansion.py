@@ -16,6 +16,9 @@ from fastbert.engine.interface import PackedInputs
 from fastbert.ops import packing
 from fastbert.ops.packing import PackedBatch
 
+# Features of layers that give no row for a token that is no key: DeBERTa masks queries as it masks keys.
+_NO_ROWS_UNSEEN = {"distances", "convolution"}
+
 
 @dataclass(frozen=True)
 class QueryExpansion:
@@ -63,16 +66,32 @@ def _encode_unseen(model: Any, batch: PackedBatch, ids: Tensor, types: Tensor, s
     positions = batch.position_ids
     if model.counted_from is not None:
         positions = packing.positions_after_padding(ids, model.counted_from, batch)
-    tokens = model.embed(PackedInputs(ids, types, positions), batch)
     n_texts, longest = batch.batch_size, batch.padded_length
     texts = torch.repeat_interleave(batch.cu_seqlens.diff(), output_size=len(ids))
     places = texts * longest + batch.position_ids
-    mask = seen.new_zeros(n_texts * longest).index_put((places,), seen).view(n_texts, 1, 1, longest)
-    x = tokens.new_zeros(n_texts * longest, tokens.shape[1]).index_put((places,), tokens).view(n_texts, longest, -1)
-    for block in model.blocks():
-        if features := block.features():
-            raise ValueError(f"query expansion with attend=False: not for layers with {', '.join(features)}")
-        x = _layer(block, x, mask)
+
+    def padded(rows: Tensor) -> Tensor:
+        return rows.new_zeros(n_texts * longest, *rows.shape[1:]).index_put((places,), rows)
+
+    mask, blocks = padded(seen).view(n_texts, longest), list(model.blocks())
+    features = {each for block in blocks for each in block.features()}
+    if features & _NO_ROWS_UNSEEN:
+        raise ValueError(f"query expansion with attend=False: not for layers with {', '.join(sorted(features))}")
+    reach = min((block.window for block in blocks if block.window is not None), default=longest)
+    if reach < longest - 1:  # a token may reach none of the query's own
+        raise ValueError(
+            f"query expansion with attend=False: got {longest} tokens, but attention reaches {reach} columns"
+        )
+    if features:
+        rows = packing.in_place(mask, mask)
+        inputs = PackedInputs(padded(ids), padded(types), padded(positions))
+        states: list[Tensor] = model.engine.run_traced(
+            model, rows, inputs, False, "a query expansion with attend=False"
+        )
+        return states[-1][places]
+    x = padded(model.embed(PackedInputs(ids, types, positions), batch)).view(n_texts, longest, -1)
+    for block in blocks:
+        x = _layer(block, x, mask[:, None, None])
     return x.flatten(0, 1)[places]
 
 

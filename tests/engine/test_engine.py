@@ -38,7 +38,8 @@ def make(kind: Any = BertModel, **settings: Any) -> Any:
 
 
 def with_feature(block: Block, name: str) -> Block:
-    return replace(block, **{name: block.up if name == "gate" else VALUES[name]})
+    of_layer = {"gate": block.up, "query_norm": block.output_norm, "second_norm": block.output_norm}
+    return replace(block, **{name: of_layer[name] if name in of_layer else VALUES[name]})
 
 
 def encode(model: Any) -> torch.Tensor:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from sentence_transformers import MultiVectorEncoder
 from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.multi_vector_encoder.modules import MultiVectorMask
 
+import fastbert
 from fastbert import BackendError, BertModel, SentenceEncoder
 from helpers import tiny_bert
 
@@ -78,6 +81,39 @@ def test_vectors_agree_with_sentence_transformers(expansion: str, bert: Path, tm
     assert_same_vectors(ours, MultiVectorEncoder(str(tmp_path / "ours"), device="cpu", local_files_only=True))
     queries, documents = ours.encode_query(TEXTS[:2]), ours.encode_document(TEXTS)
     torch.testing.assert_close(ours.similarity(queries, documents), theirs.similarity(queries, documents))
+
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "modernbert": {"local_attention": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+                   "sep_token_id": 2, "num_hidden_layers": 4},
+    "mpnet": {},
+    "gte": {"type_vocab_size": 2, "pad_token_id": 0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unseen_expansion_of_other_layers(family: str, bert: Path, tmp_path: Path) -> None:
+    """Catches a ColBERT on rotary layers, windows or a position bias whose queries are refused or get other vectors."""
+    tokenizer = fastbert.Tokenizer.from_pretrained(bert)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 37,
+             "max_position_embeddings": 40, "initializer_range": 0.2, "vocab_size": tokenizer.vocab_size}  # fmt: skip
+    torch.manual_seed(2)
+    config = transformers.AutoConfig.for_model(family, **{**sizes, **FAMILIES[family]})
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = json.loads((tmp_path / "model/tokenizer_config.json").read_text())
+    names = ["input_ids", "attention_mask"]
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": names}
+    (tmp_path / "model/tokenizer_config.json").write_text(json.dumps(settings))
+    lengths = {"document_length": 14, "max_seq_length": 24}
+    folder = save_theirs(tmp_path / "model", tmp_path / "theirs", EXPANSIONS["unseen"], **lengths)
+    ours = SentenceEncoder.from_pretrained(folder, device="cpu", dtype="float64")
+    theirs = MultiVectorEncoder(str(folder), device="cpu", local_files_only=True).double()
+    assert_same_vectors(ours, theirs, 1e-6 if family == "modernbert" else 1e-10)  # theirs turns in float32
+    if family == "modernbert":
+        ours.heads["multi"].expansion = replace(ours.heads["multi"].expansion, length=18)
+        with pytest.raises(ValueError, match="attend=False: got 18 tokens, but attention reaches 16 columns"):
+            ours.encode_query("a")
 
 
 def test_forms_of_the_result(bert: Path, tmp_path: Path) -> None:
