@@ -18,7 +18,7 @@ from fastbert.serving.limits import Limits
 from fastbert.serving.service import Service, Settings
 from fastbert.serving.work import Item, Lane
 from fastbert.serving.worker import Worker
-from serving_cases import TEXTS, client_of, figure, loaders, save_models
+from serving_cases import TEXTS, client_of, figure, loaders, save_models, wait_until
 
 LANE = Lane("embed")
 HERE = threading.current_thread
@@ -37,7 +37,15 @@ def results_of(batcher: Batcher, *lengths: int) -> tuple[bool, list[Any]]:
     """Whether a work ran in this thread, and its results, wherever they were computed."""
     work, items = batcher.reserve(sum(lengths)), items_of(*lengths)
     ran_here = batcher.run_here(work, LANE, items)
-    return ran_here, (work.future if ran_here else batcher.submit(work, LANE, items)).result(30)
+    results = (work.future if ran_here else batcher.submit(work, LANE, items)).result(30)
+    wait_for(batcher)
+    return ran_here, results
+
+
+def wait_for(batcher: Batcher) -> None:
+    """Waits for the end of a batch whose results have been handed over."""
+    wait_until(batcher._worker.begin_here)
+    batcher._worker.end_here()
 
 
 def test_a_short_batch_runs_in_the_callers_thread() -> None:
@@ -84,8 +92,7 @@ def test_nothing_runs_here_while_the_worker_is_busy() -> None:
     assert not quick.run_here(work, LANE, items_of(2)), "another model computes"
     gate.set()
     assert running.result(30) == [5] and quick.submit(work, LANE, items_of(2)).result(30) == [None]
-    while not worker.begin_here():  # the worker has handed its results over, but may not have ended its batch yet
-        time.sleep(0.001)
+    wait_until(worker.begin_here)  # the worker has handed its results over, but may not have ended its batch yet
     waiting = busy.submit(busy.reserve(1), LANE, items_of(1))
     time.sleep(0.01)
     assert not waiting.done() and not worker.begin_here()
@@ -170,7 +177,10 @@ def test_answers_are_the_same_wherever_they_are_computed(models: SimpleNamespace
             return results
 
         service.batchers["encoder"]._compute_here = here
-        answers = [client.post("/embed", json={"inputs": TEXTS[0]}).json() for _ in range(4)]
+        answers = []
+        for _ in range(4):
+            answers.append(client.post("/embed", json={"inputs": TEXTS[0]}).json())
+            wait_for(service.batchers["encoder"])
         assert answers == [answers[0]] * 4 and len(ran) == 3 and (torch.get_num_threads() > 1 or all(ran))
         page = client.get("/metrics").text
         n_tokens = model.encode(LANE, TEXTS[:1]).n_tokens
@@ -206,6 +216,7 @@ def test_time_that_passes_here_counts(models: SimpleNamespace) -> None:
     service = Service(loaders(models, "encoder"), Settings(Limits(seconds=0.3)))
     with client_of(service) as client:
         assert client.post("/embed", json={"inputs": "fish"}).status_code == 200
+        wait_for(service.batchers["encoder"])
 
         def slow(lane: Lane, items: list[Item]) -> list[Any]:
             time.sleep(0.4)
