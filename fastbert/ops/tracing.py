@@ -130,7 +130,8 @@ def _is_proxy(tensor: Any) -> bool:
 
 
 def _exports_to_onnx() -> bool:
-    flags = _onnx_flags()
+    # A compiler knows PyTorch's own question, and cannot look into another one.
+    flags = None if torch.compiler.is_compiling() else _onnx_flags()
     if flags is None:
         return torch.onnx.is_in_onnx_export()
     return flags[0].in_onnx_export or flags[1]._is_onnx_exporting
