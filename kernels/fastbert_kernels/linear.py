@@ -132,7 +132,7 @@ def linear_forward(
     if few is not None:
         config = few
     elif gemm.ours != "linear":
-        dtypes = launch.alike(x, weight, bias, residual, out, pre)
+        dtypes = launch.alike(x, weight, bias, residual, out, pre) if x.shape[0] > 1 else None
         # Of the sizes for which `gemm` names these kernels, all that is so is describable.
         if dtypes or (describable(weight) and describable(out) and (pre is None or describable(pre))):
             x = x if dtypes or describable(x) else x.clone(memory_format=torch.contiguous_format)
