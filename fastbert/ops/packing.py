@@ -200,7 +200,7 @@ def in_place(like: torch.Tensor, attention_mask: torch.Tensor | None) -> PackedB
 
 
 @untraced
-def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.device) -> PackedBatch:
+def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.device | str) -> PackedBatch:
     """Returns the packing that cu_seqlens, (B + 1,) int32 on any device, describes; positions start at 0 in each.
 
     Raises ValueError if cu_seqlens does not start at 0, decreases or does not end at n_tokens; TypeError for its dtype.
@@ -213,6 +213,8 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
         raise ValueError(f"cu_seqlens: expected shape (B + 1,), got {tuple(cu_seqlens.shape)}")
     _refuse_recording("cu_seqlens", cu_seqlens)
     on_cpu = cu_seqlens if on_host(cu_seqlens.device) else cu_seqlens.cpu()
+    if isinstance(device, str):
+        device = torch.device(device)
     if makes_later(device):
         inference = torch.is_inference_mode_enabled()  # whose tensors nobody may use outside of it
         return PackedBatch.of_fields(_fields_of(on_cpu.numpy().tobytes(), on_cpu.dtype, n_tokens, device, inference))
