@@ -74,8 +74,6 @@ def _machine(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 def _cpp_kernels() -> Iterator[str]:
     """Names the instructions of the C++ kernels that this processor takes, and what they are lacking."""
-    import torch
-
     from fastbert_kernels import cpu
 
     obstacle = cpu.obstacle()
@@ -83,8 +81,6 @@ def _cpp_kernels() -> Iterator[str]:
         yield f"none, PyTorch's own operations run on the CPU: {obstacle}"
         return
     yield f"{cpu.instructions()}, the best of those for this processor"
-    if not cpu.multiplies(torch.bfloat16):
-        yield "bfloat16 is multiplied by PyTorch"
     if (obstacle := cpu.int8_obstacle()) is not None:
         yield f"none for int8: {obstacle}"
 

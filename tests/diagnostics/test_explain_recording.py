@@ -197,7 +197,7 @@ def test_sums_are_in_norms_where_layers_are_launched(
 
 
 def _layers_of(row: Any) -> range:
-    """As many numbers as the row stands for layers."""
+    """Returns as many numbers as the row stands for layers."""
     found = re.search(r"layer\.(\d+)(?:-(\d+))?", row.module)
     return range(1) if found is None or found[2] is None else range(int(found[2]) - int(found[1]) + 1)
 
