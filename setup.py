@@ -174,6 +174,7 @@ setup(
             *TRAINERS,
             "peft>=0.17",
             *SERVERS,
+            *FASTER,
             "httpx>=0.27",  # with which starlette's test client asks
             "openai>=1.50",
             "schemathesis>=4.0",
