@@ -42,7 +42,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "training_layer": _files(
         "ops/training_triton", "ops/training_forms", "ops/strided_gradients", "engine/training_families"
     ),
-    "linear": _files("ops/op_linear", "ops/op_linear_persistent", "ops/op_linear_variants"),
+    "linear": _files("ops/op_linear", "ops/op_linear_persistent", "ops/op_linear_variants", "ops/gated_linear"),
     "cross_entropy": _files("ops/op_cross_entropy"),
     "rotary": _files("ops/rotary_kernels", "on_kernels/rotary_models"),
     "graphs": _files(
