@@ -102,7 +102,7 @@ def test_wrong_use(
     """Catches options that contradict one another, or do nothing, in silence."""
     model = ("--model", models.sentence)
     for arguments, message in (
-        (["--workers", "2", "--devices", "cpu,cpu", "-o", "x.npy"], "--workers and --devices: expected one of them"),
+        (["--workers", "2", "--devices", "cpu,cpu", "-o", "x.npy"], "--workers and --devices: got both, expected one of them"),
         (["--format", "npy", "-o", "x.npy"], "--format: the output is one file"),
         (["out", "-o", "x.npy"], "output: named twice"),
         ([], "required: -o/--output"),
