@@ -146,7 +146,7 @@ def accelerate(
     options = Options(backend=backend, strict=strict, cuda_graphs=cuda_graphs, strict_ids=strict_ids)
     root = _module_of(model)
     if root is None:
-        raise TypeError(f"model: got {type(model).__name__}, which is no model; covered: {covered_in_words()}")
+        raise TypeError(f"model: got {type(model).__name__}, expected a model; covered: {covered_in_words()}")
     has_encoder, before = False, parts(model)
     passed_over: dict[str, str] = {}  # A class, and the covered one that it is derived from.
     for module in list(root.modules()):
@@ -166,17 +166,17 @@ def accelerate(
         elif (family := derived_from(kind)) is not None:
             passed_over[f"{kind.__module__}.{kind.__qualname__}"] = family.model
     reasons = "".join(
-        f"; {name} is derived from {covered}, and may compute something else" for name, covered in passed_over.items()
+        f"; {name} is a subclass of {covered} and may compute another result" for name, covered in passed_over.items()
     )
     if not has_encoder:
         name = type(model).__name__
         if (code := next(filter(None, map(_code_from_hub, root.modules())), None)) is not None:
             reasons += (
-                f"; {code} is code from the hub, of which nothing is known here: fastbert.BertModel may read its files"
+                f"; {code} is Python code from the hub, which is not supported; fastbert.BertModel may read its files"
             )
         raise ValueError(f"model: found no encoder to accelerate in {name}{reasons}; covered: {covered_in_words()}")
     if reasons:
-        logger.warning("accelerate: runs as it was before, in a part%s", reasons)
+        logger.warning("accelerate: a part of the model still runs by the original code%s", reasons)
     for module in list(root.modules()):
         kind = _original(module)
         if STATE in module.__dict__:
@@ -218,7 +218,7 @@ def _announce(module: nn.Module, state: AcceleratedState) -> None:
     except Exception as error:  # The first call handles it by its own rules.
         lasting = str(error)
     if lasting is not None:
-        logger.warning("accelerate: %s will run as it was before, whatever the inputs: %s", state.subject, lasting)
+        logger.warning("accelerate: %s will always run by the original code: %s", state.subject, lasting)
 
 
 def _code_from_hub(module: nn.Module) -> str | None:
@@ -235,7 +235,7 @@ def restore(model: Model) -> Model:
             module.__class__ = originals[kind][0]
         elif STATE in module.__dict__:
             name = f"{kind.__module__}.{kind.__qualname__}"
-            raise ValueError(f"model: {name} was derived from the accelerated class; undo that first")
+            raise ValueError(f"model: {name} is a subclass of the accelerated class; undo that first")
         module.__dict__.pop(STATE, None)
     return model
 
@@ -277,9 +277,9 @@ def obstacle(model: Any) -> str | None:
 def notes(model: Any) -> Iterator[str]:
     """Says for a report where the calls of an accelerated model ran, and what keeps the next one from running here."""
     done = ", ".join(f"{n} {reason}" for reason, n in counts(model).items())
-    yield f"accelerated: calls by fastbert and, by reason, as before: {done or 'none yet'}"
+    yield f"accelerated: calls by fastbert and, by reason, by the original code: {done or 'none yet'}"
     if (present_obstacle := obstacle(model)) is not None:
-        yield f"at the moment every call runs as before: {present_obstacle}"
+        yield f"at present every call runs by the original code: {present_obstacle}"
 
 
 def _first(model: Any) -> tuple[nn.Module, EncoderState] | None:

@@ -70,8 +70,8 @@ def _check_class(kind: type) -> None:
         return
     others = 'attn_implementation="eager"' + (' or "sdpa"' if getattr(kind, "_supports_sdpa", False) else "")
     raise ValueError(
-        f'attn_implementation="{NAME}": {kind.__name__} has attention of its own, which reads no AttentionInterface of '
-        f"transformers, so fastbert's would never run; take {others}"
+        f'attn_implementation="{NAME}": {kind.__name__} has its own attention, which does not read the '
+        f"AttentionInterface of transformers, so fastbert's would never run; use {others}"
     )
 
 
@@ -184,13 +184,13 @@ def _obstacle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dr
     if query.shape[2] != key.shape[2]:
         return "queries and keys of different lengths"
     if query.shape != key.shape or query.shape != value.shape:
-        return "keys or values of another shape than the queries"
+        return "keys or values whose shape differs from the queries'"
     if dropout:
         return "dropout of the probabilities"
     if mask is None and causal and query.shape[2] > 1:
         return "causal attention"
     if not of_padding:
-        return "a mask of more than padding"
+        return "a mask with more than padding"
     for name, value_ in rest.items():
         if value_ is not None and value_ is not False and name not in _HARMLESS:
             return f"the argument {name}"

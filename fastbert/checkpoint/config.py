@@ -360,7 +360,7 @@ def _check_is_bert(d: Mapping[str, Any]) -> None:
         is_bert = "hidden_size" in d
     if not is_bert:
         raise ValueError(
-            f"no model_type, expected 'bert' (architectures: {architectures!r}, "
+            f"got no model_type, expected 'bert' (architectures: {architectures!r}, "
             f"hidden_size: {d.get('hidden_size')!r}), which an old BERT alone may lack"
         )
 

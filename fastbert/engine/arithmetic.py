@@ -74,13 +74,13 @@ class _InOneCall:
         if not plain:
             return
         if not state.plain_parameters():
-            yield "a parameter is a tensor of another kind"
+            yield "a parameter is not a plain tensor"
         features = state.layer_features(model) if state.features is None else state.features
         if features and not FEATURES.issuperset(features):
             yield from feature_obstacles(features, FEATURES, "the C++ encoder")
         activation = self.state.beside
         if activation is not None and activation not in cpu.ACTIVATIONS:
-            yield f"there is no C++ kernel for {activation!r}, the activation of a convolution beside a layer"
+            yield f"there is no C++ kernel for {activation!r}, the activation of a layer's convolution"
 
     def prepare(self, model: Any) -> None:
         if self.state.plain_modules(model):
@@ -126,12 +126,12 @@ class OneCall(_InOneCall):
         if not possible:
             return
         if keep_states:
-            yield "the hidden states in between are wanted"
+            yield "the call requests the hidden states of all layers"
         if embedded:
             yield "the inputs are embeddings"
         choosy = not model.policy.batch_invariant  # that takes the same code for any number of rows
         if choosy and n_tokens is not None and not cpu_encoder.takes_rows(n_tokens, dtype, config.hidden_size):
-            yield f"{n_tokens} tokens are better run operation by operation"
+            yield f"{n_tokens} tokens run faster operation by operation"
         if model.precision is not None:
             decision = quantized.decide(model, model.policy, device, dtype)
             if decision.backend != quantized.UNQUANTISED:
@@ -160,7 +160,7 @@ class Int8Call(_InOneCall):
 
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
         if model.precision is None:
-            yield "no precision was asked for"
+            yield "no precision is set"
             return
         decision = quantized.decide(model, model.policy, model.device, model.dtype)
         if decision.backend == quantized.UNQUANTISED:
@@ -183,7 +183,7 @@ class Int8Call(_InOneCall):
             possible = False
             yield obstacle
         if possible and self.weights(model) is None:
-            yield "the parameters are not of one dtype and contiguous, or the LayerNorms differ in eps"
+            yield "the parameters have several dtypes or are not contiguous, or the LayerNorms differ in eps"
 
     @untraced
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor]:

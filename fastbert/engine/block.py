@@ -20,7 +20,7 @@ FEATURES = {
     "rotary": "rotary positions",
     "position_bias": "a position bias in attention",
     "window": "attention within a window",
-    "scale": "a scale of attention's own",
+    "scale": "its own attention scale",
     "distances": "disentangled attention",
     "convolution": "a convolution beside a layer",
     "query_norm": "normalised queries and keys",
@@ -263,4 +263,4 @@ def feature_obstacles(features: list[str], supported: frozenset[str], engine: st
     """Why an engine does not run such layers, one reason for each feature that it lacks."""
     for name in features:
         if name not in supported:
-            yield f"the model has {FEATURES[name]}, which {engine} does not have"
+            yield f"the model has {FEATURES[name]}, which {engine} does not support"

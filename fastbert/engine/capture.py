@@ -52,7 +52,7 @@ class _Streams:
             if stream not in self.known:
                 self.known.append(stream)
                 return stream, None
-        raise RuntimeError(f"each of the {len(self.known)} streams of this GPU is taken by the graphs of another model")
+        raise RuntimeError(f"each of the {len(self.known)} streams of this GPU is used by the graphs of another model")
 
 
 @functools.cache

@@ -333,7 +333,7 @@ class Engine:
                 model.run_padding(bucket)  # the largest first: the others then find its memory in the pool
             self.graphs.freeze()
             if not self.graphs.captured():
-                obstacles = ["capturing one failed, and the log has the reason"]
+                obstacles = ["a capture failed; the log has the reason"]
         if model.device.type == "cuda" and max_tokens > LARGEST:
             model.run_padding(max_tokens)
         return self.graphs.captured() if not obstacles else (), obstacles

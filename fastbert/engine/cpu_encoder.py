@@ -95,8 +95,8 @@ def choose_cpu_dtype(model: Any, asked: Any) -> None:
         model.dtype_choice = torch.float32, f"dtype='auto' kept float32: {obstacle}"
         return
     model.to(torch.bfloat16)
-    reason = "dtype='auto' took bfloat16, which this processor multiplies faster than float32"
-    model.dtype_choice = torch.bfloat16, f"{reason}; dtype='float32' is exact"
+    reason = "dtype='auto' selected bfloat16, which this processor multiplies faster than float32"
+    model.dtype_choice = torch.bfloat16, f"{reason}; dtype='float32' keeps float32"
 
 
 def int8_obstacles(config: Any, dtype: torch.dtype) -> Iterator[str]:

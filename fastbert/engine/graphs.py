@@ -295,7 +295,7 @@ class Graphs:
             self._failed, self.trusted = True, False
             self._graphs.clear()
             logger.warning(
-                "CUDA graphs: capturing one of %d tokens failed, so kernels are launched one by one from now on: %s",
+                "CUDA graphs: the capture of %d tokens failed; kernels are launched one by one from now on: %s",
                 bucket, error,
             )  # fmt: skip
             return False

@@ -62,7 +62,7 @@ class LaunchedLayers:
         if torch.is_grad_enabled():
             yield GRADIENTS
         if IN_TRAINING.get():
-            yield "a pass of training runs again"
+            yield "a training pass is recomputed"
         if recording.on:
             yield "operations are recorded one by one"
         if batch.valid is not None or batch.has_plan(ATTENTIONS):

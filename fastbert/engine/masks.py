@@ -24,14 +24,14 @@ def obstacles(model: EncoderModel, device: torch.device | None = None) -> Iterat
     """
     engine = model.engine
     if engine.checks.strict:
-        yield "strict_ids waits for the checks of each batch"
+        yield "strict_ids=True waits for the checks of each batch"
     if device is not None and device != model.device:
         if model.training:
             yield TRAINING
         return
     yield from engine.bucket_obstacles(model)
     if not model.kernels_note_ids():
-        yield "no kernel of the embeddings notes ids beyond their table"
+        yield "no kernel of the embeddings checks the ids"
 
 
 def batch_obstacle(model: EncoderModel, mask: Tensor, ids: tuple[Tensor | None, ...]) -> str | None:
@@ -44,7 +44,7 @@ def batch_obstacle(model: EncoderModel, mask: Tensor, ids: tuple[Tensor | None, 
     if ids[0] is None:
         return "the inputs are embeddings"
     if not 0 < mask.numel() <= masked.MOST_PLACES:
-        return f"the mask has {mask.numel()} places, and {masked.MOST_PLACES} at most may be left to the device"
+        return f"the mask has {mask.numel()} places, more than the {masked.MOST_PLACES} that a kernel packs"
     if any(x is not None and x.device != mask.device for x in ids):
         return "ids are on another device than the mask"
     if ids[2] is None and mask.shape[1] > model.table_sizes()[2]:

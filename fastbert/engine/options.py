@@ -45,7 +45,7 @@ class Options:
         """The options with these settings changed. Raises TypeError for a name that is no option."""
         for name in settings:
             if name not in OPTION_NAMES:
-                raise TypeError(f"{name}: no such option; expected one of {', '.join(OPTION_NAMES)}")
+                raise TypeError(f"{name}: not an option; expected one of {', '.join(OPTION_NAMES)}")
         return replace(options or cls(), **settings)
 
 

@@ -96,7 +96,7 @@ def decide(
     if policy.backend != "torch":
         obstacles.append(ops.quantized.device_obstacle(precision, device, arch))
     if policy.batch_invariant and (device.type != "cpu" or policy.backend == "triton"):
-        obstacles.append("batch_invariant: of the 8-bit kernels, only those in C++ for CPUs promise it")
+        obstacles.append("batch_invariant: only the C++ kernels for CPUs support it in 8 bits")
     obstacles.append(transformed or tracing.transformed())
     reasons = [obstacle for obstacle in obstacles if obstacle is not None]
     if reasons:
@@ -202,7 +202,7 @@ class EightBit:
 
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
         if model.precision is None:
-            yield "no precision was asked for"
+            yield "no precision is set"
             return
         decision = decide(model, model.policy, model.device, model.dtype)
         if decision.backend == UNQUANTISED:

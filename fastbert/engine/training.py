@@ -42,9 +42,9 @@ class Training:
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
         device = first_parameter(model).device
         if not self.wanted(model, embedded):
-            yield "no gradients are wanted, and the model is in eval mode"
+            yield "no gradients are needed, and the model is in eval mode"
         if model.policy.batch_invariant:
-            yield "batch_invariant: gradients and dropout go through a whole batch"
+            yield "batch_invariant: gradients and dropout depend on the whole batch"
         if model.precision is not None:
             yield f"precision={model.precision!r}"
         if model.__dict__.get("_is_replica", False):
@@ -65,7 +65,7 @@ class Training:
         if not self.state.plain_layers(model):
             yield "a module of the encoder is an adapter, or has hooks or a forward of its own"
         elif not self.state.plain_parameters():
-            yield "a parameter is a tensor of another kind"
+            yield "a parameter is not a plain tensor"
         else:
             features = self.state.layer_features(model) if self.state.features is None else self.state.features
             yield from feature_obstacles(features, FEATURES, "the arithmetic with gradients")

@@ -20,7 +20,7 @@ from fastbert.ops.packing import PackedBatch
 HARMLESS = ("use_cache", "cache_position", "num_items_in_batch")
 REFUSED = {
     "past_key_values": "keys and values of earlier tokens, which prefix tuning and decoders pass, are not supported; "
-    "prompt tuning, LoRA and others are",
+    "prompt tuning, LoRA and others are supported",
     "head_mask": "masks of attention heads are not supported",
     "encoder_hidden_states": "cross-attention is not supported",
     "encoder_attention_mask": "cross-attention is not supported",
@@ -162,7 +162,7 @@ def takes_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
             for name in HARMLESS:
                 arguments.pop(name, None)
         if len(args) > n_positional:
-            raise TypeError(f"forward() takes {n_positional} arguments by position, and {len(args)} were given")
+            raise TypeError(f"forward() takes {n_positional} positional arguments, got {len(args)}")
         for name in arguments:
             if name not in known:
                 raise TypeError(f"forward() got an unexpected keyword argument {name!r}")

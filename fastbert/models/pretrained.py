@@ -283,7 +283,7 @@ class PreTrainedModel(ModelAccess):
             raise ValueError(f"{src}: the checkpoint lacks {names}, which {type(self).__name__} needs")
         if missing:
             names = listed(self._stored_names(missing))
-            logger.warning("%s: the checkpoint lacks %s: freshly initialised, and to be trained before use", src, names)
+            logger.warning("%s: the checkpoint lacks %s: freshly initialised; train it before use", src, names)
         return missing
 
     def save_pretrained(

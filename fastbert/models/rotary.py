@@ -14,7 +14,7 @@ from fastbert.ops import Policy, dispatch, embedding, recording, tracing
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels.masks import EMBEDDINGS
 
-PARTS_OBSTACLE = "the Triton kernel embeds and normalises at once, and somebody listens to a part of that"
+PARTS_OBSTACLE = "the Triton kernel embeds and normalises at once, and a part of that has hooks"
 
 
 def embed(

@@ -214,7 +214,7 @@ class BertForQuestionAnswering(ModelWithHead):
 
     def add_head(self, config: BertConfig) -> None:
         if config.num_labels != 2:
-            raise ValueError(f"num_labels: question answering has 2 (start and end), got {config.num_labels}")
+            raise ValueError(f"num_labels: expected 2 for question answering (start and end), got {config.num_labels}")
         self._add_transform(config)
         self.dropout = self._dropout(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)

@@ -160,7 +160,9 @@ class ModelWithDecoder(ModelWithHead):
                 state[other] = mine
                 matched.missing.remove(other)
             elif mine is not None and others is not None and not torch.equal(mine, others):
-                logger.warning("%s: %s and %s differ, so they are not tied, whatever the config says", src, name, other)
+                logger.warning(
+                    "%s: %s and %s differ, so they are not tied, although the config ties them", src, name, other
+                )
                 self._untied |= {name}
 
     def _sees_labelled_alone(self, encoded: Encoded, labels: Tensor | None) -> bool:

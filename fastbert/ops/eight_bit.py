@@ -37,7 +37,7 @@ def run(op: str, precision: str, policy: Policy, obstacle: str | None, functions
     check_precision(precision)
     if policy.batch_invariant:
         raise dispatch.BackendError(
-            f"batch_invariant: {op}: neither the kernels in {precision} nor their twins promise it"
+            f"batch_invariant: {op}: neither the kernels in {precision} nor their emulation support it"
         )
     tensors = [a for a in args if isinstance(a, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):

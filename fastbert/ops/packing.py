@@ -277,7 +277,7 @@ def find_holes(batch: PackedBatch) -> None:
 def _refuse_recording(name: str, values: torch.Tensor) -> None:
     if tracing.recorded(values) and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f"{name}: a batch is packed by its values, which a tracer would keep for every later batch; give a model "
+            f"{name}: a batch is packed by its values, which a tracer would store as constants; give a model "
             "the padded batch (forward), which it traces without packing, or use torch.export or torch.compile"
         )
 

@@ -27,7 +27,7 @@ TWO_PROMPTS = (
     "Provide either a `prompt`, a `prompt_name`, or neither, but not both. "
     "Ignoring the `prompt_name` in favor of `prompt`."
 )
-_TRAIN = "train sentence-transformers' own model, which fastbert.accelerate makes faster"
+_TRAIN = "train a model of sentence-transformers; fastbert.accelerate makes it faster"
 _HUB = "save_pretrained writes a folder, which huggingface_hub.upload_folder uploads"
 _PARTS = "its parts are encoder.model, encoder.tokenizer, and of a SentenceEncoder encoder.pooling and encoder.tail"
 _PEFT = "give encoder.model to PEFT"
@@ -45,12 +45,12 @@ MISSING = {
     **dict.fromkeys(("append", "extend", "insert", "pop"), _PARTS),
     **dict.fromkeys(("check_peft_compatible_model", "has_peft_compatible_model"), _PEFT),
     "smart_batching_collate_text_only": _TRAIN,
-    "get_default_activation_fn": "activation_fn is what from_pretrained took from the folder",
+    "get_default_activation_fn": "from_pretrained reads activation_fn from the folder",
     "clear_placement_cache": "to(device) moves the whole encoder",
     "load": "from_pretrained loads a folder",
     "merge": "merge sentence-transformers' own models, and load what they save",
     "gradient_checkpointing_enable": _TRAIN,
-    "module_kwargs": "encode takes no arguments of modules",
+    "module_kwargs": "encode takes no arguments for modules",
     "set_keep_in_fp32_modules": "from_pretrained takes a dtype",
 }  # fmt: skip
 
@@ -72,7 +72,7 @@ class Evaluations:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"model_card_data has no {name!r}: fastbert keeps evaluations alone, and writes no model card"
+            f"model_card_data has no {name!r}: fastbert keeps only evaluations, and writes no model card"
         )
 
 
@@ -104,7 +104,7 @@ class SentenceTransformersApi(nn.Module):
         return True
 
     def __getitem__(self, index: Any) -> Any:
-        raise TypeError(f"{type(self).__name__} is no sequence of modules: {_PARTS}")
+        raise TypeError(f"{type(self).__name__} is not a sequence of modules: {_PARTS}")
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +204,7 @@ class SentenceTransformersApi(nn.Module):
             return {}
         pairs = [text.second for text in texts if isinstance(text, Pair)]
         if pairs and len(pairs) != len(texts):
-            raise TypeError("inputs: got pairs and single texts, expected one of them")
+            raise TypeError("inputs: got pairs and single texts, expected only one of the two")
         firsts, limit = [(prompt or "") + str(text) for text in texts], self._limit(processing_kwargs)
         encoding = self.tokenizer(firsts, pairs or None, padding=True, max_length=limit, return_tensors="pt")
         features: dict[str, Any] = {**encoding, "modality": "text"}
@@ -247,7 +247,7 @@ class SentenceTransformersApi(nn.Module):
             return Pool(["cpu"] * positive("workers", workers), self._work(), self), True
         if pool is None:
             return Pool(device, self._work(), self), True
-        expect(isinstance(pool, Pool), "pool", type(pool).__name__, "what start_multi_process_pool returns")
+        expect(isinstance(pool, Pool), "pool", type(pool).__name__, "the result of start_multi_process_pool")
         expect(pool.owner() is self, "pool", "one of another model", "one that this model started")
         return pool, False
 

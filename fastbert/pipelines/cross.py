@@ -139,9 +139,9 @@ class CrossEncoder(SentenceTransformersApi):
                 f"activation_fn: got {kind.__name__}, expected one of {', '.join(ACTIVATION_CLASSES)} of torch.nn"
             )
         if str(self.activation_fn) not in (str(kind()), str(_activation(kind.__name__))):
-            raise ValueError(f"activation_fn: got {self.activation_fn}, whose arguments could not be saved")
+            raise ValueError(f"activation_fn: got {self.activation_fn}, whose arguments cannot be saved")
         if self.prompts:
-            raise ValueError(f"prompts: expected none, got {list(self.prompts)}, which could not be saved")
+            raise ValueError(f"prompts: expected none, got {list(self.prompts)}, which cannot be saved")
         extra = self.model.config.extra
         extra["sentence_transformers"] = {
             **extra.get("sentence_transformers", {}),
@@ -323,7 +323,7 @@ def _activation_at(path: str | None, src: Any) -> Activation | None:
     if path is None:
         return None
     if str(path).split(".")[0] != "torch":
-        logger.warning("%s: the activation function %r is not one of torch's: taking the default", src, path)
+        logger.warning("%s: the activation function %r is not one of torch's: using the default", src, path)
         return None
     name = activation_name(str(path))
     if name is None or name not in ACTIVATION_CLASSES:

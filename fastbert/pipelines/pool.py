@@ -141,7 +141,7 @@ class Pool:
     def __getitem__(self, key: str) -> Any:
         """Returns the processes for "processes", as the pools of sentence-transformers do, which are dicts."""
         if key != "processes":
-            raise KeyError(f"{key!r}: a pool of fastbert has 'processes' alone; encode(pool=...) gives it work")
+            raise KeyError(f"{key!r}: a pool of fastbert has only the key 'processes'; encode(pool=...) uses it")
         return [] if self._crew is None else list(self._crew.processes)
 
 
@@ -164,7 +164,7 @@ class _Crew:
             try:
                 torch.save(work, path)
             except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise TypeError(f"pool: the model cannot be sent to other processes: {error}") from error
+                raise TypeError(f"pool: the model cannot be pickled for other processes: {error}") from error
             for device, (n_threads, processors) in zip(self.devices, shares(len(self.devices)), strict=True):
                 ours, its = context.Pipe()
                 pinned = processors if device.type == "cpu" else None
@@ -188,7 +188,7 @@ class _Crew:
         return future
 
     def stop(self) -> None:
-        self.failure = self.failure or WorkerDied("pool: was stopped")
+        self.failure = self.failure or WorkerDied("pool: it was stopped")
         self.stopped = True
         for process in self.processes:
             if process.is_alive():
@@ -272,7 +272,7 @@ class _Crew:
             how = f"was ended by {signal.Signals(-code).name}"
         hint = "stop the pool and start another"
         if starting:
-            hint = "a script that starts processes needs a line `if __name__ == '__main__':` around what it does"
+            hint = "a script that starts processes needs the line `if __name__ == '__main__':` around its main code"
         return WorkerDied(
             f"pool: process {i} of {len(self.processes)} ({self.devices[i]}, pid {process.pid}) {how}; {hint}"
         )

@@ -128,7 +128,7 @@ class SentenceEncoder(HeadVectors):
         folder = arguments.folder(src, SENTENCE_TRANSFORMERS)
         layout = read_any_layout(folder, output)
         if layout is None:
-            logger.warning("%s: no %s, so mean pooling without normalisation", src, MODULES)
+            logger.warning("%s: no %s, so mean pooling without normalisation is used", src, MODULES)
             layout = Layout(folder)
         heads: dict[str, nn.Module] = {}
         model: BertModel

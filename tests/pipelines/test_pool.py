@@ -97,7 +97,7 @@ def test_a_process_that_cannot_start() -> None:
         pool.start()
     assert "pool_cases.py" in str(caught.value.__cause__)
     work: Any = lambda job: job  # noqa: E731
-    with pytest.raises(TypeError, match="pool: the model cannot be sent to other processes"):
+    with pytest.raises(TypeError, match="pool: the model cannot be pickled for other processes"):
         Pool(["cpu"], work, OWNER).start()
 
 
@@ -163,7 +163,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert default_devices() == ["cuda:0", "cuda:1"]
     pool = Pool(["cpu"], Chores(), OWNER)
-    with pytest.raises(KeyError, match="has 'processes' alone"):
+    with pytest.raises(KeyError, match="has only the key 'processes'"):
         pool["input"]
     pool.stop()
     with pytest.raises(ValueError, match="pool: got 'a stopped one'"):

@@ -121,5 +121,5 @@ def _device(device: torch.device, arch: int | None) -> torch.device:
             hint = "arch=90, for example, asks about one that is not there"
             raise ValueError(f"device: got {str(device)!r}, but there are {n_gpus} GPUs; {hint}")
     elif device.type == "meta":
-        raise ValueError("device: the model is on 'meta', where nothing runs; pass device= or arch=")
+        raise ValueError("device: the model is on 'meta', where no kernel runs; pass device= or arch=")
     return device

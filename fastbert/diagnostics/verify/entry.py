@@ -148,7 +148,7 @@ def verify(
         if gradients:
             gradients_report = _gradients(live, bert, rows, prefix_of(bert, model), weighted, notes)
         if any(math.isnan(state.eager_error) for state in comparison.states):
-            notes.append(f"plain PyTorch is not finite in {bert.dtype}; the bound there is {BOUND_WITHOUT_EAGER}")
+            notes.append(f"plain PyTorch is not finite in {bert.dtype}; so the bound is {BOUND_WITHOUT_EAGER}")
     if bert.dtype == torch.float32 and bert.device.type == "cuda":
         notes.append(f"float32 multiplies in {float32_precision()}, the model and plain PyTorch: PyTorch's own switch")
     return Report(
@@ -166,13 +166,13 @@ def _gradients(
     model: as the user has it. bert: its encoder, on our side. outer: the module that parameters have their names from.
     """
     if bert.precision is not None:
-        notes.append("gradients were not looked at: the model runs in 8 bits")
+        notes.append("gradients were not checked: the model runs in 8 bits")
         return None
     with adapters.uncounted(model) as reasons:
         live = None if bert in adapters.modules(model) else adapters.first_encoder(model)
         report = compare_gradients(own(bert) if live is None else called(live, bert), rows, prefix, outer)
     if report is None:
-        notes.append("gradients were not looked at: no parameter of the encoder wants one")
+        notes.append("gradients were not checked: no parameter of the encoder requires one")
     elif reasons:
         notes.append(f"gradients were those of the original forward: {', '.join(reasons)}")
     return report
@@ -214,7 +214,7 @@ def _live(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Pipeline | None
     try:
         pipeline = pipeline_in(model)
     except adapters.Unsupported as error:
-        notes.append(f"vectors were not looked at: encode runs as it was before: {error}")
+        notes.append(f"vectors were not checked: encode runs by the original code: {error}")
     if pipeline is not None and tokenizer is getattr(model, "tokenizer", None):
         return pipeline, pipeline.tokenizer
     return pipeline, _usable(tokenizer)
@@ -255,7 +255,7 @@ def _rows(texts: Any, tokenizer: PackingTokenizer | None, bert: EncoderModel, no
 
 def _ids_of(item: Any) -> Tensor:
     if isinstance(item, str):
-        raise TypeError("texts: expected strings or lists of token ids, got both")
+        raise TypeError("texts: got strings and lists of token ids, expected one of the two")
     ids = torch.as_tensor(item, device="cpu")
     if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
         raise TypeError(f"texts: expected strings or lists of token ids, got {ids.dtype} of shape {tuple(ids.shape)}")
