@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -54,6 +55,7 @@ ENDPOINTS = (
     Endpoint("POST", "/predict", routes.predict),
     Endpoint("POST", "/entities", routes.entities),
     Endpoint("POST", "/tokenize", routes.tokenize),
+    Endpoint("POST", "/decode", routes.decode),
     Endpoint("POST", "/", routes.root),
     Endpoint("GET", "/info", routes.info),
 )
@@ -65,19 +67,19 @@ def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) ->
     on_failure: is called where a model cannot be loaded; `service.error` has the reason.
     """
 
+    def load() -> None:
+        try:
+            service.load()
+        except BaseException:
+            on_failure()
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async def load() -> None:
-            try:
-                await asyncio.to_thread(service.load)
-            except Exception:
-                on_failure()
-
-        loading = asyncio.create_task(load())
+        # Nobody waits for a daemon thread: a stop while a model is being loaded leaves it alone.
+        threading.Thread(target=load, name="fastbert-load", daemon=True).start()
         try:
             yield
         finally:
-            await loading
             await asyncio.to_thread(service.close)
 
     first = next(iter(service.loaders), openapi.MODEL)

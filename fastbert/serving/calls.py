@@ -60,8 +60,8 @@ class Call:
     def lane(self, task: str, fields: Fields | None = None, **options: Any) -> Lane:
         """Returns the lane of a task, with the prompt that the fields name, or the model's default."""
         fields = fields or self.fields
-        fields.check_truncation()
         assert self.model is not None
+        options["side"] = fields.truncation_side()
         encoder, name = self.model.model, fields.get("prompt_name", str)
         if not isinstance(self.model, ServedEncoder):
             return Lane(task, **options)
