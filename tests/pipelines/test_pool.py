@@ -47,7 +47,7 @@ def test_a_script_without_the_line_that_guards_it() -> None:
     crew.processes.append(SimpleNamespace(join=lambda seconds: None, exitcode=1, pid=5))
     error = str(crew._died(0, starting=True))
     assert error.startswith("pool: process 0 of 1 (cpu, pid 5) ended with exit code 1; a script that starts")
-    assert "must be a file, and needs a line `if __name__ == '__main__':`" in error
+    assert "must be a file, and needs the line `if __name__ == '__main__':`" in error
 
 
 def test_large_messages_pass_each_other(pool: Pool) -> None:
