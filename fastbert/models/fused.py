@@ -76,7 +76,8 @@ def project(module: Any, x: Tensor, policy: Policy, batch: PackedBatch | None) -
 def project_and_gate(module: Any, x: Tensor, activation: str, policy: Policy, batch: PackedBatch | None) -> Tensor:
     """activation(first half) * second half of `project`, in one operation where nobody listens. (T, K) -> (T, I)"""
     if fusible(module):
-        return ops.gated_linear(x, *module.fused_qkv(), activation, policy=policy, keep=not module.training)
+        weight, bias = module.fused_qkv()
+        return ops.gated_linear(x, weight, bias, activation, policy=policy, keep=not module.training)
     return ops.gated(project(module, x, policy, batch), activation, policy=policy)
 
 
