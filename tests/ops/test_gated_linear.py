@@ -195,7 +195,7 @@ def test_few_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_operation(device: torch.device) -> None:
-    """Catches a schema, a fake implementation or a registration that breaks PyTorch's rules for operators, or a graph break."""
+    """Catches a schema or a fake implementation that breaks PyTorch's rules for operators, or a graph break."""
     x, weight, bias = inputs(6, 16, 8, FP32, device)
     arguments = *(t.requires_grad_() for t in (x, weight, bias)), "gelu"
     tests = "test_schema", "test_faketensor", "test_autograd_registration"

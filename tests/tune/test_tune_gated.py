@@ -108,7 +108,10 @@ def test_16_bits_are_timed_with_their_gate(monkeypatch: pytest.MonkeyPatch, devi
     kernels = {candidate.kernel for candidate in jobs[0].candidates}
     assert kernels == {"cublas", "linear", "linear_persistent"}  # with warps that only load there is no such kernel
     cublas, pointer, *_, last = jobs[0].candidates
-    first, few = replace(jobs[0], candidates=(cublas, pointer, last)), replace(jobs[1], candidates=jobs[1].candidates[:2])
+    first, few = (
+        replace(jobs[0], candidates=(cublas, pointer, last)),
+        replace(jobs[1], candidates=jobs[1].candidates[:2]),
+    )
 
     def timer(runs: Any, device: torch.device) -> dict[str, float]:
         return {name: 1.0 if name == str(cublas) else 2.0 for name in runs}
