@@ -57,7 +57,7 @@ async def embed(call: Call) -> Any:
     vectors, _ = await _vectors(call, "inputs")
     if call.fields.as_base64():
         return [answers.encoded(vector) for vector in vectors]
-    return [vector.tolist() for vector in vectors]
+    return list(map(answers.numbers, vectors))
 
 
 async def _vectors(call: Call, name: str) -> tuple[list[np.ndarray], bool]:
@@ -86,7 +86,7 @@ async def embed_all(call: Call) -> Any:
     call.choose_model("embed_all")
     texts, _ = _inputs(call, "inputs")
     answer = await call.compute(call.lane("embed_all"), texts, call.fields.get("truncate", bool))
-    return [vectors.tolist() for vectors in answer.results]
+    return list(map(answers.numbers, answer.results))
 
 
 async def embed_sparse(call: Call) -> Any:

@@ -189,7 +189,8 @@ class Service:
         batcher, limits = self.batchers[model.name], self.settings.limits
         if model.limit is None:
             limits.check_characters(texts)
-        work = batcher.reserve(sum(model.bound(lane, text) for text in texts))
+        # The guess may exceed what a request may have; then nobody else is to be refused for it.
+        work = batcher.reserve(min(sum(model.bound(lane, text) for text in texts), limits.tokens))
         try:
             if len(texts) <= FEW_TEXTS and sum(map(n_characters, texts)) <= FEW_CHARACTERS:
                 tokens = model.encode(lane, texts)

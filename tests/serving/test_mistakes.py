@@ -147,6 +147,9 @@ def test_limits(client: TestClient, service: Service) -> None:
         assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
         assert int(response.headers["Retry-After"]) >= 1
     held.future.cancel()
+    held = service.batchers["encoder"].reserve(20)  # beside it there is room for all that a request may have
+    assert client.post("/embed", json={"inputs": ["ж" * 80] * 5}).status_code == 200, "a guess of 200 tokens"
+    held.future.cancel()
     for inputs in ("fish and boats", ["fish and boats"], ["fish", "boats"]):
         assert client.post("/embed", json={"inputs": inputs}).status_code == 200
 
