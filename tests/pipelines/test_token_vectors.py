@@ -161,15 +161,18 @@ def test_batch_invariance(bert: Path, tmp_path: Path) -> None:
         ours.encode_query(TEXTS)
 
 
-@pytest.mark.parametrize("layout", ["pylate", "stanford"])
+@pytest.mark.parametrize("layout", ["pylate", "pylate, no model_type", "pylate, no words", "stanford"])
 def test_older_folders(layout: str, bert: Path, tmp_path: Path) -> None:
-    """Catches ColBERT's markers taken apart, its expansion or its list of punctuation left out."""
+    """Catches ColBERT's markers taken apart, its expansion, its norm or its list of punctuation left out.
+
+    PyLate wrote no model_type before sentence-transformers 5: GTE-ModernColBERT and its contemporaries have none.
+    """
     for path in bert.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(3)) / 6
     vocab = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
     markers = [next(token for token in sorted(vocab) if token.startswith("##")), "[unused1]"]  # one that is split
-    if layout == "pylate":
+    if layout.startswith("pylate"):
         modules = [
             {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
             {"idx": 1, "name": "1", "path": "1_Dense", "type": "pylate.models.Dense.Dense"},
@@ -179,6 +182,8 @@ def test_older_folders(layout: str, bert: Path, tmp_path: Path) -> None:
             "document_length": 20, "attend_to_expansion_tokens": False, "skiplist_words": [",", "!"],
             "similarity_fn_name": "cosine", "do_query_expansion": True,
         }  # fmt: skip
+        for name in layout.split(", no ")[1:]:
+            settings.pop("model_type"), settings.pop("skiplist_words" if name == "words" else "query_length")
         dense = {"in_features": 32, "out_features": 16, "bias": False,
                  "activation_function": "torch.nn.modules.linear.Identity"}  # fmt: skip
         (tmp_path / "1_Dense").mkdir()
