@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +83,7 @@ def test_vectors_agree_with_sentence_transformers(expansion: str, bert: Path, tm
 
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "modernbert": {"local_attention": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
+    "modernbert": {"local_attention": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1,
                    "sep_token_id": 2, "num_hidden_layers": 4},
     "mpnet": {},
     "gte": {"type_vocab_size": 2, "pad_token_id": 0},
@@ -93,7 +92,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_unseen_expansion_of_other_layers(family: str, bert: Path, tmp_path: Path) -> None:
-    """Catches a ColBERT on rotary layers, windows or a position bias whose queries are refused or get other vectors."""
+    """Catches a ColBERT on rotary layers, windows or a position bias whose queries are refused or get other vectors.
+
+    ModernBERT's windows are shorter than a query: some of the tokens that fill it up reach none of its own.
+    """
     tokenizer = fastbert.Tokenizer.from_pretrained(bert)
     sizes = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 37,
              "max_position_embeddings": 40, "initializer_range": 0.2, "vocab_size": tokenizer.vocab_size}  # fmt: skip
@@ -110,10 +112,6 @@ def test_unseen_expansion_of_other_layers(family: str, bert: Path, tmp_path: Pat
     ours = SentenceEncoder.from_pretrained(folder, device="cpu", dtype="float64")
     theirs = MultiVectorEncoder(str(folder), device="cpu", local_files_only=True).double()
     assert_same_vectors(ours, theirs, 1e-6 if family == "modernbert" else 1e-10)  # theirs turns in float32
-    if family == "modernbert":
-        ours.heads["multi"].expansion = replace(ours.heads["multi"].expansion, length=18)
-        with pytest.raises(ValueError, match="attend=False: got 18 tokens, but attention reaches 16 columns"):
-            ours.encode_query("a")
 
 
 def test_forms_of_the_result(bert: Path, tmp_path: Path) -> None:
