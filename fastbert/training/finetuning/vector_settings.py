@@ -1,4 +1,4 @@
-"""These classes hold the settings of a training of sentence embeddings or of a cross-encoder."""
+"""This module holds the settings of a training of sentence embeddings or of a cross-encoder."""
 
 from __future__ import annotations
 
