@@ -189,8 +189,8 @@ class BertConfig(ConfigAccess):
             positions, least = self.max_position_embeddings, f"more than pad_token_id + 1 ({self.position_offset})"
             expect(positions > self.position_offset, "max_position_embeddings", positions, least)
         for name, value in family.required.items():
-            came = self.extra.get(name, value) if name not in _FIELDS else getattr(self, name)
-            expect(came == value, name, came, f"{value}: {family.classes} has no other")
+            got = self.extra.get(name, value) if name not in _FIELDS else getattr(self, name)
+            expect(got == value, name, got, f"{value}: {family.classes} has no other")
         n_sets, n_layers = self._n_layer_sets(), self.num_hidden_layers
         fits = _is_int(n_sets) and n_sets > 0 and n_layers % n_sets == 0
         expect(fits, "num_hidden_groups", n_sets, f"a divisor of num_hidden_layers ({n_layers})")

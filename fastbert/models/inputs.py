@@ -82,8 +82,8 @@ class Inputs:
         if token_type_ids is not None and tracing.differ(token_type_ids.shape[0], shape[0]):
             token_type_ids = token_type_ids.expand(shape)
         if position_ids is not None:
-            came = tuple(position_ids.shape)
-            if tracing.differ(came, shape) and tracing.differ(came, (1, shape[1])):
+            positions_shape = tuple(position_ids.shape)
+            if tracing.differ(positions_shape, shape) and tracing.differ(positions_shape, (1, shape[1])):
                 raise ValueError(f"position_ids: expected shape {shape}, got {tuple(position_ids.shape)}")
             position_ids = position_ids.expand(shape)
         check_embeds(inputs_embeds, model)
@@ -131,9 +131,9 @@ def check_embeds(embeds: Tensor | None, model: Any) -> None:
         raise TypeError(f"inputs_embeds: expected the model's dtype {model.dtype}, got {embeds.dtype}")
     config = model.config
     if tracing.differ(embeds.shape[-1], config.embedding_width):
-        came, expected = tuple(embeds.shape), config.embedding_width
+        shape, expected = tuple(embeds.shape), config.embedding_width
         name = "hidden_size" if model.embeddings_project is None else "embedding_size"
-        raise ValueError(f"inputs_embeds: expected {expected} ({name}) in the last dimension, got {came}")
+        raise ValueError(f"inputs_embeds: expected {expected} ({name}) in the last dimension, got {shape}")
 
 
 def takes_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -140,8 +140,10 @@ class ModelOutput(OrderedDict[str, Any]):
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         self._refuse("update")
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise TypeError(f"{type(self).__name__}: {what} is not supported; set fields one by one, to None to drop one")
+    def _refuse(self, operation: str) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__}: {operation} is not supported; set fields one by one, to None to drop one"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unflatten, (type(self), list(self.values()), list(self)), dict(self.__dict__)

@@ -178,36 +178,36 @@ class PreTrainedModel(ModelAccess):
         for the device, the dtype or the sizes of the model.
         """
         src = arguments.pop("pretrained_model_name_or_path", None) if src is None else src
-        asked = Arguments.of(arguments)
-        unknown = sorted(asked.model.keys() - cls._class_arguments)
+        parsed = Arguments.of(arguments)
+        unknown = sorted(parsed.model.keys() - cls._class_arguments)
         if unknown:
             raise TypeError(f"{unknown[0]}: {cls.__name__} has no choice of it, BertModel has")
-        if device is not None and asked.device not in (None, torch.device(device)):
-            raise ValueError(f"device_map: got {asked.device}, and device {device}; expected one of the two")
-        device = asked.device or torch.device("cpu" if device is None else device)
+        if device is not None and parsed.device not in (None, torch.device(device)):
+            raise ValueError(f"device_map: got {parsed.device}, and device {device}; expected one of the two")
+        device = parsed.device or torch.device("cpu" if device is None else device)
         options = Options(backend, strict, batch_invariant, precision, cuda_graphs, strict_ids)
         check_batch_invariant(options.policy, device, precision)
         folder = None
-        if src is not None or asked.config is None or asked.state_dict is None:
-            folder = resolve(src, weights=asked.state_dict is None, **asked.hub)
-        config = asked.read_config(folder or "")
-        state = asked.state_dict
+        if src is not None or parsed.config is None or parsed.state_dict is None:
+            folder = resolve(src, weights=parsed.state_dict is None, **parsed.hub)
+        config = parsed.read_config(folder or "")
+        state = parsed.state_dict
         if state is None:
             state = read_state_dict(
-                folder or "", use_safetensors=asked.hub.get("use_safetensors"), variant=asked.variant
+                folder or "", use_safetensors=parsed.hub.get("use_safetensors"), variant=parsed.variant
             )
-        state = asked.renamed(state)
-        dtype = resolve_dtype(asked.dtype if dtype == "auto" and asked.dtype is not None else dtype, config, state)
+        state = parsed.renamed(state)
+        dtype = resolve_dtype(parsed.dtype if dtype == "auto" and parsed.dtype is not None else dtype, config, state)
         if batch_invariant and device.type == "cpu" and backend != "triton":
             obstacle = cpu_encoder.invariant_obstacle(config, dtype)
             if obstacle is not None:
                 raise BackendError(f"batch_invariant: {obstacle}")
         config.name_or_path = "" if src is None else src
         with torch.device("meta"):
-            model = cls(config, **asked.model, options=options)
-        info = model._load(state, dtype, device, str(src), asked.ignore_mismatched_sizes)
+            model = cls(config, **parsed.model, options=options)
+        info = model._load(state, dtype, device, str(src), parsed.ignore_mismatched_sizes)
         model.eval()
-        return (model, info) if asked.output_loading_info else model  # type: ignore[return-value]
+        return (model, info) if parsed.output_loading_info else model  # type: ignore[return-value]
 
     def _load(
         self,

@@ -172,8 +172,8 @@ class BertForMultipleChoice(ModelWithHead):
         """input_ids and the others: (B, C, S); inputs_embeds: (B, C, S, H); labels: (B,). Returns logits (B, C)."""
         choices = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
         if choices is None or choices.dim() != (3 if inputs.inputs_embeds is None else 4):
-            came = None if choices is None else tuple(choices.shape)
-            raise ValueError(f"input_ids, inputs_embeds: expected shape (B, C, S) or (B, C, S, H), got {came}")
+            shape = None if choices is None else tuple(choices.shape)
+            raise ValueError(f"input_ids, inputs_embeds: expected shape (B, C, S) or (B, C, S, H), got {shape}")
         encoded = self._encode(inputs.flattened())
         logits = self._of_sequences(encoded).view(choices.shape[:2])
         output = outputs.MultipleChoiceModelOutput(loss=class_loss(logits, labels), logits=logits, **encoded.padded())

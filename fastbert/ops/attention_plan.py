@@ -295,7 +295,7 @@ class StaticPlan:
         Returns False, with nothing written, where a list does not fit.
         """
         lists = host_work_lists(batch, *self._qkv, self.policy, self.kind.small)
-        rows = [made.tiles.numpy().reshape(-1) for made in lists if made is not None]
+        rows = [work_list.tiles.numpy().reshape(-1) for work_list in lists if work_list is not None]
         *parts, row_spans, cu_seqlens, _, seq_ids = (out[part] for part in self._parts)
         if any(tiles.shape[0] > part.shape[0] for tiles, part in zip(rows, parts, strict=True)):
             return False

@@ -113,8 +113,8 @@ class QuestionAnswerer:
         contexts, and for a question that leaves no room for the context.
         """
         if isinstance(questions, str) != isinstance(contexts, str):
-            kinds = f"{type(questions).__name__} and {type(contexts).__name__}"
-            raise TypeError(f"questions, contexts: got {kinds}, expected two of str or two of iterables")
+            type_names = f"{type(questions).__name__} and {type(contexts).__name__}"
+            raise TypeError(f"questions, contexts: got {type_names}, expected two of str or two of iterables")
         if isinstance(questions, str):
             return next(self.stream([(questions, contexts)]))  # type: ignore[list-item]
         questions, contexts = list(questions), list(contexts)
@@ -187,16 +187,16 @@ class QuestionAnswerer:
             for key, answer in sums.items():
                 if key not in answers or answers[key]["score"] < answer["score"]:
                     answers[key] = answer
-        found = sorted(answers.values(), key=lambda answer: -answer["score"])
+        ranked = sorted(answers.values(), key=lambda answer: -answer["score"])
         if self.no_answer:
             nothing = {"score": null_score, "start": 0, "end": 0, "answer": ""}
             if self.threshold is None:
-                found = sorted([*found, nothing], key=lambda answer: -answer["score"])
+                ranked = sorted([*ranked, nothing], key=lambda answer: -answer["score"])
             elif null_logits - best_logits > self.threshold:
-                found = [nothing, *found]
+                ranked = [nothing, *ranked]
             else:
-                found = [*found, nothing]
-        return found[: self.top_k]
+                ranked = [*ranked, nothing]
+        return ranked[: self.top_k]
 
 
 def best_spans(start: np.ndarray, end: np.ndarray, longest: int, n: int) -> list[tuple[int, int]]:

@@ -195,10 +195,10 @@ class EntityRecognizer:
                 for i, (label, (start, end)) in enumerate(zip(best.tolist(), tokens.offsets.tolist(), strict=True))
                 if labels[label] not in self.ignore_labels
             ]  # fmt: skip
-        found = group(scores, tokens.offsets, starts, labels, self.strategy, has_tags=self.has_tags)
+        entities = group(scores, tokens.offsets, starts, labels, self.strategy, has_tags=self.has_tags)
         return [
             {**entity, "word": text[entity["start"] : entity["end"]]}
-            for entity in found
+            for entity in entities
             if entity["entity_group"] not in self.ignore_labels
         ]
 

@@ -268,14 +268,14 @@ class _Crew:
         process = self.processes[i]
         process.join(STOP_SECONDS)
         code = process.exitcode
-        how = "was closed" if code is None else f"ended with exit code {code}"
+        ending = "was closed" if code is None else f"ended with exit code {code}"
         if code is not None and code < 0:
-            how = f"was ended by {signal.Signals(-code).name}"
+            ending = f"was ended by {signal.Signals(-code).name}"
         hint = "stop the pool and start another"
         if starting:
             hint = "a script that starts processes needs the line `if __name__ == '__main__':` around its main code"
         return WorkerDied(
-            f"pool: process {i} of {len(self.processes)} ({self.devices[i]}, pid {process.pid}) {how}; {hint}"
+            f"pool: process {i} of {len(self.processes)} ({self.devices[i]}, pid {process.pid}) {ending}; {hint}"
         )
 
     def _refuse(self) -> None:

@@ -78,9 +78,9 @@ def explain(
     rows = tuple(rows_that_run(question, eight_bit))
     costs = None
     if batch is not None:
-        here = all(asked is None for asked in (device, cast, backend, arch))
+        as_it_is = all(asked is None for asked in (device, cast, backend, arch))
         itemsize = question.dtype.itemsize
-        rows, costs = explain_costs.with_costs(rows, batch, model, backbone(inner), itemsize, here, tokenizer)
+        rows, costs = explain_costs.with_costs(rows, batch, model, backbone(inner), itemsize, as_it_is, tokenizer)
         costs = dataclasses.replace(costs, kept_bytes=training.kept_by_a_batch(question, costs.n_tokens))
     notes = [*explain_notes.notes_of(question, eight_bit, rows)]
     if outer is not model:

@@ -95,10 +95,10 @@ def train_by(settings: EmbedSettings) -> VectorResult:
         examples = distilling.with_scores(examples, settings, processes)
     width = model.get_sentence_embedding_dimension()
     if wide is not None and wide != width:
-        way = distilling.way_of(wide, width, settings.teacher_width)
-        assert way is not None
-        examples, held, kept = distilling.shortened(examples, held, width, way, processes)
-        facts["teacher"] = {"width": wide, "fitted by": way, "share kept": round(kept, 4)}
+        rule = distilling.way_of(wide, width, settings.teacher_width)
+        assert rule is not None
+        examples, held, kept = distilling.shortened(examples, held, width, rule, processes)
+        facts["teacher"] = {"width": wide, "fitted by": rule, "share kept": round(kept, 4)}
     if held and task is None:
         task = TeacherVectors(held)
     rows = _rows(examples, loss)
