@@ -183,8 +183,10 @@ def write_state_dict(
         raise ValueError("state: got no tensors")
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            what = f"{tensor.layout} tensor on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor)
-            raise TypeError(f"state[{name!r}]: got {what}, expected a dense tensor with data")
+            description = (
+                f"{tensor.layout} tensor on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor)
+            )
+            raise TypeError(f"state[{name!r}]: got {description}, expected a dense tensor with data")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 

@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
         token_budget=args.batch_tokens,
     )  # fmt: skip
     waiting: deque[str] = deque()
-    found: Iterator[list[dict[str, Any]]] = recognizer.stream(texts.remember(lines, waiting))
-    for number, entities in enumerate(found, start=1):
+    results: Iterator[list[dict[str, Any]]] = recognizer.stream(texts.remember(lines, waiting))
+    for number, entities in enumerate(results, start=1):
         text = waiting.popleft()
         if not args.lines:
             print(json.dumps({"text": text, "entities": entities}, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""The arithmetics of an encoder beside the 8-bit operations: by modules, in one C++ call, and in one 8-bit C++ call."""
+"""This module holds three arithmetics of an encoder: by modules, in one C++ call, and in one 8-bit C++ call."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "
 
 
 class Modules:
-    """Operation by operation: the modules of the model are called one after the other. It runs everything.
+    """This arithmetic calls the modules of the model, one operation after the other. It runs every model.
 
-    Where nobody would see the difference, the layers' kernels are launched without a call of their modules.
+    If the result is the same, it launches the layers' kernels without a call of their modules.
     """
 
     name = "operation by operation"
@@ -39,7 +39,7 @@ class Modules:
         return iter(())
 
     def prepare(self, model: Any) -> None:
-        """Makes nothing: each operation derives what it needs when it first runs."""
+        """Does nothing: each operation makes its derived tensors when it first runs."""
 
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor]:
         if batch.valid is None:
@@ -56,7 +56,7 @@ class Modules:
 
 
 class _InOneCall:
-    """The base of the two C++ encoders, which read packed weights and stand for the modules of a model."""
+    """This is the base of the two C++ encoders, which read packed weights instead of calling the modules of a model."""
 
     int8: bool
 
@@ -64,7 +64,7 @@ class _InOneCall:
         self.state, self.encoder = state, encoder
 
     def unseen_obstacles(self, model: Any, device: torch.device) -> Iterator[str]:
-        """Every reason why one call would make a difference that somebody sees."""
+        """Yields every reason why one call would give another visible result than the modules."""
         if torch.is_autocast_enabled("cpu"):
             yield "autocast is on"
         state, plain = self.state, True
@@ -87,7 +87,7 @@ class _InOneCall:
             self.weights(model)
 
     def weights(self, model: Any) -> Any:
-        """The weights as the C++ kernels read them, packed anew where a parameter has changed; None if they cannot be.
+        """Returns the weights packed for the C++ kernels, packed again after a change; None if that is impossible.
 
         The embeddings are among them unless the model projects them.
         """
@@ -111,7 +111,7 @@ class _InOneCall:
 
 
 class OneCall(_InOneCall):
-    """The whole encoder in one call of a C++ kernel, on CPUs, for inference."""
+    """This arithmetic runs the whole encoder in one call of a C++ kernel, on CPUs, for inference."""
 
     name = "one C++ call"
     int8 = False
@@ -153,7 +153,7 @@ class OneCall(_InOneCall):
 
 
 class Int8Call(_InOneCall):
-    """The whole encoder in one call of a C++ kernel that multiplies 8-bit operands, on CPUs, for precision="int8"."""
+    """This arithmetic runs the encoder in one C++ call with 8-bit operands, on CPUs, for precision="int8"."""
 
     name = "one C++ call in int8"
     int8 = True
@@ -169,7 +169,7 @@ class Int8Call(_InOneCall):
             yield f"the backend is {decision.backend!r}"
 
     def kernel_obstacles(self, model: Any, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
-        """Every reason why the 8-bit C++ kernels do not run the encoder on this device, in this dtype."""
+        """Yields every reason why the 8-bit C++ kernels do not run the encoder on this device, in this dtype."""
         if torch.compiler.is_compiling():
             yield str(tracing.observed())
             return

@@ -1,6 +1,6 @@
-"""Small batches with a mask on a GPU: whether nobody waits for the number of their tokens.
+"""This module decides whether the host waits for the number of tokens in a mask on a GPU.
 
-README.md of this package says why. `fastbert.ops.masked` packs them.
+README.md of this package gives the reasons. `fastbert.ops.masked` packs such small batches.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from fastbert.ops.packing import PackedBatch
 
 
 def obstacles(model: EncoderModel, device: torch.device | None = None) -> Iterator[str]:
-    """Every reason why the number of tokens in a mask on the GPU is waited for, whatever the mask.
+    """Yields every reason why the host waits for the number of tokens of all masks on the GPU.
 
-    device: if it is not the model's, less can be said.
+    device: for another device than the model's, only some reasons are known.
     """
     engine = model.engine
     if engine.checks.strict:
@@ -35,9 +35,9 @@ def obstacles(model: EncoderModel, device: torch.device | None = None) -> Iterat
 
 
 def batch_obstacle(model: EncoderModel, mask: Tensor, ids: tuple[Tensor | None, ...]) -> str | None:
-    """Tells why the number of tokens in this mask, (B, S), is waited for, or is known at once; or None.
+    """Tells why the host waits for the tokens of this mask, (B, S), or knows their number at once; or returns None.
 
-    ids: input_ids, token_type_ids and position_ids, None where a caller gave none.
+    ids: input_ids, token_type_ids and position_ids, None for those not passed.
     """
     if packing.on_host(mask.device):
         return "the mask is on the host"
@@ -53,9 +53,9 @@ def batch_obstacle(model: EncoderModel, mask: Tensor, ids: tuple[Tensor | None, 
 
 
 def batch_of(model: Any, mask: Tensor | None, ids: tuple[Tensor | None, ...]) -> PackedBatch | None:
-    """Returns the batch of a mask, (B, S), whose lengths stay on the device; None where they do not.
+    """Returns the batch of a mask, (B, S), whose lengths stay on the device, or None if they do not.
 
-    Where a graph may be launched first and looked at afterwards, `wait` is for what it finds.
+    If a graph launched first turns out to be outdated, `wait` is called.
     """
     if mask is None or torch.compiler.is_compiling() or batch_obstacle(model, mask, ids) is not None:
         return None
@@ -67,7 +67,7 @@ def batch_of(model: Any, mask: Tensor | None, ids: tuple[Tensor | None, ...]) ->
 
 
 def wait(batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
-    """Makes a batch whose lengths stay on the device one whose lengths the host knows, and packs its inputs."""
+    """Waits for the lengths of a batch on the device, and packs its inputs."""
     assert batch.mask is not None
     shape, reads_columns = (batch.batch_size, batch.padded_length), batch.reads_columns
     packed = packing.unpad(batch.mask.view(shape), batch.device)

@@ -1,4 +1,4 @@
-"""The static memory that CUDA graphs read, and how the host fills it for a batch: README.md has the reasons."""
+"""This module holds the static memory that CUDA graphs read, and fills it for a batch; README.md has the reasons."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FARTHEST = 1 << 20  # beyond any column
 
 @dataclass(frozen=True)
 class Shape:
-    """The properties that all graphs of a model share.
+    """A `Shape` holds the properties that all graphs of a model share.
 
-    notes: whether kernels note ids beyond their table. distances: whether layers read the columns of rows.
+    notes: whether kernels check ids. distances: whether layers read the columns of rows.
     """
 
     device: torch.device
@@ -38,17 +38,17 @@ class Shape:
 
     @functools.cached_property
     def device_type(self) -> str:
-        """The type of the device, which takes PyTorch longer to tell."""
+        """Returns the type of the device, faster than PyTorch does."""
         return self.device.type
 
     @functools.cached_property
     def waits(self) -> bool:
-        """Tells whether a look at the numbers of weights would wait for the device."""
+        """Tells whether a check of the weights' numbers would wait for the device."""
         return silent_writes.waits(self.device)
 
 
 class Buffers:
-    """The static memory of the buckets of one octave, up to `capacity` rows."""
+    """A `Buffers` is the static memory of the buckets of one octave, up to `capacity` rows."""
 
     def __init__(self, capacity: int, n_words: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.words = torch.zeros(n_words, dtype=torch.int64, device=device)  # as Layout says
@@ -56,11 +56,11 @@ class Buffers:
 
 
 class Layout:
-    """A `Layout` says where the static memory holds what a bucket's graph reads, in words of 8 bytes.
+    """A `Layout` is the layout of a bucket's inputs in the static memory, in words of 8 bytes.
 
-    input_ids, token_type_ids and position_ids, (T',) each; the number and the rows of the batch (`embedding.Notes`);
-    the integers of attention, as StaticPlan says. What the host knows is at the end, so that one copy brings it.
-    n_tiles: how long the work lists are, if not as long as a graph's.
+    The inputs are input_ids, token_type_ids and position_ids, (T',) each; the number and the rows of the batch
+    (`embedding.Notes`); and the integers of attention (StaticPlan). The host's data are at the end, so that one copy
+    transfers them. n_tiles: the length of the work lists, if it differs from a graph's.
     """
 
     def __init__(
@@ -80,9 +80,9 @@ class Layout:
         self._remembered: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
     def of_lengths(self, batch: PackedBatch) -> np.ndarray | None:
-        """Returns the words after the token types, which follow from a batch's lengths; None where it does not fit.
+        """Returns the words after the token types, which follow from a batch's lengths; None if they do not fit.
 
-        It is kept for the lengths that came last, since many programs run batches of a few forms.
+        They are kept for the last lengths, because many programs run batches of a few forms.
         """
         key = batch.form[0]
         words = self._remembered.get(key)
@@ -109,7 +109,7 @@ class Layout:
         return words[self.start_of_plan : self.n_words].view(torch.int32)
 
     def static_batch(self, words: Tensor) -> tuple[PackedInputs, PackedBatch]:
-        """Returns the inputs and the batch whose kernels read these words."""
+        """Returns the inputs and the batch on these words."""
         ids, shape, bucket = self.ids(words), self.shape, self.bucket
         cu_seqlens, plan = self.plan.split(integers := self.integers(words))
         batch = PackedBatch(
@@ -128,7 +128,7 @@ class Layout:
         return PackedInputs(*ids), batch
 
     def unpack(self, words: Tensor, batch: PackedBatch, inputs: PackedInputs, number: int) -> None:
-        """Fills words, (n_words,), on the device with a batch whose lengths stay there. inputs: ids, (B * S,) each."""
+        """Fills words, (n_words,), on the device with a batch whose lengths are there. inputs: ids, (B * S,) each."""
         from fastbert_kernels.unpack import Static
 
         cu_seqlens, plan = self.plan.split(integers := self.integers(words))
@@ -140,9 +140,9 @@ class Layout:
 
 
 def fill_on_host(layout: Layout, batch: PackedBatch, inputs: PackedInputs, number: int) -> Filled | None:
-    """Returns the static memory as the host fills it, and the ids that it leaves to the device.
+    """Returns the host's words of the static memory, and the ids that are already on the device.
 
-    Returns None where the batch does not fit.
+    Returns None if the batch does not fit.
     """
     words = torch.empty(layout.n_words, dtype=torch.int64, device=_HOST, pin_memory=layout.pinned)
     rows = inputs.input_ids, inputs.token_type_ids, _positions(batch, inputs.position_ids)
@@ -199,7 +199,7 @@ Filled = tuple[Tensor, int, "list[tuple[int, Tensor]]"]
 
 
 def _positions(batch: PackedBatch, position_ids: Tensor | None) -> Tensor | None:
-    """Returns the positions of a batch; None where they are those that follow from its lengths."""
+    """Returns the positions of a batch; None if they follow from its lengths."""
     if position_ids is not None and position_ids is not batch.__dict__.get("position_ids"):
         return position_ids
     if batch.counted:

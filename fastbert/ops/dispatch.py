@@ -92,19 +92,19 @@ def _decided(wanted: str, device: torch.device, obstacle: str | None) -> tuple[s
 @constant
 def choose(op: str, backend: str, strict: bool, device: torch.device, obstacle: str | None) -> str:
     """`decide`, with the fallback logged once, or raised as BackendError under strict. Returns the backend's name."""
-    taken, reason = _decided(backend, device, obstacle)
+    chosen, reason = _decided(backend, device, obstacle)
     if recording.on and recording.note_reason(op, reason, strict):
-        return taken
+        return chosen
     if reason is not None:
         if strict:
             raise BackendError(f"{op}: the backend {backend!r} cannot run it, and strict=True: {reason}")
-        _log_once(op, backend, taken, reason)
-    return taken
+        _log_once(op, backend, chosen, reason)
+    return chosen
 
 
 @functools.cache
-def _log_once(op: str, wanted: str, taken: str, reason: str) -> None:
-    logger.warning("%s: backend %r falls back to %r: %s", op, wanted, taken, reason)
+def _log_once(op: str, wanted: str, chosen: str, reason: str) -> None:
+    logger.warning("%s: backend %r falls back to %r: %s", op, wanted, chosen, reason)
 
 
 def check_batch_invariant(policy: Policy, device: torch.device, precision: str | None = None) -> None:

@@ -209,12 +209,12 @@ def _infra_mode() -> str | None:
     return None
 
 
-def note(what: str, reason: str) -> None:
+def note(subject: str, reason: str) -> None:
     """Logs once that `what` takes plain operations of PyTorch on padded rows."""
     if not torch.compiler.is_compiling():
-        _note_once(what, reason)
+        _note_once(subject, reason)
 
 
 @functools.cache
-def _note_once(what: str, reason: str) -> None:
-    logger.warning("%s: runs in plain operations of PyTorch, on padded rows: %s", what, reason)
+def _note_once(subject: str, reason: str) -> None:
+    logger.warning("%s: runs in plain operations of PyTorch, on padded rows: %s", subject, reason)

@@ -130,22 +130,22 @@ def argument(
     """
     annotation = str(field.type)
     if field.default is dataclasses.MISSING:
-        made: dict[str, Any] = {"required": True}
+        keywords: dict[str, Any] = {"required": True}
     else:
-        made = {"default": field.default}
+        keywords = {"default": field.default}
         if field.default not in (None, ()) and field.default is not False:
             text += f" (default: {_written(field.default)})"
-    made["help"] = text.replace("%", "%%")
+    keywords["help"] = text.replace("%", "%%")
     if annotation == "bool":
         # Python 3.10 adds a default of its own to the help of a BooleanOptionalAction that has one.
         on_and_off = {"action": argparse.BooleanOptionalAction} if field.default else {"action": "store_true"}
-        return {"help": made["help"], **on_and_off}
+        return {"help": keywords["help"], **on_and_off}
     if annotation.startswith("tuple"):
-        made["nargs"] = "+"
+        keywords["nargs"] = "+"
     if field.name in choices:
-        return {**made, "choices": choices[field.name]}
+        return {**keywords, "choices": choices[field.name]}
     number = int if annotation.startswith("int") else float if annotation.startswith("float") else str
-    return {**made, "metavar": metavar, "type": number}
+    return {**keywords, "metavar": metavar, "type": number}
 
 
 def _written(value: Any) -> str:

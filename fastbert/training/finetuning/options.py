@@ -92,10 +92,10 @@ def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
         for name, (metavar, text) in options.items():
             if task not in ONLY.get(name, (task,)):
                 continue
-            made = argument(fields[name], metavar, text, CHOICES)
+            keywords = argument(fields[name], metavar, text, CHOICES)
             if name in ("columns", "label_order"):
-                made |= {"nargs": "+", "default": (), "required": False}
-            group.add_argument(f"--{name.replace('_', '-')}", **made)
+                keywords |= {"nargs": "+", "default": (), "required": False}
+            group.add_argument(f"--{name.replace('_', '-')}", **keywords)
     switches = {name: field.default for name, field in fields.items() if str(field.type) == "bool"}
     parser.set_defaults(task=task, **switches)
 
