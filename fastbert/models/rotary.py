@@ -14,7 +14,7 @@ from fastbert.ops import Policy, dispatch, embedding, recording, tracing
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels.masks import EMBEDDINGS
 
-PARTS_OBSTACLE = "the Triton kernel embeds and normalises at once, and somebody listens to a part of that"
+PARTS_OBSTACLE = "the Triton kernel embeds and normalises at once, and a part of that has hooks"
 
 
 def embed(
@@ -30,11 +30,11 @@ def embed(
     module: has word_embeddings, token_type_embeddings, which may be None, LayerNorm and dropout.
     """
     types, norm = module.token_type_embeddings, module.LayerNorm
-    given: Any = input_ids if embeds is None else embeds
+    first: Any = input_ids if embeds is None else embeds
     obstacle = _kernel_obstacle(module, embeds)
     if types is not None and token_type_ids is None:
-        token_type_ids = torch.zeros(given.shape[0], dtype=torch.int64, device=given.device)
-    if dispatch.decide("embedding", policy, given.device, obstacle).backend == "triton":
+        token_type_ids = torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
+    if dispatch.decide("embedding", policy, first.device, obstacle).backend == "triton":
         words, dropout = module.word_embeddings, module.dropout
         drawn = is_bare(dropout, nn.Dropout)
         x = ops.embedding_layer_norm(

@@ -1,4 +1,4 @@
-"""The fused operations of a BERT encoder on packed tokens: one function each, whatever backend runs it."""
+"""This package holds the fused operations of an encoder on packed tokens: one function for all backends of each."""
 
 from fastbert.ops import quantized, quantized_parts
 from fastbert.ops.attention import prepare as prepare_attention

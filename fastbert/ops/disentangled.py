@@ -112,7 +112,7 @@ def cpu_obstacle(
     """Tells why the cpu backend takes PyTorch's operations and not the C++ kernels, or None."""
     head_size = qkv.shape[1] // (3 * num_heads)
     if head_size % 16 or head_size > 256:
-        return f"head size {head_size} is no multiple of 16 up to 256"
+        return f"head size {head_size} is not a multiple of 16 up to 256"
     if trained:
         return _mixed_dtypes(qkv, positions) or choose.cpu_obstacle(qkv.dtype, head_size=head_size)
     if dropout is not None:
@@ -169,7 +169,7 @@ def disentangled_attention(
             expected = qkv.shape[1] // 3
             raise ValueError(f"positions.{name}: expected rows of {expected} numbers, got {tuple(tensor.shape)}")
     if batch.valid is not None:
-        in_place = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
+        in_place = tracing.transformed(qkv) or "the batch holds rows of padding"
         dispatch.choose("attention", policy.backend, policy.strict, qkv.device, in_place)
         dispatch.check_invariant("attention", policy, "cpu", in_place)
         return attend_in_place(qkv, batch, num_heads, positions, scale, probability_of(dropout))

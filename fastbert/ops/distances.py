@@ -92,8 +92,8 @@ def _on(numbers: Any, buckets: tuple[int, int], device: torch.device, dtype: tor
     if torch.compiler.is_compiling() or tracing.observed() is not None or device.type == "meta":
         return torch.tensor(values, device=device, dtype=dtype)
     with torch.inference_mode(False):  # or autograd could not keep it
-        _kept_on[key] = made = torch.tensor(values, device=device, dtype=dtype)
-    return made
+        _kept_on[key] = tensor = torch.tensor(values, device=device, dtype=dtype)
+    return tensor
 
 
 def bias(q: Tensor, k: Tensor, positions: Positions, columns: Tensor, scale: float) -> Tensor:

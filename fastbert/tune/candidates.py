@@ -89,12 +89,12 @@ def gemm_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilo
     if current is None or any(size * dtype.itemsize % 16 for size in (shape[0], n_out)):
         return
     persistent = [current.block_sizes, *map(_gemm_tile, _PERSISTENT_TILES), *map(_apart, _APART_TILES)]
-    kinds = [("linear_persistent", sizes) for sizes in persistent]
+    kernels = [("linear_persistent", sizes) for sizes in persistent]
     if arch == configs.WARP_SPECIALIZED_ARCH and epilogue != "gated":
-        kinds += [("linear_specialized", _gemm_tile(tile)) for tile in _SPECIALIZED_TILES]
+        kernels += [("linear_specialized", _gemm_tile(tile)) for tile in _SPECIALIZED_TILES]
     yield from dict.fromkeys(
         _candidate(kernel, sizes)
-        for kernel, sizes in kinds
+        for kernel, sizes in kernels
         if _fits(sizes, dtype, arch, staged_outputs=2 if epilogue == "residual" else 1)
         # Two groups of warps share a warp-specialised tile.
         and _leaves_registers(sizes, dtype, epilogue, groups=2 if kernel == "linear_specialized" else 1)
@@ -149,13 +149,13 @@ def quantized_candidates(
     tiles = list(map(whole_steps, (*map(_gemm_tile, _PERSISTENT_TILES_8BIT), *map(_apart, _APART_TILES_8BIT))))
     if arch != configs.WARP_SPECIALIZED_ARCH:  # elsewhere the tile of two parts spills
         tiles = [sizes for sizes in tiles if sizes["BLOCK_COLS"] == quantized.OUT_GROUP]
-    kinds = [("quantized_linear_persistent", sizes) for sizes in (descriptors.block_sizes, *tiles)]
+    kernels = [("quantized_linear_persistent", sizes) for sizes in (descriptors.block_sizes, *tiles)]
     if arch == configs.WARP_SPECIALIZED_ARCH:
         specialized = map(whole_steps, map(_gemm_tile, _SPECIALIZED_TILES_8BIT))
-        kinds += [("quantized_linear_specialized", sizes) for sizes in specialized]
+        kernels += [("quantized_linear_specialized", sizes) for sizes in specialized]
     yield from dict.fromkeys(
         _candidate(kernel, sizes)
-        for kernel, sizes in kinds
+        for kernel, sizes in kernels
         if _fits(sizes, dtype, arch, staged_outputs=out_size, staged_cols=quantized.OUT_GROUP)
         and (group is None or group % sizes["BLOCK_K"] == 0)
     )
@@ -170,13 +170,13 @@ def quantized_gated_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, 
 
     pointer = quantized_configs.quantized_gated_config(dtype, arch, shape).block_sizes
     descriptors = quantized_configs.quantized_gated_persistent_config(dtype, arch, shape)
-    kinds = [("quantized_gated_linear", sizes) for sizes in (pointer, *map(_gemm_tile, _GATED_TILES))]
+    kernels = [("quantized_gated_linear", sizes) for sizes in (pointer, *map(_gemm_tile, _GATED_TILES))]
     if descriptors is not None:
         tiles = descriptors.block_sizes, *map(_gemm_tile, _GATED_PERSISTENT_TILES)
-        kinds += [("quantized_gated_linear_persistent", sizes) for sizes in tiles]
+        kernels += [("quantized_gated_linear_persistent", sizes) for sizes in tiles]
     yield from dict.fromkeys(
         _candidate(kernel, sizes)
-        for kernel, sizes in kinds
+        for kernel, sizes in kernels
         if _fits(sizes, dtype, arch, staged_outputs=int(kernel.endswith("persistent")), n_weights=2)
     )
 

@@ -60,10 +60,10 @@ def _named(record: Record, kernels: Mapping[str, str], config: str, *args: Any) 
         return Kernel(kernels.get(record.backend, kernels["torch"]))
     from fastbert_kernels import configs
 
-    found = getattr(configs, config)(*args)
-    if isinstance(found, configs.Config):
-        return Kernel(kernels["triton"], dict(found.block_sizes), found.source)
-    return Kernel(kernels["triton"], dict(found), f"formula of fastbert_kernels.configs.{config}")
+    sizes = getattr(configs, config)(*args)
+    if isinstance(sizes, configs.Config):
+        return Kernel(kernels["triton"], dict(sizes.block_sizes), sizes.source)
+    return Kernel(kernels["triton"], dict(sizes), f"formula of fastbert_kernels.configs.{config}")
 
 
 def _embedding(record: Record, device: torch.device) -> Kernel:

@@ -183,5 +183,5 @@ def _without_last_quantising(layers: Layers) -> Layers:
     if norm.op != "layer_norm" or " and " not in norm.shapes:
         return layers
     matrices, _, added = norm.shapes.partition(", + ")
-    told = dataclasses.replace(norm, shapes=f"{matrices} (the last layer's without), + {added}")
-    return [(number, rows if number is None else [*rows[:-1], told]) for number, rows in layers]
+    noted = dataclasses.replace(norm, shapes=f"{matrices} (the last layer's without), + {added}")
+    return [(number, rows if number is None else [*rows[:-1], noted]) for number, rows in layers]
