@@ -131,6 +131,17 @@ def test_flops_a_token_of_bert_base(arch: int | None) -> None:
     assert padded < report.batch.padded_flops < 1.02 * padded
 
 
+def test_a_product_with_its_gate() -> None:
+    """Catches a product whose second half, which its kernel gates and does not write, costs nothing."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 1, "num_hidden_layers": 1}
+    config = BertConfig.from_dict({"model_type": "modernbert", "vocab_size": 50, "pad_token_id": 0, **sizes})
+    model = BertModel(config).eval()
+    rows = [row for dtype in ("bfloat16", "float32") for row in explain(model, LENGTHS, arch=90, dtype=dtype).rows]
+    one, apart = (row for row in rows if "mlp.Wi" in row.module and row.op == "linear")
+    assert "gated" in one.kernel and one.flops == apart.flops == 2 * sum(LENGTHS) * 64 * 192
+    assert one.bytes_moved == 2 * (sum(LENGTHS) * (64 + 96) + 64 * 192)
+
+
 def test_every_operation_has_a_cost() -> None:
     """Catches words in which a row's shapes are told that the estimate cannot read."""
     for head in (BertModel, tasks.BertForPreTraining, tasks.BertForQuestionAnswering, tasks.BertForMultipleChoice):
