@@ -136,7 +136,7 @@ class Layout:
         return PackedInputs(*ids), batch
 
     def unpack(self, words: Tensor, batch: PackedBatch, inputs: PackedInputs, number: int) -> None:
-        """Fills words, (n_words,), on the device with a batch with lengths on the device. inputs: ids, (B * S,) each."""
+        """Fills words, (n_words,), on the device with a batch whose lengths are there. inputs: ids, (B * S,) each."""
         from fastbert_kernels.unpack import Static
 
         cu_seqlens, plan = self.plan.split(integers := self.integers(words))

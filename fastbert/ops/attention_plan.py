@@ -1,4 +1,4 @@
-"""What attention's Triton kernels need of a batch: lists of tiles, and which tile they are of."""
+"""This module makes the lists of tiles that attention's Triton kernels need for a batch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Plan(NamedTuple):
-    """A `Plan` is what the kernel needs of a batch, int32 on its device: the parts of `work_list.WorkList`.
+    """A `Plan` holds the work list of a batch, int32 on its device: the parts of `work_list.WorkList`.
 
-    row_spans: (T,), or (0,) where no tile is shared. tiles: (W, 5). short_tiles: those of short sequences, (W', 5), or
-    None where they have no list of their own. small: whether `tiles` are of `configs.small_attention_config`.
+    row_spans: (T,), or (0,) if no tile is shared. tiles: (W, 5). short_tiles: those of short sequences, (W', 5), or
+    None if these have no separate list. small: whether `tiles` are of `configs.small_attention_config`.
     """
 
     row_spans: torch.Tensor
@@ -81,10 +81,10 @@ def launch_arguments(
 
 
 def takes_small_tiles(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy) -> bool:
-    """Tells whether the batch is better off in smaller tiles: one of short texts, or a short one.
+    """Tells whether the batch runs faster in smaller tiles, because its texts are short or few.
 
-    A tile of several texts multiplies all its rows by all its keys, so that smaller ones waste less. And few tiles
-    leave multiprocessors without work. Where bits must not depend on the batch, the answer is no.
+    A tile of several texts multiplies all its rows by all its keys, so smaller tiles waste less. Few tiles also leave
+    multiprocessors idle. The answer is no if bits must not depend on the batch.
     """
     if policy.batch_invariant:
         return False
@@ -107,7 +107,7 @@ def plan_key(dtype: torch.dtype, head_size: int, policy: Policy) -> tuple[Any, .
 
 
 def triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy) -> Plan:
-    """Returns what the kernel needs, made once a batch."""
+    """Returns the plan for the kernel, made once a batch."""
 
     def make() -> Plan:
         small = takes_small_tiles(batch, dtype, head_size, policy)
@@ -124,7 +124,7 @@ def batch_in_rows(
 ) -> PackedBatch:
     """Returns the same sequences, with their triton plan, in the rows of position_ids, the last ones empty.
 
-    What attention gives for the empty rows is undefined.
+    The results of attention for the empty rows are undefined.
     """
     plan = triton_plan(batch, qkv_dtype, head_size, policy)
     return batch.in_rows(position_ids, _plans_of(plan, qkv_dtype, head_size, policy))
@@ -217,10 +217,10 @@ def max_tiles(
     policy: Policy,
     kind: Kind = ANY_BATCH,
 ) -> tuple[int, int | None]:
-    """Tells how long static work lists for n_tokens tokens are; None where there is no list of short sequences.
+    """Returns the lengths of static work lists for n_tokens tokens; None without a list of short sequences.
 
-    No batch needs a longer one where neighbours share tiles, unless the list is dense. Where they share none, ones of a
-    few tokens each may.
+    If neighbours share tiles, no batch needs a longer list, unless the list is dense. If they do not share tiles,
+    batches of very short sequences may need a longer one.
     """
     from fastbert_kernels import configs, launch, work_list
 
@@ -234,10 +234,10 @@ def max_tiles(
 
 
 class StaticPlan:
-    """A `StaticPlan` says how the integers of attention lie in static memory, for batches in the rows of a bucket.
+    """A `StaticPlan` is the layout of attention's integers in static memory, for batches in the rows of a bucket.
 
-    They are int32, each part 16-byte aligned. A smaller bucket needs no more of them than a larger one of its kind.
-    Where all are 0, there are no tiles. n_tiles: how long the lists are, by default as `max_tiles` says.
+    They are int32, each part 16-byte aligned. A smaller bucket needs no more of them than a larger one of its kind. If
+    all are 0, there are no tiles. n_tiles: the length of the lists, by default that of `max_tiles`.
     """
 
     def __init__(
@@ -280,7 +280,7 @@ class StaticPlan:
         return (columns, seq_ids) if self.kind.holes else None
 
     def fits(self, batch: PackedBatch) -> bool:
-        """Tells whether `write` would write the batch, or, where lengths stay on the device, any such batch."""
+        """Tells whether `write` can write the batch, or, for lengths on the device, any such batch."""
         if batch.mask is None:
             return self.write(batch, np.empty(self.n_integers, np.int32))
         shape = batch.batch_size, batch.padded_length
@@ -292,7 +292,7 @@ class StaticPlan:
     def write(self, batch: PackedBatch, out: np.ndarray) -> bool:
         """Writes a batch of at most `bucket` tokens and sequences to out, (n_integers,) int32 on the host.
 
-        Returns False, with nothing written, where a list does not fit.
+        Returns False, and writes nothing, if a list does not fit.
         """
         lists = host_work_lists(batch, *self._qkv, self.policy, self.kind.small)
         rows = [work_list.tiles.numpy().reshape(-1) for work_list in lists if work_list is not None]
@@ -314,9 +314,9 @@ class StaticPlan:
 
 
 def kind_of(batch: PackedBatch, bucket: int, qkv_dtype: torch.dtype, head_size: int, policy: Policy) -> Kind:
-    """Returns the kind of static lists that the batch takes in the rows of a bucket.
+    """Returns the kind of static lists for the batch in the rows of a bucket.
 
-    It is remembered for the lengths that came last.
+    It is kept for the last lengths.
     """
     offsets, padded, holes = batch.form
     if policy.batch_invariant:
@@ -343,7 +343,7 @@ MAX_KINDS = 64  # forms of batches whose kind is remembered
 
 
 def circumstances() -> tuple[bool, int]:
-    """Returns what `kind_of` depends on beside its arguments."""
+    """Returns the state that `kind_of` depends on in addition to its arguments."""
     return kernels_of("launch").recorded is not None, kernels_of("tables").generation
 
 
@@ -379,7 +379,7 @@ def _aligned(n_integers: int) -> int:
 def gradient_plan(
     batch: PackedBatch, dtype: torch.dtype, head_size: int, biased: bool = False, windowed: bool = False
 ) -> Any:
-    """Returns what the kernels of attention's gradients need of a batch, made once for all layers.
+    """Returns the plan for the kernels of attention's gradients, made once a batch for all layers.
 
     biased: with a position bias. windowed: within a window.
     """

@@ -20,11 +20,11 @@ def gemm_kernel(
     residual: bool = False,
     batch_invariant: bool = False,
 ) -> tuple[str, str]:
-    """Tells which GEMM the triton backend takes, "fastbert" (with its epilogue) or "cublas", and why.
+    """Returns the GEMM of the triton backend, "fastbert" (with its epilogue) or "cublas", and the reason.
 
-    shape: (K, M). residual: whether one is added after the GEMM. The tables of arch know what was timed for the shape;
-    the rest is heuristic: an activation in the epilogue saves a pass over (T, I) in memory; without one cuBLAS has
-    nothing to lose, and in float32 its IEEE GEMM is the faster one: Triton has only scalar multiply-adds for it.
+    shape: (K, M). residual: whether one is added after the GEMM. The tables of arch have the measured choice for some
+    shapes. The rest is heuristic. An activation in the epilogue saves a pass over (T, I) in memory. Without an
+    activation cuBLAS is chosen. In float32 cuBLAS is faster, because Triton has only scalar multiply-adds for IEEE.
     """
     if batch_invariant:
         return "fastbert", "batch_invariant: cuBLAS chooses its algorithm by the number of rows"
