@@ -40,11 +40,6 @@ _SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-_POSITIONS = (  # settings of texts that have other positions than BERT's
-    ("position_embedding_type", "rope", "gated_rotary_bert"),
-    ("position_embedding_type", "alibi", "jina_bert_v2"),
-    ("position_embedding_type", "alibi", "jina_bert_code"),
-)
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
@@ -212,8 +207,7 @@ class BertConfig(ConfigAccess):
         if doubled:
             raise ValueError(f"extra: holds {', '.join(doubled)}, which fields or properties of the config express")
         for name, value in self.extra.items():
-            if (name, value, family.text) not in _POSITIONS:
-                refuse_unsupported(name, value)
+            refuse_unsupported(name, value, family.position_types)
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], **overrides: Any) -> BertConfig:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +53,11 @@ examples:
         "--timeout", type=float, default=60.0, metavar="S", help="seconds until the answer (default: 60)"
     )
     limits.add_argument(
-        "--body-timeout", type=float, default=30.0, metavar="S", help="seconds until the whole body (default: 30)"
+        "--body-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds until the headers, and again until the body (default: 30)",
     )
     limits.add_argument(
         "--drain", type=float, default=2.0, metavar="S",
@@ -88,13 +94,15 @@ def run(args: argparse.Namespace) -> None:
     if len(loaders) < len(args.models):
         raise ValueError("serve: two models have the same name: NAME=FOLDER gives each its own")
     logs.log_to()
-    server.run(Service(loaders, settings), args.host, args.port, args.drain)
+    service = Service(loaders, settings)
+    server.run(service, args.host, args.port, args.drain)
+    if service.abandoned:  # a thread loads a model, or downloads it: Python would wait for what it has begun
+        logging.shutdown()
+        os._exit(0)
 
 
 def _name_and_source(model: str) -> tuple[str, str]:
     """Splits NAME=FOLDER. A folder has its last part as its name, a hub id is its own."""
-    import os
-
     name, sign, source = model.partition("=")
     if sign and name and not os.path.exists(model):
         return name, source

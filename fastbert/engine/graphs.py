@@ -23,9 +23,9 @@ from fastbert.engine.interface import PackedInputs
 from fastbert.engine.layer_forms import OUTPUT
 from fastbert.engine.state import switches as _switches
 from fastbert.engine.static_memory import COLUMNS, Buffers, Filled, Layout, Shape, fill_on_host
-from fastbert.ops import BackendError, attention_plan, masked
-from fastbert.ops.attention_plan import Kind
+from fastbert.ops import BackendError, attention_plan, masked, static_plan
 from fastbert.ops.packing import PackedBatch
+from fastbert.ops.static_plan import Kind
 
 logger = logging.getLogger("fastbert")
 
@@ -174,7 +174,7 @@ class Graphs:
         bucket = bucket_of(batch.n_tokens)
         if bucket is None or batch.batch_size > bucket:
             return None
-        key = bucket, attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy), switches
+        key = bucket, static_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy), switches
         if len(self._keys) >= MAX_FORMS:
             self._keys.clear()
         self._keys[form] = circumstances, key
@@ -214,7 +214,7 @@ class Graphs:
             self._state = current
             if self._capturer is None:
                 self._capturer = capture.capturer(shape.device)
-            kind = attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
+            kind = static_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
             key = bucket, kind, _switches()
             graph = self._graphs.get(key)
             if self._failed or self._capturer is None or (graph is None and self.frozen):
@@ -229,7 +229,7 @@ class Graphs:
                 graph = self._graphs[key]
             if self.ahead:
                 sizes = shape.dtype, shape.head_size, shape.device, shape.policy, _holes_ahead(bucket, shape)
-                for other in attention_plan.kinds_in(bucket, *sizes):
+                for other in static_plan.kinds_in(bucket, *sizes):
                     missing = (bucket, other, key[2]) not in self._graphs
                     if missing and not self._capture(forward, (bucket, other, key[2]), batch, shape):
                         return None
@@ -265,7 +265,7 @@ class Graphs:
         """Returns the static memory of the buckets up to `capacity`, made at the first use."""
         if capacity not in self._buffers:
             sizes = shape.dtype, shape.head_size, shape.device, shape.policy
-            kinds = attention_plan.kinds(*sizes, shape.distances)
+            kinds = static_plan.kinds(*sizes, shape.distances)
             n_words = max(Layout(capacity, shape, kind).n_words for kind in kinds)
             with torch.inference_mode(False):  # or nobody could write to them outside of inference mode
                 self._buffers[capacity] = Buffers(capacity, n_words, shape.hidden_size, shape.dtype, shape.device)

@@ -20,6 +20,7 @@ from fastbert.engine.listeners import observer_obstacle
 from fastbert.engine.state import GRADIENTS, EncoderState
 from fastbert.ops import attention, attention_plan, dispatch, gelu, gemm, recording, silent_writes
 from fastbert.ops.gated import triton_obstacle as gate_obstacle
+from fastbert.ops.gated_linear import takes as takes_gate
 from fastbert.ops.launched import Product
 from fastbert.ops.linear import splits as splits_k
 from fastbert.ops.packing import PackedBatch
@@ -189,7 +190,10 @@ class _Maker:
         """Returns the form before the last product of a layer."""
         if block.fuse_up is None:
             return forms.Activated(self.product(block.up, block.activation))
-        return forms.Gated(self.product(block.fuse_up()), block.activation)
+        up, policy = block.fuse_up(), self.policy
+        if takes_gate(self.x.dtype, up.weight, self.x.device, policy):
+            return forms.GatedAtOnce(Product(up.weight, up.bias, block.activation, True, not policy.batch_invariant))
+        return forms.Gated(self.product(up), block.activation)
 
 
 def _norm(norm: Norm) -> forms.PreNormalize:

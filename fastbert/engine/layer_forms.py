@@ -128,6 +128,16 @@ class Gated:
         return launched.gated(launched.linear_activation(x, self.up), self.activation)
 
 
+@dataclass(frozen=True, eq=False)
+class GatedAtOnce:
+    """up: (2I, H), as in `Gated`, with the activation; one kernel multiplies and gates."""
+
+    up: Product
+
+    def run(self, x: Tensor) -> Tensor:
+        return launched.gated_linear(x, self.up)
+
+
 # A product, the residual and a norm: (T, K), (T, H) -> (T, H)
 
 

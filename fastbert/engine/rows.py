@@ -7,7 +7,7 @@ import torch
 from fastbert.engine.buckets import bucket_of
 from fastbert.engine.interface import EncoderModel, PackedInputs
 from fastbert.engine.static_memory import Layout, Shape
-from fastbert.ops import attention_plan, masked, packing
+from fastbert.ops import attention_plan, masked, packing, static_plan
 from fastbert.ops.packing import PackedBatch
 
 
@@ -64,6 +64,6 @@ def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tu
 def _layout_of_mask(batch: PackedBatch, bucket: int, shape: Shape) -> Layout:
     """Returns the layout of memory for a batch whose lengths stay on the device, with lists for every such batch."""
     sizes = shape.dtype, shape.head_size
-    kind = attention_plan.kind_of(batch, bucket, *sizes, shape.policy)
+    kind = static_plan.kind_of(batch, bucket, *sizes, shape.policy)
     most = masked.most_tiles(batch.batch_size, batch.padded_length, *sizes, shape.device, shape.policy, kind.small)
     return Layout(bucket, shape, kind, most)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastbert.engine.interface import PackedInputs
-from fastbert.ops import Policy, attention_plan, masked, packing, silent_writes
+from fastbert.ops import Policy, attention_plan, masked, packing, silent_writes, static_plan
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels import cpu
 
@@ -56,13 +55,6 @@ class Buffers:
         self.out = torch.zeros(capacity, hidden_size, dtype=dtype, device=device)
 
 
-class Lengths(NamedTuple):
-    """A `Lengths` holds the words that follow from a batch's lengths, after the token types, and their address."""
-
-    words: np.ndarray
-    address: int
-
-
 class Layout:
     """A `Layout` is the layout of a bucket's inputs in the static memory, in words of 8 bytes.
 
@@ -75,34 +67,34 @@ class Layout:
         self,
         bucket: int,
         shape: Shape,
-        kind: attention_plan.Kind = attention_plan.ANY_BATCH,
+        kind: static_plan.Kind = static_plan.ANY_BATCH,
         n_tiles: tuple[int, int | None] | None = None,
     ) -> None:
         self.bucket, self.shape = bucket, shape
         sizes = shape.dtype, shape.head_size, shape.device, shape.policy
-        self.plan = attention_plan.StaticPlan(bucket, *sizes, kind, n_tiles)
+        self.plan = static_plan.StaticPlan(bucket, *sizes, kind, n_tiles)
         self.short_tile = masked.short_tile(*sizes)
         self.pinned = packing.pins(shape.device)
         self.start_of_plan = 3 * bucket + 2
         self.n_words = self.start_of_plan + -(-self.plan.n_integers // 2)
-        self._remembered: OrderedDict[bytes, Lengths] = OrderedDict()
+        self._remembered: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
-    def of_lengths(self, batch: PackedBatch) -> Lengths | None:
-        """Returns the words that follow from a batch's lengths; None if they do not fit.
+    def of_lengths(self, batch: PackedBatch) -> np.ndarray | None:
+        """Returns the words after the token types, which follow from a batch's lengths; None if they do not fit.
 
         They are kept for the last lengths, because many programs run batches of a few forms.
         """
         key = batch.form[0]
-        lengths = self._remembered.get(key)
-        if lengths is None:
+        words = self._remembered.get(key)
+        if words is None:
             words = np.zeros(self.n_words - 2 * self.bucket, np.int64)
             if not self.plan.write(batch, words[self.bucket + 2 :].view(np.int32)):
                 return None
             words[: batch.n_tokens] = packing.count_positions(batch.cu_seqlens_cpu.numpy())
             if len(self._remembered) >= REMEMBERED:
                 self._remembered.popitem(last=False)
-            lengths = self._remembered[key] = Lengths(words, words.ctypes.data)
-        return lengths
+            self._remembered[key] = words
+        return words
 
     def ids(self, words: Tensor) -> Tensor:
         """Returns (3, T'), a view of the static memory or of a copy of it."""
@@ -152,41 +144,54 @@ def fill_on_host(layout: Layout, batch: PackedBatch, inputs: PackedInputs, numbe
 
     Returns None if the batch does not fit.
     """
-    n_tokens, bucket = batch.n_tokens, layout.bucket
-    lengths = layout.of_lengths(batch)
-    if lengths is None:
-        return None
     words = torch.empty(layout.n_words, dtype=torch.int64, device=_HOST, pin_memory=layout.pinned)
-    if batch.columns is None and cpu.obstacle() is None:
-        rows = _addresses(batch, inputs)
-        if rows is not None:
-            cpu.fill_words(words, bucket, lengths.address, number, n_tokens, rows)
-            return words, 0, []
-    numbers = words.numpy()
-    numbers[2 * bucket :] = lengths.words
-    numbers[3 * bucket], numbers[3 * bucket + 1] = number, n_tokens
-    input_ids, token_type_ids, position_ids, _ = inputs
-    left: list[tuple[int, Tensor]] = []
-    if batch.columns is not None:
-        columns = layout.integers(words)[layout.plan.columns]
-        if batch.host_columns is None:
-            left.append((COLUMNS, batch.columns))
-        else:
-            columns[:n_tokens] = torch.from_numpy(batch.host_columns)
-    position_ids = _positions(batch, position_ids)
-    if position_ids is not None:
-        _put(numbers, left, bucket, 2, position_ids)
-    if token_type_ids is None:
-        numbers[bucket : 2 * bucket] = 0
+    rows = inputs.input_ids, inputs.token_type_ids, _positions(batch, inputs.position_ids)
+    on_device: list[tuple[int, Tensor]] = []
+    on_host: list[Tensor | None] = [None, None, None]
+    addresses = [0, 0, 0]
+    for row in 2, 1, 0:
+        ids = rows[row]
+        if ids is None:
+            continue
+        if not packing.on_host(ids.device):
+            on_device.append((row, ids))
+            continue
+        if ids.dtype is not torch.int64 or not ids.is_contiguous():
+            ids = ids.long().contiguous()
+        on_host[row] = ids
+        addresses[row] = ids.data_ptr()
+    if cpu.obstacle() is not None:
+        fits = _fill_in_numpy(layout, batch, words, on_host, number)
     else:
-        _put(numbers, left, bucket, 1, token_type_ids)
-    if input_ids is not None:
-        _put(numbers, left, bucket, 0, input_ids)
+        fits = cpu.fill_words(words, layout.bucket, layout.plan.integers, batch.cu_seqlens_cpu, number, addresses)
+    if not fits:
+        return None
     # Where ids are on the device, the copy from the host begins after them.
     first = 0
-    for row, _ in reversed(left):  # in which ids begin with the last row
+    for row, _ in reversed(on_device):  # in which ids begin with the last row
         first += row == first
-    return words, first * bucket, left
+    if batch.columns is not None:
+        if batch.host_columns is None:
+            on_device.insert(0, (COLUMNS, batch.columns))
+        else:
+            columns = layout.integers(words)[layout.plan.columns]
+            columns[: batch.n_tokens] = torch.from_numpy(batch.host_columns)
+    return words, first * layout.bucket, on_device
+
+
+def _fill_in_numpy(layout: Layout, batch: PackedBatch, words: Tensor, rows: list[Tensor | None], number: int) -> bool:
+    """Does what `cpu.fill_words` does, where there are no C++ kernels. rows: three of ids, (T,) int64 each."""
+    lengths = layout.of_lengths(batch)
+    if lengths is None:
+        return False
+    numbers, bucket, n_tokens = words.numpy(), layout.bucket, batch.n_tokens
+    numbers[: 2 * bucket] = 0
+    numbers[2 * bucket :] = lengths
+    numbers[3 * bucket], numbers[3 * bucket + 1] = number, n_tokens
+    for row, ids in enumerate(rows):
+        if ids is not None:
+            numbers[row * bucket : row * bucket + n_tokens] = ids.numpy()
+    return True
 
 
 # The memory on the host, its first word that is copied, and (row, ids) on the device.
@@ -201,26 +206,3 @@ def _positions(batch: PackedBatch, position_ids: Tensor | None) -> Tensor | None
         return None
     columns = batch.host_columns
     return batch.position_ids if columns is None else torch.from_numpy(columns)
-
-
-def _addresses(batch: PackedBatch, inputs: PackedInputs) -> tuple[int, int, int] | None:
-    """Returns the addresses of all ids, 0 for missing ones; None unless they are int64 on the host."""
-    input_ids, token_type_ids, position_ids, _ = inputs
-    rows = [input_ids, token_type_ids, _positions(batch, position_ids)]
-    addresses = [0, 0, 0]
-    for i, ids in enumerate(rows):
-        if ids is not None:
-            if not packing.on_host(ids.device) or ids.dtype is not torch.int64 or not ids.is_contiguous():
-                return None
-            addresses[i] = ids.data_ptr()
-    return addresses[0], addresses[1], addresses[2]
-
-
-def _put(numbers: np.ndarray, left: list[tuple[int, Tensor]], bucket: int, row: int, ids: Tensor) -> None:
-    """Copies ids on the host into their row, and puts ids on the device on the list."""
-    if packing.on_host(ids.device):
-        n_tokens = ids.shape[0]
-        numbers[row * bucket : row * bucket + n_tokens] = ids.numpy()
-        numbers[row * bucket + n_tokens : (row + 1) * bucket] = 0
-    else:
-        left.append((row, ids))

@@ -20,11 +20,12 @@ def gemm_kernel(
     residual: bool = False,
     batch_invariant: bool = False,
 ) -> tuple[str, str]:
-    """Returns the GEMM of the triton backend, "fastbert" (with its epilogue) or "cublas", and the reason.
+    """Tells which GEMM the triton backend takes, "fastbert" (with its epilogue) or "cublas", and why.
 
-    shape: (K, M). residual: whether one is added after the GEMM. The tables of arch have the measured choice for some
-    shapes. The rest is heuristic. An activation in the epilogue saves a pass over (T, I) in memory. Without an
-    activation cuBLAS is chosen. In float32 cuBLAS is faster, because Triton has only scalar multiply-adds for IEEE.
+    activation: "gated" for a product with its gate. shape: (K, M). residual: whether one is added after the GEMM. The
+    tables of arch know what was timed for the shape; the rest is heuristic: an activation or a gate in the epilogue
+    saves a pass over (T, I) in memory; without one cuBLAS has nothing to lose, and in float32 its IEEE GEMM is the
+    faster one: Triton has only scalar multiply-adds for it.
     """
     if batch_invariant:
         return "fastbert", "batch_invariant: cuBLAS chooses its algorithm by the number of rows"
@@ -38,6 +39,8 @@ def gemm_kernel(
         return "cublas", "heuristic: IEEE float32 has no tensor cores"
     if activation == "none":
         return "cublas", "heuristic: no activation to fuse"
+    if activation == "gated":
+        return "fastbert", "heuristic: the gate is in the epilogue"
     return "fastbert", "heuristic: the activation is in the epilogue"
 
 

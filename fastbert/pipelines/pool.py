@@ -64,11 +64,18 @@ def default_devices() -> list[str]:
 
 
 def as_devices(name: str, devices: Any) -> list[torch.device]:
-    """Returns the devices of a list. Raises ValueError for an empty list, and for GPUs and CPUs together."""
+    """Returns the devices of a list.
+
+    Raises ValueError for an empty list, for GPUs and CPUs together, and for a GPU that this machine does not have.
+    """
     expect(isinstance(devices, (list, tuple)) and len(devices) > 0, name, devices, "a list of at least one device")
     parsed = [torch.device(device) for device in devices]
     types = sorted({device.type for device in parsed})
     expect(len(types) == 1, name, [str(device) for device in parsed], "devices of one type: others compute other bits")
+    if types == ["cuda"]:  # found out here, and not by a process that has started for it
+        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        for device in parsed:
+            expect((device.index or 0) < n_gpus, name, str(device), f"one of the {n_gpus} GPUs that PyTorch finds here")
     return parsed
 
 
@@ -273,7 +280,8 @@ class _Crew:
             ending = f"was ended by {signal.Signals(-code).name}"
         hint = "stop the pool and start another"
         if starting:
-            hint = "a script that starts processes needs the line `if __name__ == '__main__':` around its main code"
+            line = "if __name__ == '__main__':"
+            hint = f"a script that starts processes must be a file, and needs the line `{line}` around its main code"
         return WorkerDied(
             f"pool: process {i} of {len(self.processes)} ({self.devices[i]}, pid {process.pid}) {ending}; {hint}"
         )

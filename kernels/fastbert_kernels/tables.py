@@ -20,10 +20,12 @@ A table is JSON:
 `device` and `date` are null where nothing was timed. Keys: a class of dtypes ("float16" for bf16 and fp16, "float32"),
 for a GEMM then K x M and what its epilogue does, for attention the head size of the tile. The number of tokens is in
 none. `gemm` names the faster kernel, and the faster of ours for where cuBLAS may not be taken; a shape without an entry
-is left to heuristics. 8-bit linears ("float8", "int8") have K x M and which columns share a scale; without an entry in
-`quantized_gemm` they take the persistent kernel wherever there is a tile for it. Those with a gate have K x I, and no
-entry in the tables that ship: `quantized_configs` has their tiles. Keys of `few_rows` end with the number of rows up to
-which they count, see `few_rows`. `dependent_launch`: see `dependent`.
+is left to heuristics. An epilogue "gated" is of 16- and 32-bit products with a gate, where M counts both halves of the
+weight, and the kernels of `gated_linear` stand under the names of those without a gate. 8-bit linears ("float8",
+"int8") have K x M and which columns share a scale; without an entry in `quantized_gemm` they take the persistent kernel
+wherever there is a tile for it. Those with a gate have K x I, and no entry in the tables that ship: `quantized_configs`
+has their tiles. Keys of `few_rows` end with the number of rows up to which they count, see `few_rows`.
+`dependent_launch`: see `dependent`.
 
 The user's table, in the cache folder under the name of the GPU, goes before the one that ships.
 """

@@ -168,7 +168,7 @@ def cost(
     before, after = (matrices[:1], matrices[1:]) if row.op != "embedding" else ([], matrices)
     total_bytes = sum(map(moved, before + after))
     if row.op in PRODUCTS:
-        k, m = before[0][1], after[0][1]
+        k, m = before[0][1], after[0][1] * (2 if ", gated" in row.shapes else 1)
         flops = 2 * count[before[0][0]] * k * m
         total_bytes += k * m * (1 if row.op == "quantized_linear" else size)
         total_bytes += numbers(after[0]) * size * ("+ residual" in row.shapes)

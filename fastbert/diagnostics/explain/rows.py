@@ -128,6 +128,8 @@ def shapes_of(record: Record) -> str:
             words += [] if dtype is None else [f"in {str(dtype).removeprefix('torch.')}"]
         if facts.get("activation", "none") != "none":
             words.append(facts["activation"])
+        if facts.get("gated") or (precision and name == "gated"):
+            words.append("gated")
     return ", ".join(words)
 
 
