@@ -54,7 +54,7 @@ def derived_class(original: type, mixin: str) -> type:
 def _reduce_class(kind: type) -> Any:
     if kind in originals:
         return derived_class, originals[kind]
-    return kind.__qualname__  # Somebody has derived this class from ours: it is found by its name.
+    return kind.__qualname__  # a user's subclass of the derived class, found by its name
 
 
 for _each in _metaclasses.values():

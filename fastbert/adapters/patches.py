@@ -23,7 +23,7 @@ from fastbert.adapters import versions
 # the angles of rotary positions, which have no gradients.
 _CONTEXTS = "torch.utils._contextlib"
 _DECORATORS = {"sentence_transformers": (_CONTEXTS,)}
-# Packages whose callables in a module's namespace are nobody's patch.
+# Packages whose callables in a module's namespace are not patches.
 _HARMLESS = (sys.stdlib_module_names | {"torch", "transformers", "numpy", "fastbert"}) - {"unittest"}
 _OF_MODULES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")  # Methods of nn.Module, in all modules.
 # Functions of PyTorch that modules call, and that others replace, as with an attention of their own.

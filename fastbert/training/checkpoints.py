@@ -219,7 +219,7 @@ def _checksum(path: Path) -> int:
 
 
 def _delete(path: Path, folder: Path) -> None:
-    """Deletes a folder, which is `path` or was, under a name that nobody takes for a whole one after a kill."""
+    """Deletes a folder under another name than `path`, so that a killed deletion leaves no seemingly complete one."""
     gone = _beside(path, "gone")
     _remove(gone)
     os.rename(folder, gone)

@@ -72,7 +72,7 @@ class Run:
             error = f"output: {output} holds a run; go on with it by --resume, or name another folder"
         elif output.exists() and not output.is_dir():
             error = f"output: {output} is a file, expected a folder"
-        processes.gather(error)  # nobody writes before all have looked
+        processes.gather(error)  # no process writes before all have checked
         if error is not None:
             raise ValueError(error)
 
