@@ -149,7 +149,7 @@ class Service:
     def named(self, name: str) -> Served:
         """Returns the model of a name. Raises ApiError 404 where there is none."""
         if name not in self.models:
-            message = f"the model does not exist here; there are {', '.join(self.models)}"
+            message = f"there is no model of this name; there are {', '.join(self.models)}"
             raise ApiError(404, "model_not_found", message, param="model")
         return self.models[name]
 
@@ -163,7 +163,7 @@ class Service:
             if model.tasks & tasks:
                 return model
         wanted = " or ".join(sorted(tasks))
-        raise ApiError(424, "unsupported_task", f"no model that was asked for does this: {wanted}", param="model")
+        raise ApiError(424, "unsupported_task", f"none of the requested models supports {wanted}", param="model")
 
     def is_only_caller(self, address: Any) -> bool:
         """Tells whether no other connection than that of this request has asked in the last ALONE_SECONDS.

@@ -79,7 +79,7 @@ class Checkpoints:
             reason = obstacle(self.path(step), contents=verify)
             if reason is None:
                 return self.path(step)
-            logger.warning("checkpoint %s is passed over: %s", self.path(step), reason)
+            logger.warning("checkpoint %s is skipped: %s", self.path(step), reason)
         return None
 
     def _numbers(self) -> list[int]:
