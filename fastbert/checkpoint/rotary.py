@@ -90,8 +90,8 @@ def modern_angles(config: Any) -> dict[str, Any]:
     Raises ValueError for a setting that fastbert does not compute.
     """
     for name, value in ONLY.items():
-        came = config.extra.get(name, value)
-        expect(came == value or (not came and not value), name, came, repr(value))
+        got = config.extra.get(name, value)
+        expect(got == value or (not got and not value), name, got, repr(value))
     layer = gated_rotary_layer(config)
     kept = {name: value for name, value in config.extra.items() if name not in ("rope_theta", "rope_scaling")}
     angles = {"rope_type": "default", "rope_theta": layer.base}

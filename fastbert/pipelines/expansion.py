@@ -62,7 +62,7 @@ def _encode_unseen(model: Any, batch: PackedBatch, ids: Tensor, types: Tensor, s
     No engine packs such attention: the layers run here as plain PyTorch, on padded rows of a few short queries.
     """
     if model.policy.batch_invariant:
-        raise ops.BackendError("query expansion with attend=False: cannot promise batch invariance")
+        raise ops.BackendError("query expansion with attend=False: does not support batch invariance")
     positions = batch.position_ids
     if model.counted_from is not None:
         positions = packing.positions_after_padding(ids, model.counted_from, batch)

@@ -118,7 +118,7 @@ def _read_stanford(folder: Path) -> Layout:
     metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
     weight = read_state_dict(folder).get("linear.weight")
     if weight is None:
-        raise ValueError(f"{folder}: the weights lack linear.weight, which {_STANFORD} has")
+        raise ValueError(f"{folder}: the weights lack linear.weight, which {_STANFORD} needs")
     dense = Dense(weight.shape[1], weight.shape[0], False, "Identity")
     dense.linear.weight = nn.Parameter(weight.to(torch.promote_types(weight.dtype, torch.float32)))
     names = {"query": "query_token_id", "document": "doc_token_id"}
@@ -150,7 +150,10 @@ def token_vectors(layout: Layout, tokenizer: Tokenizer, positions: int) -> Token
         settings = {key: wanted[key] for key in ("attend", "strategy") if key in wanted}
         expansion = QueryExpansion(wanted["length"], token_id, **settings)
         if expansion.length > positions:
-            raise ValueError(f"{layout.transformer}: query_expansion: {expansion.length} tokens, of {positions}")
+            raise ValueError(
+                f"{layout.transformer}: query_expansion: "
+                f"{expansion.length} tokens, but the model has {positions} positions"
+            )
     skip_tasks = tokens.get("word_tasks") or ["document"]
     return TokenVectors(
         layout.tail,

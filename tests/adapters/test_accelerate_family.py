@@ -262,7 +262,9 @@ def test_buffers_of_default_ids(model_type: str) -> None:
         each.embeddings.position_ids = each.embeddings.position_ids.flip(1)
     run_both = [run(each, make_batch(model_type, "none"))[0] for each in (model, original)]
     assert_close("positions", *run_both)
-    reason = "fastbert" if model_type in ("roberta", "mpnet") else "embeddings.position_ids is not what a new model has"
+    reason = (
+        "fastbert" if model_type in ("roberta", "mpnet") else "embeddings.position_ids differs from that of a new model"
+    )
     assert counts(model) == {reason: 1}
 
 
@@ -291,7 +293,10 @@ def test_any_attention_of_transformers(model_type: str, attention: str) -> None:
 
 def test_masks_of_other_whole_numbers() -> None:
     """Catches a mask that DeBERTa multiplies its embeddings by, taken for one of zeros and ones."""
-    for model_type, reason in (("bert", "fastbert"), ("deberta-v2", "an attention_mask of other numbers than 0 and 1")):
+    for model_type, reason in (
+        ("bert", "fastbert"),
+        ("deberta-v2", "an attention_mask with numbers other than 0 and 1"),
+    ):
         original, batch = theirs(model_type), make_batch(model_type)
         model, batch["attention_mask"] = fastbert.accelerate(theirs(model_type)), 2 * batch["attention_mask"]
         tokens = batch["attention_mask"] > 0

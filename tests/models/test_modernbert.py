@@ -288,7 +288,7 @@ def test_what_no_kernel_does_is_named() -> None:
     shapes_of = [row.shapes for row in fastbert.explain(ours).rows if row.op == "attention"]
     assert [f"within {WINDOW} columns" in shapes for shapes in shapes_of] == [False, True, False]
     eight_bit = twin(theirs("modernbert"), dtype=torch.float32, precision="int8")
-    with pytest.raises(fastbert.BackendError, match="precision='int8'.*intermediate size 37 is no multiple of 32"):
+    with pytest.raises(fastbert.BackendError, match="precision='int8'.*intermediate size 37 is not a multiple of 32"):
         run(eight_bit, batch_of("none", 20))
 
 
