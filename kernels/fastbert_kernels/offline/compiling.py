@@ -66,7 +66,9 @@ def compile_kernels(kernels: list[Kernel]) -> list[Result]:
         except subprocess.CalledProcessError:
             counts = None  # Read one by one, each has an error of its own.
         for kernel, made in group:
-            results.append(made if isinstance(made, Result) else _read(kernel, made, counts and next(counts)))
+            results.append(
+                made if isinstance(made, Result) else _read(kernel, made, None if counts is None else next(counts))
+            )
     return results
 
 
