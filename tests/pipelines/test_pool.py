@@ -47,7 +47,7 @@ def test_a_script_without_the_line_that_guards_it() -> None:
     crew.processes.append(SimpleNamespace(join=lambda seconds: None, exitcode=1, pid=5))
     error = str(crew._died(0, starting=True))
     assert error.startswith("pool: process 0 of 1 (cpu, pid 5) ended with exit code 1; a script that starts")
-    assert "must be a file, and needs a line `if __name__ == '__main__':`" in error
+    assert "must be a file, and needs the line `if __name__ == '__main__':`" in error
 
 
 def test_large_messages_pass_each_other(pool: Pool) -> None:
@@ -107,7 +107,7 @@ def test_a_process_that_cannot_start() -> None:
         pool.start()
     assert "pool_cases.py" in str(caught.value.__cause__)
     work: Any = lambda job: job  # noqa: E731
-    with pytest.raises(TypeError, match="pool: the model cannot be sent to other processes"):
+    with pytest.raises(TypeError, match="pool: the model cannot be pickled for other processes"):
         Pool(["cpu"], work, OWNER).start()
 
 
@@ -178,7 +178,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="device: got 'cuda:2', expected one of the 2 GPUs"):
         as_devices("device", ["cuda:0", "cuda:2"])
     pool = Pool(["cpu"], Chores(), OWNER)
-    with pytest.raises(KeyError, match="has 'processes' alone"):
+    with pytest.raises(KeyError, match="has only the key 'processes'"):
         pool["input"]
     pool.stop()
     with pytest.raises(ValueError, match="pool: got 'a stopped one'"):
