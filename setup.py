@@ -31,12 +31,12 @@ CPU_KERNELS = "kernels/fastbert_kernels/cpu"
 CPU_SOURCES = (
     "activation", "attention", "attention_backward", "batches", "bfloat16", "disentangled", "disentangled_backward",
     "dropout", "embedding", "encoder", "encoder_int8", "gated", "ids", "linear", "linear_int8", "objects", "offsets",
-    "packing", "pooling", "residual_norm", "samples", "weight_gradient",
+    "packing", "pooling", "residual_norm", "samples", "weight_gradient", "work_list",
 )  # fmt: skip
 CPU_HEADERS = (
     "activations", "attention", "attention_backward", "attention_bias", "attention_rows", "attention_tiles",
     "convolution", "disentangled", "encoder", "layer_norm", "linear", "linear_int8", "panels", "philox", "quantize",
-    "residual_norm", "rotary", "rows", "team", "vector",
+    "residual_norm", "rotary", "rows", "team", "vector", "work_list",
 )  # fmt: skip
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 INSTRUCTIONS = {

@@ -39,7 +39,7 @@ def case_of(item: pytest.Item) -> Case | None:
 @pytest.fixture(scope="session")
 def bench_device(request: pytest.FixtureRequest) -> torch.device:
     if dispatch.interpreting():
-        pytest.exit("TRITON_INTERPRET is set: nothing is timed under Triton's interpreter", returncode=2)
+        pytest.exit("TRITON_INTERPRET is set: nothing is measured in Triton's interpreter; unset it", returncode=2)
     wanted = request.config.getoption("--bench-device")
     return torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
 

@@ -14,7 +14,9 @@ has, "calls": Python calls of one pass}.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import random
 import statistics
 import sys
 import time
@@ -30,6 +32,8 @@ LENGTHS = {
     "1x16": [16], "1x128": [128], "32x128": [128] * 32, "8x512": [512] * 8,
     "ragged": [7, 180, 33, 91, 12, 256, 64, 140, 5, 77, 201, 48],
 }  # fmt: skip
+# Batches whose lengths never came before: how many texts, of at least and of at most so many tokens.
+NEW_LENGTHS = {"1 new text": (1, 5, 400), "12 new texts": (12, 5, 200), "32 new texts": (32, 60, 196)}
 SIZES: dict[str, dict[str, int]] = {
     "BERT-base": {},
     "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
@@ -227,22 +231,33 @@ def _replayed(model: Any, name: str, seconds: float) -> Iterator[dict[str, Any]]
 
     capturer, without = StandIn(), capture.capturer
     capture.capturer = lambda device: capturer  # type: ignore[assignment, return-value]
-    for lengths, each in LENGTHS.items():
-        arguments = batch_of(each)
-        for _ in range(3):
-            Replay.launched = 0.0
+    rng = random.Random(0)
+    for lengths in [*LENGTHS, *NEW_LENGTHS]:
+        batches: Iterator[tuple[Tensor, Tensor]]
+        if lengths in LENGTHS:
+            batches = itertools.repeat(batch_of(LENGTHS[lengths]))
+            n_warm = 3
+        else:
+            n_texts, least, most = NEW_LENGTHS[lengths]
+            batches = (batch_of([rng.randint(least, most) for _ in range(n_texts)]) for _ in itertools.count())
+            n_warm = 200  # of which most buckets have a graph
+        for arguments in itertools.islice(batches, n_warm):
             model.forward_packed(*arguments)
-        if not Replay.launched:
-            raise RuntimeError(f"{name} {lengths}: no graph was replayed")
         before, whole = [], []
         until = clock() + 2 * seconds
         while len(whole) < 10 * SAMPLES or (clock() < until and len(whole) < 10_000):
+            arguments = next(batches)
+            Replay.launched = 0.0
             started = clock()
             model.forward_packed(*arguments)
             ended = clock()
-            before.append(Replay.launched - started)
-            whole.append(ended - started)
-        calls = calls_of(lambda arguments=arguments: model.forward_packed(*arguments))
+            if Replay.launched:
+                before.append(Replay.launched - started)
+                whole.append(ended - started)
+            elif lengths in LENGTHS:
+                raise RuntimeError(f"{name} {lengths}: no graph was replayed")
+        arguments = iter([next(batches), next(batches)])
+        calls = calls_of(lambda arguments=arguments: model.forward_packed(*next(arguments)))
         for setting, values in (("replay, before the launch", before), ("replay, in all", whole)):
             groups = [values[i::SAMPLES] for i in range(SAMPLES)]
             yield {

@@ -38,8 +38,9 @@ def processor_limit(cgroups: Path = CGROUPS, own: Path = OWN_CGROUP) -> Limit:
     limits.append(Limit(allowed, f"the set of allowed processors has {allowed}"))
     quotas = list(_quotas(cgroups, own))
     if quotas:
-        quota, file = min(quotas)
-        limits.append(Limit(max(1, int(quota)), f"the container's quota is {quota:.4g} ({file})"))
+        quota, path = min(quotas)
+        file = path.encode("utf-8", "replace").decode("utf-8")  # names that are no UTF-8 can be printed
+        limits.append(Limit(max(1, int(min(quota, machine))), f"the container's quota is {quota:.4g} ({file})"))
     return min(limits, key=lambda limit: limit.n_processors)  # of equal ones the first
 
 
@@ -72,7 +73,7 @@ def set_threads(n: int | None = None) -> Limit:
 def _quotas(cgroups: Path, own: Path) -> Iterator[tuple[float, str]]:
     """Yields quotas in processors with the file of each, of version 1 and 2, of this group and of those above it."""
     try:
-        lines = own.read_text(encoding="utf-8").splitlines()
+        lines = own.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return
     for line in lines:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,18 @@ if not HAS_GPU:
 
 import helpers  # noqa: E402
 from fastbert_kernels import cpu  # noqa: E402
+
+# Folders and names of the files that take longest, the longest first. Where processes share the tests, these begin
+# first, so that none is still to be run when all others are done.
+LONGEST = (
+    *("on_kernels/as_on_a_gpu", "training/pretrain_processes", "on_kernels/offline", "training/finetune_processes"),
+    *("docs/docs_blocks", "bench/gpu_run", "project/packaging", "adapters/accelerate_pickle", "bench/bench_cli"),
+    *("engine/quantized", "docs/examples", "bench/bench_peers", "training/pretrain_resumed", "bench/bench_harness"),
+    *("ops/ops_compile", "training/finetune_embed", "training/pretrain", "ops/contexts", "training/pretrain_killed"),
+    *("on_kernels/sass", "bench/bench_suites", "text/text_windows", "models/model_compile", "diagnostics/no_stall"),
+    *("models/own_with_tools", "adapters/train_sentences", "adapters/train_settings", "on_kernels/sass_training"),
+    *("adapters/train_trainer", "training/finetune_runs", "on_kernels/offline_cache", "bench/probe"),
+)
 
 # Examples are drawn the same way in every run, and the interpreter is too slow for a deadline.
 settings.register_profile("fastbert", deadline=None, derandomize=True)
@@ -41,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
     arch, no_interpreter = config.getoption("--as-arch"), config.getoption("--no-interpreter")
     if arch is not None and (HAS_GPU or no_interpreter):
         raise pytest.UsageError("--as-arch is for the interpreter, which is off here")
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # It has files of few tests last, and those are the longest.
     if no_interpreter:
         os.environ.pop("TRITON_INTERPRET", None)
     if arch is not None:
@@ -49,13 +63,26 @@ def pytest_configure(config: pytest.Config) -> None:
         launch.MIN_ARCH = arch
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, Any, Any]:
+    """Leaves the garbage where it is meanwhile: objects of 16,000 tests are made, and hardly any is dropped."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """Leaves what is there before the first test out of the garbage collector, which many tests call."""
     gc.collect()
     gc.freeze()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        places = {f"tests/{name.replace('/', '/test_')}.py": place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
     if not HAS_GPU:
         skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
         for item in items:

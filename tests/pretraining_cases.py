@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 from fastbert import BertConfig, Tokenizer
 from fastbert.training.journal import read_journal
 from fastbert.training.settings import Settings
@@ -110,10 +111,16 @@ def command(settings: Settings, processes: int | None = None) -> list[str]:
     return [*start, "fastbert.training.pretrain", *arguments(settings)]
 
 
-def run(settings: Settings, processes: int | None = None, *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """A run in processes of its own."""
-    done = subprocess.run(command(settings, processes), env=environment(), capture_output=True, text=True, timeout=300)
-    assert not check or done.returncode == 0, done.stderr
+def run(
+    settings: Settings, processes: int | None = None, *, as_a_user: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """A run in processes of its own: forks of one that has imported PyTorch, or new ones, as a user starts it."""
+    line, options = command(settings, processes), {"env": environment(), "timeout": 300}
+    if as_a_user:
+        done = subprocess.run(line, capture_output=True, text=True, **options)
+    else:
+        done = fork_server.run(line, **options)
+    assert done.returncode == 0, done.stderr
     return done
 
 
@@ -136,7 +143,7 @@ def long_settings(output: Path, **changed: Any) -> Settings:
 
 def start(settings: Settings) -> subprocess.Popen[str]:
     """Starts a run in a process of its own, and does not wait for it."""
-    return subprocess.Popen(
+    return fork_server.start(
         command(settings), env=environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
 

@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from fastbert_kernels import offline
-from fastbert_kernels.offline.compiling import run_tool
+from fastbert_kernels.offline.disassembly import run_tool
 from fastbert_kernels.offline.training import training_cases
 
 LABEL = re.compile(r"^(\.L_x_\d+):", re.MULTILINE)

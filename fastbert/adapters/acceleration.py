@@ -1,8 +1,8 @@
-"""This module accelerates and restores a live model: it exchanges the class of an object for a derived one.
+"""This module accelerates and restores a live model: it replaces the class of an object by a subclass.
 
-The derived class has the name and the module of the original, which transformers goes by (architectures in config.json,
-supported models of a pipeline, the recorders of hidden states). `classes.py` makes it, and has pickle find it. Its
-objects are pickled as objects of the original class that are to be accelerated again.
+The subclass has the name and the module of the original class, because transformers reads them (architectures in
+config.json, supported models of a pipeline, the recorders of hidden states). `classes.py` makes it, so that pickle
+finds it. A pickle holds an object of the original class, and accelerates it when it is loaded.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Model = TypeVar("Model")
 
 
 class Accelerated:
-    """This class is a base of all derived classes. An object without a state works as one of the original class."""
+    """This class is a base of all derived classes. An object without a state works like one of the original class."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(max(int(protocol), 2))
@@ -125,28 +125,27 @@ def accelerate(
 ) -> Model:
     """Lets fastbert run the encoders of BERT's family in a live model of another library, and returns the same object.
 
-    model: a `BertModel`, `RobertaModel`, `XLMRobertaModel`, `CamembertModel`, `DistilBertModel`, `ElectraModel` or
-    `MPNetModel` of transformers, a `...For...` around one, the model of an `AutoModel...`, a pipeline, a wrapper (PEFT,
+    model: an encoder of transformers, such as `BertModel`, `RobertaModel` or `MPNetModel` (docs/drop-in.md lists all),
+    a `...For...` model with such an encoder, the model of an `AutoModel...`, a pipeline, a wrapper (PEFT,
     DataParallel), a `SentenceTransformer` or a `CrossEncoder`. backend: "auto", "triton", "cpu" or "torch". strict:
-    whether a call that fastbert cannot run raises BackendError. cuda_graphs: on a GPU, launch short batches as CUDA
-    graphs.
-    strict_ids: on a GPU, wait in each call until its ids are known to be in their tables; else the next call raises.
+    whether a call that fastbert cannot run raises BackendError. cuda_graphs: on a GPU, run short batches as CUDA
+    graphs. strict_ids: on a GPU, each call waits for the check of its own ids; otherwise the next call raises.
 
-    Arguments, outputs, state dict and parameters stay. Rows of outputs at padding positions are zero, where
-    transformers leaves unspecified values. A call that fastbert does not know (requested attentions, masks of pairs of
-    tokens, texts padded on the left, caches, decoders, hooks inside ...) goes to the original forward, and so does one
-    that raises an error here. It is counted by reason, logged once a reason, and shown by `fastbert.explain(model)`.
+    Arguments, outputs, state dict and parameters stay the same. Rows of outputs at padding positions are zero;
+    transformers leaves unspecified values there. The original forward runs a call that fastbert does not support
+    (requested attentions, masks for pairs of tokens, texts padded on the left, caches, decoders, hooks inside ...), and
+    a call that raises an error in fastbert. Each reason is logged once, and `fastbert.explain(model)` shows the counts.
 
-    Training runs here as well, on packed tokens: gradients go to the model's own parameters, dropouts have the model's
-    probabilities and draw other masks than the original would, and gradient checkpointing is followed, layer by layer.
+    fastbert runs training too, on packed tokens. The model's own parameters get the gradients. Dropout has the model's
+    probabilities, but other random masks. Gradient checkpointing works layer by layer.
 
-    A second call changes nothing but the options. `restore` undoes it. Raises TypeError for an object that is no model,
-    and ValueError for a model without a covered encoder. Both say which are covered.
+    A second call changes only the options. `restore` undoes the change. Raises TypeError for an object that is not a
+    model, and ValueError for a model without a covered encoder. Both errors list the covered classes.
     """
     options = Options(backend=backend, strict=strict, cuda_graphs=cuda_graphs, strict_ids=strict_ids)
     root = _module_of(model)
     if root is None:
-        raise TypeError(f"model: got {type(model).__name__}, which is no model; covered: {covered_in_words()}")
+        raise TypeError(f"model: got {type(model).__name__}, expected a model; covered: {covered_in_words()}")
     has_encoder, before = False, parts(model)
     passed_over: dict[str, str] = {}  # A class, and the covered one that it is derived from.
     for module in list(root.modules()):
@@ -166,17 +165,17 @@ def accelerate(
         elif (family := derived_from(kind)) is not None:
             passed_over[f"{kind.__module__}.{kind.__qualname__}"] = family.model
     reasons = "".join(
-        f"; {name} is derived from {covered}, and may compute something else" for name, covered in passed_over.items()
+        f"; {name} is a subclass of {covered} and may compute another result" for name, covered in passed_over.items()
     )
     if not has_encoder:
         name = type(model).__name__
         if (code := next(filter(None, map(_code_from_hub, root.modules())), None)) is not None:
             reasons += (
-                f"; {code} is code from the hub, of which nothing is known here: fastbert.BertModel may read its files"
+                f"; {code} is Python code from the hub, which is not supported; fastbert.BertModel may read its files"
             )
         raise ValueError(f"model: found no encoder to accelerate in {name}{reasons}; covered: {covered_in_words()}")
     if reasons:
-        logger.warning("accelerate: runs as it was before, in a part%s", reasons)
+        logger.warning("accelerate: a part of the model still runs by the original code%s", reasons)
     for module in list(root.modules()):
         kind = _original(module)
         if STATE in module.__dict__:
@@ -206,7 +205,7 @@ def _note_padding_readers(sentences: nn.Module) -> None:
 
 
 def _announce(module: nn.Module, state: AcceleratedState) -> None:
-    """Logs why a model would never run here in its present state, so that its user knows it before the first call."""
+    """Warns before the first call if fastbert can never run the model in its present state, with the reason."""
     lasting: str | None = None
     try:
         if isinstance(state, EncoderState):
@@ -218,7 +217,7 @@ def _announce(module: nn.Module, state: AcceleratedState) -> None:
     except Exception as error:  # The first call handles it by its own rules.
         lasting = str(error)
     if lasting is not None:
-        logger.warning("accelerate: %s will run as it was before, whatever the inputs: %s", state.subject, lasting)
+        logger.warning("accelerate: %s will always run by the original code: %s", state.subject, lasting)
 
 
 def _code_from_hub(module: nn.Module) -> str | None:
@@ -235,7 +234,7 @@ def restore(model: Model) -> Model:
             module.__class__ = originals[kind][0]
         elif STATE in module.__dict__:
             name = f"{kind.__module__}.{kind.__qualname__}"
-            raise ValueError(f"model: {name} was derived from the accelerated class; undo that first")
+            raise ValueError(f"model: {name} is a subclass of the accelerated class; undo that first")
         module.__dict__.pop(STATE, None)
     return model
 
@@ -247,7 +246,7 @@ def _original(module: nn.Module) -> type:
 
 
 def counts(model: Any) -> dict[str, int]:
-    """Counts the calls that ran here ("fastbert"), and those by the original code, by reason."""
+    """Returns the numbers of calls: those by fastbert, and for each reason those by the original code."""
     total: Counter[str] = Counter()
     for module in parts(model):
         total.update(module.__dict__[STATE].counts)
@@ -255,16 +254,16 @@ def counts(model: Any) -> dict[str, int]:
 
 
 def encoder_in(model: Any) -> BertModel | None:
-    """Returns our BertModel on the modules of the first accelerated encoder in a model, or None without one.
+    """Returns fastbert's BertModel on the modules of the first accelerated encoder in a model, or None without one.
 
-    Raises Unsupported where our path does not support that encoder, and every call of it runs as before.
+    Raises Unsupported if fastbert does not support that encoder, so that the original code runs every call.
     """
     first = _first(model)
     return None if first is None else first[1].encoder(first[0]).model
 
 
 def obstacle(model: Any) -> str | None:
-    """Says why every call of the first accelerated encoder would run as before at present, or returns None."""
+    """Says why the original code runs every call of the first accelerated encoder, or returns None."""
     first = _first(model)
     if first is None:
         return None
@@ -275,11 +274,11 @@ def obstacle(model: Any) -> str | None:
 
 
 def notes(model: Any) -> Iterator[str]:
-    """Says for a report where the calls of an accelerated model ran, and what keeps the next one from running here."""
+    """Yields lines for a report: the counts of an accelerated model's calls, and the present obstacle."""
     done = ", ".join(f"{n} {reason}" for reason, n in counts(model).items())
-    yield f"accelerated: calls by fastbert and, by reason, as before: {done or 'none yet'}"
+    yield f"accelerated: calls by fastbert and, by reason, by the original code: {done or 'none yet'}"
     if (present_obstacle := obstacle(model)) is not None:
-        yield f"at the moment every call runs as before: {present_obstacle}"
+        yield f"at present every call runs by the original code: {present_obstacle}"
 
 
 def _first(model: Any) -> tuple[nn.Module, EncoderState] | None:

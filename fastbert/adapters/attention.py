@@ -1,7 +1,7 @@
-"""This module is attn_implementation="fastbert": our attention over packed tokens, for other encoders of transformers.
+"""This module is attn_implementation="fastbert": attention over packed tokens, for other encoders of transformers.
 
-It is registered with two interfaces of transformers 5. One is for the attention. The other is for the mask: without it
-a model gets no mask at all, and padding leaks into the tokens.
+It registers with two interfaces of transformers 5: one for attention and one for the mask. Without the second, a model
+gets no mask, and tokens would attend to padding.
 
 B sequences, S longest, N heads, D head size, T packed tokens.
 """
@@ -39,12 +39,13 @@ _last = threading.local()  # The mask of the layer before, and its packing.
 
 
 def register_attention() -> str:
-    """Makes attn_implementation="fastbert" known to transformers, and returns that name. A second call changes nothing.
+    """Registers attn_implementation="fastbert" with transformers, and returns that name. A second call has no effect.
 
-    It runs plain bidirectional attention, with padding or without. Everything else (causal, cross-attention, grouped
-    heads, position biases, sliding windows, masks made by the caller, dropout in training, tracing) goes to PyTorch's
-    scaled_dot_product_attention; the reason is logged once and counted in `fastbert.adapters.attention.counts`. Outputs
-    at padding positions are zero before the next layer adds to them. Raises RuntimeError before transformers 5.0.
+    It computes plain bidirectional attention, with padding or without. PyTorch's scaled_dot_product_attention computes
+    all other kinds: causal, cross-attention, grouped heads, position biases, sliding windows, masks made by the caller,
+    dropout in training, tracing. Each reason is logged once and counted in `fastbert.adapters.attention.counts`.
+    Outputs at padding positions are zero before the next layer adds to them. Raises RuntimeError before transformers
+    5.0.
 
     A model whose class does not read the interface (MPNet, MegatronBert, DeBERTa, ...) raises ValueError when it is
     made or loaded with that name. Code that computes attention itself gets the mask of eager attention.
@@ -65,19 +66,19 @@ def register_attention() -> str:
 
 
 def _check_class(kind: type) -> None:
-    """Raises ValueError for a class of models that reads no attention interface, and would not run our attention."""
+    """Raises ValueError for a class of models that does not read the attention interface."""
     if versions.reads_attention_interface(kind):
         return
     others = 'attn_implementation="eager"' + (' or "sdpa"' if getattr(kind, "_supports_sdpa", False) else "")
     raise ValueError(
-        f'attn_implementation="{NAME}": {kind.__name__} has attention of its own, which reads no AttentionInterface of '
-        f"transformers, so fastbert's would never run; take {others}"
+        f'attn_implementation="{NAME}": {kind.__name__} has its own attention, which does not read the '
+        f"AttentionInterface of transformers, so fastbert's would never run; use {others}"
     )
 
 
 @dataclass
 class _Made:
-    """A `_Made` is kept beside a mask that was made here."""
+    """A `_Made` holds the data of a mask that this module made."""
 
     bools: Tensor | None  # (B, 1, S, S), True where attention goes, or None where it goes everywhere.
     padding: bool  # Whether the mask leaves out padding alone, in queries as in keys.
@@ -85,11 +86,11 @@ class _Made:
 
 
 def attention_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Makes the mask of a batch as transformers' eager_mask does, or returns None for a causal one that masks nothing.
+    """Makes the mask of a batch as transformers' eager_mask does, or returns None for a causal mask without padding.
 
-    (B, 1, S, S) in the dtype of the model: 0 where attention goes, the dtype's least number elsewhere. Any code can add
-    that to scores, whether or not it reads transformers' attention interface. `attention_forward` takes the mask of
-    bools that is kept beside it.
+    (B, 1, S, S) in the dtype of the model: 0 for pairs that attend, and the dtype's least number for the others. Code
+    that does not read transformers' attention interface can add it to scores. `attention_forward` uses the boolean mask
+    that is kept with it.
     """
     from transformers import masking_utils
 
@@ -133,7 +134,7 @@ def _with(mask: Tensor, bools: Tensor | None, padding: bool) -> Tensor:
 
 
 def _made(mask: Tensor | None) -> _Made | None:
-    """Returns what is kept beside a mask, if it was made here and nobody has written to it."""
+    """Returns the data of a mask, if this module made it and it was not changed."""
     made: _Made | None = None if mask is None else mask.__dict__.get(_MADE)
     return None if made is None or mask is None or made.version != _version(mask) else made
 
@@ -184,13 +185,13 @@ def _obstacle(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dr
     if query.shape[2] != key.shape[2]:
         return "queries and keys of different lengths"
     if query.shape != key.shape or query.shape != value.shape:
-        return "keys or values of another shape than the queries"
+        return "keys or values whose shape differs from the queries'"
     if dropout:
         return "dropout of the probabilities"
     if mask is None and causal and query.shape[2] > 1:
         return "causal attention"
     if not of_padding:
-        return "a mask of more than padding"
+        return "a mask with more than padding"
     for name, value_ in rest.items():
         if value_ is not None and value_ is not False and name not in _HARMLESS:
             return f"the argument {name}"
@@ -205,7 +206,7 @@ def _crosses(module: Any) -> bool:
 def _packing(mask: Tensor | None, n_seqs: int, length: int, device: torch.device) -> PackedBatch:
     """Returns the packing of the layer before, if it had the same mask.
 
-    A new packing looks at the mask, and waits for a GPU.
+    A new packing reads the mask, so the host waits for a GPU.
     """
     key = n_seqs, length, device, None if mask is None or mask.is_inference() else mask._version, mask is None
     last = getattr(_last, "packing", None)

@@ -134,10 +134,10 @@ def _call_obstacle(live: nn.Module, state: EncoderState, call: dict[str, Any], o
 def _input_obstacle(live: nn.Module, state: EncoderState, call: dict[str, Any]) -> str | None:
     inputs = {name: call[name] for name in _INPUTS if call.get(name) is not None}
     if not all(type(value) in (Tensor, nn.Parameter) for value in inputs.values()):
-        return "inputs that are no plain tensors"
+        return "inputs that are not plain tensors"
     ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
     if (ids is None) == (embeds is None):
-        return "not exactly one of input_ids and inputs_embeds"
+        return "both or none of input_ids and inputs_embeds"
     base: Any = embeds if ids is None else ids
     if base.dim() != (2 if embeds is None else 3):
         return f"{base.dim()}-D inputs"
@@ -150,14 +150,14 @@ def _input_obstacle(live: nn.Module, state: EncoderState, call: dict[str, Any]) 
         if mask.dim() != 2:
             return f"a {mask.dim()}-D attention_mask"
         if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
-            return "an attention_mask of other numbers than 0 and 1"
+            return "an attention_mask with numbers other than 0 and 1"
     for name, value in inputs.items():
         fits = tuple(value.shape[:2]) == shape or (name == "position_ids" and tuple(value.shape) == (1, shape[1]))
         if not fits:
-            return f"{name} of another shape than the input"
+            return f"{name} whose shape differs from the input's"
     width = state.mapping.embedding_width(live.config)
     if embeds is not None and (embeds.dtype != weight.dtype or embeds.shape[-1] != width):
-        return "inputs_embeds of another dtype or width than the model's"
+        return "inputs_embeds whose dtype or width differs from the model's"
     if any(t.dtype not in (torch.int64, torch.int32) for n, t in inputs.items() if n.endswith("_ids")):
         return "ids that are not int64 or int32"
     return None

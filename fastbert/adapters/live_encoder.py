@@ -54,7 +54,7 @@ class LiveEncoder:
         except ValueError as error:
             raise Unsupported(f"the config: {error}") from error
         if mapping.family.pooler and not hasattr(live, "pooler"):
-            raise Unsupported("pooler is not there")
+            raise Unsupported("the pooler is missing")
         if getattr(live, "z_steps", 0) > 1:
             raise Unsupported(f"z_steps is {live.z_steps}: the last layer runs again")
         with torch.device("meta"):
@@ -122,7 +122,7 @@ class LiveEncoder:
         if (obstacle := self.modes.obstacle()) is not None:
             return obstacle
         if any(map(contains, self._dicts, repeat("forward"))) and not self._own_forwards():
-            return "a module inside has a forward of its own"
+            return "a module inside the encoder has its own forward"
         if any(self._hooks) and not all(map(versions.is_harmless, _callables(self._hooks))):
             return "a module inside has hooks"
         if (obstacle := self._parameters.obstacle()) is not None:
@@ -148,7 +148,7 @@ class LiveEncoder:
                 else:
                     expected = torch.arange(tensor.shape[-1], device=tensor.device) if kind == "columns" else 0
                 if tensor.device.type == "meta" or not bool((tensor == expected).all()):
-                    return f"{path} is not what a new model has"
+                    return f"{path} differs from that of a new model"
             self._buffers_checked = state
         return None
 
@@ -178,7 +178,7 @@ def _get(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         child = module._modules.get(name)
         if child is None:
-            raise Unsupported(f"{path} is not there")
+            raise Unsupported(f"{path} is missing")
         module = child
     return module
 

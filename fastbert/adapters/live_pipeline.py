@@ -56,7 +56,7 @@ class SentenceState(AcceleratedState):
             raise Unsupported(patch)
         for module in (live, *modules[:2]):
             if not _METHODS.isdisjoint(module.__dict__.keys() - {"forward"}):
-                raise Unsupported("a module has a method of its own")
+                raise Unsupported("a module has its own method")
 
     def check_tokens(self, transformer: nn.Module, tokenizer: LiveTokenizer) -> None:
         """Compares our way to tokens with theirs, once for each tokenizer and limit. Raises Unsupported."""
@@ -71,7 +71,7 @@ class SentenceState(AcceleratedState):
             raise Unsupported("its texts are padded on the left")
         same_ids = torch.equal(theirs["input_ids"][mask], ours.input_ids)
         if not (same_ids and torch.equal(token_type_ids[mask], ours.token_type_ids)):
-            raise Unsupported("its texts become tokens in a way that is not known")
+            raise Unsupported("its texts are tokenized by an unknown method")
         self._probed = probed
 
 
@@ -100,7 +100,7 @@ def live_pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
     for module in (live, *modules, getattr(modules[0], "auto_model", live)):
         own_forward = "forward" not in module.__dict__ or versions.is_own_forward(module)
         if module._forward_hooks or module._forward_pre_hooks or not own_forward:
-            raise Unsupported("a module has hooks or a forward of its own")
+            raise Unsupported("a module has hooks or its own forward")
     state.check_methods(live, modules)
     if getattr(live, "_distributed_inference", None) is not None or getattr(live, "_placement_is_delegated", False):
         raise Unsupported("its modules are placed on several devices")
@@ -168,7 +168,7 @@ def _check_transformer(transformer: Any) -> None:
     if modality is not None:
         text = modality.get("text") or {}
         if "message" in modality or text.get("method") != "forward":
-            raise Unsupported("its texts take another way than forward")
+            raise Unsupported("its texts do not go through forward")
         if text.get("method_output_name") not in ("last_hidden_state", ("last_hidden_state",), ["last_hidden_state"]):
             raise Unsupported(f"it reads {text.get('method_output_name')} of the model's output")
 

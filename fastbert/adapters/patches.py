@@ -120,7 +120,7 @@ class Watch:
             if not _is_harmless(getattr(module, function, None)):
                 return f"{function} in {module.__name__} was patched"
         if not all(map(_is_harmless, current[len(self._looked_up) :])):
-            return f"its attention is {self._attention()!r}, a function that somebody has registered"
+            return f"its attention is {self._attention()!r}, a registered function"
         self._seen = current
         return None
 

@@ -81,7 +81,7 @@ class _Plan:
                 raise Unsupported(f"the argument {name}")
         device = call.get("device")
         if device is not None and (isinstance(device, (list, tuple)) or not _same_device(device, live.device)):
-            raise Unsupported("another device than the model's, or several")
+            raise Unsupported("a device other than the model's, or several devices")
         self.output_value = call.get("output_value", "sentence_embedding")
         if self.output_value not in ("sentence_embedding", "token_embeddings"):
             raise Unsupported(f"output_value={self.output_value!r}")

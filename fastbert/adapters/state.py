@@ -39,9 +39,9 @@ class AcceleratedState:
         Raises BackendError under strict.
         """
         if self.options.strict:
-            raise BackendError(f"accelerate: {self.subject} would have to run as it was, and strict=True: {reason}")
+            raise BackendError(f"accelerate: {self.subject} needs the original code, but strict=True: {reason}")
         if reason not in self.counts:
-            logger.warning("accelerate: %s runs as it was before: %s", self.subject, reason, exc_info=error)
+            logger.warning("accelerate: %s runs by the original code: %s", self.subject, reason, exc_info=error)
         self.counts[reason] += 1
 
 

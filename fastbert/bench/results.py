@@ -118,7 +118,9 @@ class Results:
             raise ValueError(f"{where}: not a result file of fastbert's benchmarks")
         if content.get("version") != VERSION:
             version = content.get("version")
-            raise ValueError(f"{where}: a result file of version {version}, and this fastbert reads {VERSION}")
+            raise ValueError(
+                f"{where}: a result file of version {version}, but this version of fastbert reads {VERSION}"
+            )
         try:
             rows = [Row(**row) for row in content["rows"]]
             return cls(content["environment"], rows, content["ceilings"], content["notes"])

@@ -36,7 +36,7 @@ def measure(options: BenchOptions) -> Results:
     Raises ValueError or OSError for options that do not fit and files that cannot be read.
     """
     if dispatch.interpreting():
-        raise RuntimeError("TRITON_INTERPRET is set: nothing is timed under Triton's interpreter")
+        raise RuntimeError("TRITON_INTERPRET is set: nothing is measured in Triton's interpreter; unset it")
     all_texts = text_sources.docstrings() if options.texts is None else text_sources.read_texts(options.texts)
     device = choose_device(options.device)
     task = TextTask(

@@ -176,7 +176,9 @@ def pooling_obstacle(task: TextTask) -> str | None:
     if modes in (("mean",), ("cls",)) and [type(module) for module in tail] in ([], [Normalize]):
         return None
     after = "".join(f", {type(module).__name__}" for module in tail)
-    return f"this checkpoint pools by {', '.join(modes)}{after}; here is only mean or cls, and normalising"
+    return (
+        f"this checkpoint pools by {', '.join(modes)}{after}; only mean or cls, and normalisation, are supported here"
+    )
 
 
 def tokenized(task: TextTask, tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -40,11 +40,6 @@ _SIZES = (
     "max_position_embeddings",
     "type_vocab_size",
 )
-_POSITIONS = (  # settings of texts that have other positions than BERT's
-    ("position_embedding_type", "rope", "gated_rotary_bert"),
-    ("position_embedding_type", "alibi", "jina_bert_v2"),
-    ("position_embedding_type", "alibi", "jina_bert_code"),
-)
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
 
 
@@ -52,22 +47,20 @@ _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_
 class BertConfig(ConfigAccess):
     """A `BertConfig` holds the shape and settings of a model, with the names and defaults of transformers' class.
 
-    ``model_type`` names the table of fastbert.checkpoint.families that the model follows. The fields keep BERT's names,
-    whatever names the family's ``config.json`` has. The defaults of the fields are BERT's. ``from_dict`` fills in the
-    family's.
+    ``model_type`` selects the family of the model, a table of fastbert.checkpoint.families. The fields always have
+    BERT's names and defaults. ``from_dict`` translates the names of the family, and sets its defaults.
 
-    ``embedding_size`` is the width of the embeddings where the family projects them (ELECTRA), and None stands for
-    ``hidden_size``. ``dtype`` is the name of the dtype that the checkpoint was stored in ("float32", "bfloat16",
-    "float16", "float64"), or None. ``hidden_act`` is "gelu" (erf form, with the other name "gelu_python"), "gelu_new"
-    or "gelu_pytorch_tanh" (tanh form), "relu", or another name of fastbert.checkpoint.activations. Most of the others
-    have no kernel.
+    ``embedding_size`` is the width of the embeddings in a family that projects them (ELECTRA); None means
+    ``hidden_size``. ``dtype`` is the name of the dtype of the checkpoint ("float32", "bfloat16", "float16",
+    "float64"), or None. ``hidden_act`` is "gelu" or "gelu_python" (erf form), "gelu_new" or "gelu_pytorch_tanh" (tanh
+    form), "relu", or another name of fastbert.checkpoint.activations. Most of the others have no kernel.
 
     ``id2label`` maps class index to name. ``num_labels`` and ``label2id`` follow from it, and may be set. ``extra``
-    keeps what else a ``config.json`` held, so that saving it again loses nothing. Its names, and those of transformers,
-    are attributes, too.
+    keeps the other keys of a ``config.json``, so that ``save_pretrained`` loses none. These keys, and the names of
+    transformers, are attributes too.
 
-    Raises ValueError for a value that no BERT has or that fastbert does not compute. ``validate()`` repeats these
-    checks after fields were changed by hand.
+    Raises ValueError for a value that is invalid or not supported. ``validate()`` repeats these checks after a field
+    was changed.
     """
 
     vocab_size: int = 30522
@@ -141,7 +134,7 @@ class BertConfig(ConfigAccess):
 
     @property
     def layer_order(self) -> tuple[int, ...]:
-        """Returns for each layer whose weights it has: its own, or, in ALBERT, those of its group."""
+        """Returns for each layer the index of its weights: its own index, or in ALBERT that of its group."""
         n_layers, n_sets = self.num_hidden_layers, self._n_layer_sets()
         return tuple(i * n_sets // n_layers for i in range(n_layers))
 
@@ -160,11 +153,11 @@ class BertConfig(ConfigAccess):
 
     @property
     def max_length(self) -> int:
-        """Counts the tokens of the longest text: the positions of the table from the first token's on."""
+        """Returns the greatest sequence length: the number of positions from that of the first token."""
         return self.max_position_embeddings - self.position_offset
 
     def validate(self) -> None:
-        """Raises ValueError if a field holds what no BERT has or what fastbert does not compute."""
+        """Raises ValueError if a field has a value that is invalid or not supported."""
         family = self.family
         for name in _SIZES:
             value = getattr(self, name)
@@ -191,8 +184,8 @@ class BertConfig(ConfigAccess):
             positions, least = self.max_position_embeddings, f"more than pad_token_id + 1 ({self.position_offset})"
             expect(positions > self.position_offset, "max_position_embeddings", positions, least)
         for name, value in family.required.items():
-            came = self.extra.get(name, value) if name not in _FIELDS else getattr(self, name)
-            expect(came == value, name, came, f"{value}: {family.classes} has no other")
+            got = self.extra.get(name, value) if name not in _FIELDS else getattr(self, name)
+            expect(got == value, name, got, f"{value}: {family.classes} has no other")
         n_sets, n_layers = self._n_layer_sets(), self.num_hidden_layers
         fits = _is_int(n_sets) and n_sets > 0 and n_layers % n_sets == 0
         expect(fits, "num_hidden_groups", n_sets, f"a divisor of num_hidden_layers ({n_layers})")
@@ -214,19 +207,18 @@ class BertConfig(ConfigAccess):
         if doubled:
             raise ValueError(f"extra: holds {', '.join(doubled)}, which fields or properties of the config express")
         for name, value in self.extra.items():
-            if (name, value, family.text) not in _POSITIONS:
-                refuse_unsupported(name, value)
+            refuse_unsupported(name, value, family.position_types)
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any], **overrides: Any) -> BertConfig:
-        """Makes a config from the content of a ``config.json``. ``overrides`` win over it.
+        """Makes a config from the content of a ``config.json``. ``overrides`` replace its values.
 
-        "model_type" (default "bert") says which family's names and defaults hold. ``num_labels=n`` keeps the labels of
-        ``d`` if there are n of them, and otherwise names them LABEL_0, LABEL_1 and so on. "torch_dtype" is the old name
-        of "dtype". Other unknown keys of ``d`` are kept in ``extra``.
+        "model_type" (default "bert") selects the family, and so the names and defaults. ``num_labels=n`` keeps the
+        labels of ``d`` if there are n of them, and otherwise names them LABEL_0, LABEL_1 and so on. "torch_dtype" is
+        the old name of "dtype". Unknown keys of ``d`` are kept in ``extra``.
 
-        Raises TypeError for an override that is no setting of BERT and no key of ``d``. Raises ValueError for a bad
-        value.
+        Raises TypeError for an override that is neither a setting of BERT nor a key of ``d``. Raises ValueError for a
+        bad value.
         """
         model_type = overrides.get("model_type", model_type_of(d))
         family = family_of("bert" if model_type is None else model_type)
@@ -249,13 +241,13 @@ class BertConfig(ConfigAccess):
 
     @classmethod
     def from_pretrained(cls, src: str | os.PathLike[str], **overrides: Any) -> BertConfig:
-        """Reads a config from a local folder, a ``config.json`` file or a hub id. ``overrides`` as in ``from_dict``.
+        """Reads a config from a local folder, a ``config.json`` file or a hub id.
 
-        Among them may be arguments of ``folder.resolve``: revision, subfolder, cache_dir, token, local_files_only,
-        force_download.
+        ``overrides`` are those of ``from_dict``, and arguments of ``folder.resolve``: revision, subfolder, cache_dir,
+        token, local_files_only, force_download.
 
-        Raises FileNotFoundError if there is no such file, and TypeError for an unknown override. Raises ValueError,
-        which names the file, if it is not a JSON object, or describes a model that is not covered.
+        Raises FileNotFoundError if the file is missing, and TypeError for an unknown override. Raises ValueError,
+        which names the file, if it is not a JSON object, or if its model is not supported.
         """
         hub = {name: value for name in ARGUMENTS if (value := overrides.pop(name, None)) is not None}
         if isinstance(src, (str, os.PathLike)) and os.path.isfile(os.path.expanduser(src)):
@@ -270,7 +262,7 @@ class BertConfig(ConfigAccess):
             raise ValueError(f"{path}: {error}") from error
 
     def save_pretrained(self, dir: str | os.PathLike[str]) -> None:
-        """Writes ``config.json`` to the folder ``dir``, and makes the folder where there is none.
+        """Writes ``config.json`` to the folder ``dir``, and makes the folder if it is missing.
 
         Raises ValueError as ``validate`` does.
         """
@@ -286,7 +278,7 @@ _init = BertConfig.__init__
 
 @functools.wraps(_init)
 def _init_with_their_names(self: BertConfig, *args: Any, **settings: Any) -> None:
-    """Takes what transformers' configs take besides the fields, as num_labels, label2id, output_hidden_states."""
+    """Accepts arguments of transformers' configs that are not fields: num_labels, label2id, output_hidden_states."""
     if settings.keys() - _FIELDS - {"extra"}:
         extra = settings.pop("extra", {})
         wanted = _named(family_of(settings.get("model_type", "bert")), settings)
@@ -360,7 +352,7 @@ def _check_is_bert(d: Mapping[str, Any]) -> None:
         is_bert = "hidden_size" in d
     if not is_bert:
         raise ValueError(
-            f"no model_type, expected 'bert' (architectures: {architectures!r}, "
+            f"got no model_type, expected 'bert' (architectures: {architectures!r}, "
             f"hidden_size: {d.get('hidden_size')!r}), which an old BERT alone may lack"
         )
 

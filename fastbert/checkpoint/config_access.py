@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastbert.checkpoint.family import Family
 from fastbert.checkpoint.files import read_json, write_text
 
 # The values of transformers' configs where nobody has set any.
@@ -54,10 +55,14 @@ UNSUPPORTED = {
 }
 
 
-def refuse_unsupported(name: str, value: Any) -> None:
-    """Raises ValueError for a setting that asks for a computation that fastbert does not have."""
-    if name == "position_embedding_type" and value not in (None, "absolute"):
-        raise ValueError(f"position_embedding_type: got {value!r}, but only 'absolute' is supported")
+def refuse_unsupported(name: str, value: Any, position_types: tuple[str, ...] | None) -> None:
+    """Raises ValueError for a setting that asks for a computation that fastbert does not have.
+
+    position_types: what may stand as position_embedding_type, or None where the family's code does not read that.
+    """
+    if name == "position_embedding_type" and position_types is not None and value not in (None, *position_types):
+        supported = " or ".join(map(repr, position_types))
+        raise ValueError(f"position_embedding_type: got {value!r}, but only {supported} is supported")
     if name in UNSUPPORTED and value:
         raise ValueError(f"{name}: got {value!r}, but {UNSUPPORTED[name]} not supported")
 
@@ -73,6 +78,9 @@ class ConfigAccess:
         dtype: str | None
         id2label: dict[int, str]
         num_labels: int
+
+        @property
+        def family(self) -> Family: ...
 
         def to_dict(self) -> dict[str, Any]: ...
 
@@ -102,7 +110,7 @@ class ConfigAccess:
         elif name in self.attribute_map:
             setattr(self, self.attribute_map[name], value)
         else:
-            refuse_unsupported(name, value)
+            refuse_unsupported(name, value, self.family.position_types)
             self.extra[name] = value
 
     def __delattr__(self, name: str) -> None:

@@ -132,6 +132,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "distilbert",
             "DistilBert",
+            position_types=None,
             prefix="distilbert.",
             heads=_DISTILBERT_HEADS,
             names=(
@@ -176,6 +177,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "mpnet",
             "MPNet",
+            position_types=None,
             prefix="mpnet.",
             heads=_MPNET_HEADS,
             defaults={"vocab_size": 30527, "pad_token_id": 1, "relative_attention_num_buckets": 32},
@@ -191,6 +193,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "modernbert",
             "ModernBert",
+            position_types=None,
             prefix="model.",
             heads=_MODERNBERT_HEADS,
             names=(
@@ -239,6 +242,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "deberta-v2",
             "DebertaV2",
+            position_types=None,
             prefix="deberta.",
             heads=_DEBERTA_HEADS,
             defaults={
@@ -274,6 +278,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "gte",
             "Gte",
+            position_types=("rope",),
             prefix="gte.",
             heads={
                 "MaskedLM": Head(
@@ -315,6 +320,7 @@ FAMILIES: dict[str, Family] = {
         Family(
             "nomic_bert",
             "NomicBert",
+            position_types=None,
             prefix="nomic_bert.",
             heads={
                 "MaskedLM": Head(

@@ -57,6 +57,8 @@ class Family:
     defaults: Mapping[str, Any] = field(default_factory=dict)  # BertConfig fields that a config.json may lack.
     fixed: Mapping[str, Any] = field(default_factory=dict)  # BertConfig fields that no config.json has.
     positions: str = COLUMN  # COLUMN or AFTER_PADDING.
+    # Values of position_embedding_type that are computed; None where the family's code does not read that setting.
+    position_types: tuple[str, ...] | None = ("absolute",)
     token_types: bool = True  # Whether there is a table of segments.
     pooler: bool = True  # Whether the bare model has a pooler.
     attention_output_dropout: bool = True  # Whether a layer drops out between attention and its norm.

@@ -82,6 +82,7 @@ ALBERT = Family(
 JINA = Family(
     "jina_bert_v2",
     "JinaBert",
+    position_types=("alibi",),
     prefix="bert.",
     heads=BERT_HEADS,
     defaults={"max_position_embeddings": 8192, "position_embedding_type": "alibi", "feed_forward_type": "geglu"},

@@ -28,26 +28,26 @@ TAKEN = (
 # Arguments that change nothing, and why. One that asks for something is logged.
 IGNORED = {
     "attn_implementation": "one implementation of attention serves all models; output_attentions=True works with it",
-    "experts_implementation": "there are no experts",
+    "experts_implementation": "the models have no experts",
     "low_cpu_mem_usage": "weights are never held twice",
     "trust_remote_code": "no code of a checkpoint is ever run",
     "code_revision": "no code of a checkpoint is ever run",
-    "resume_download": "the hub's client resumes by itself",
+    "resume_download": "the hub's client resumes downloads itself",
     "mirror": "the hub's client has no mirrors",
     "tqdm_class": "the hub's client shows its own progress",
-    "max_memory": "the model lies on one device",
-    "offload_folder": "nothing is offloaded",
-    "offload_state_dict": "nothing is offloaded",
-    "offload_buffers": "nothing is offloaded",
+    "max_memory": "the model is on one device",
+    "offload_folder": "offloading is not supported",
+    "offload_state_dict": "offloading is not supported",
+    "offload_buffers": "offloading is not supported",
     "generation_config": "encoders do not generate",
     "use_kernels": "the kernels are fastbert's own",
     "kernel_config": "the kernels are fastbert's own",
     "allow_all_kernels": "the kernels are fastbert's own",
-    "adapter_name": "no adapter is loaded",
+    "adapter_name": "adapters are not loaded",
     "use_flash_attention_2": "one implementation of attention serves all models",
     "reference_compile": "torch.compile(model) compiles it",
-    "_fast_init": "weights that a checkpoint holds are never initialised",
-    "_from_auto": "it says who calls", "_from_pipeline": "it says who calls", "_commit_hash": "revision says it",
+    "_fast_init": "weights in a checkpoint are never initialised",
+    "_from_auto": "it names the caller", "_from_pipeline": "it names the caller", "_commit_hash": "revision says it",
 }  # fmt: skip
 
 # Arguments that fastbert does not support, and what to do instead.
@@ -58,24 +58,24 @@ REFUSED = {
     "quantization_config": "precision='int8' or 'fp8' runs the encoder's linears in 8 bits",
     "load_in_8bit": "precision='int8' or 'fp8' runs the encoder's linears in 8 bits",
     "load_in_4bit": "precision='int8' or 'fp8' runs the encoder's linears in 8 bits",
-    "tp_plan": "the model lies on one device",
-    "tp_size": "the model lies on one device",
-    "device_mesh": "the model lies on one device",
-    "distributed_config": "the model lies on one device",
+    "tp_plan": "the model is on one device",
+    "tp_size": "the model is on one device",
+    "device_mesh": "the model is on one device",
+    "distributed_config": "the model is on one device",
     "adapter_kwargs": "peft.PeftModel.from_pretrained(model, ...) loads an adapter",
     "proxies": "the hub's client reads HTTP_PROXY and HTTPS_PROXY from the environment",
 }
 
 _SAVE_IGNORED = {
-    "token": "nothing is uploaded",
+    "token": "uploading is not supported",
     "save_peft_format": "adapters are saved by peft",
-    "save_original_format": "files have the names of the model's family",
+    "save_original_format": "the model's family determines the names of files",
     "save_function": "weights are written as safetensors",
     "save_config": "config.json is always written",
 }
 _SAVE_REFUSED = {
     "push_to_hub": "huggingface_hub.upload_folder uploads the folder",
-    "distributed_checkpoint": "the model lies on one device",
+    "distributed_checkpoint": "the model is on one device",
 }
 
 
@@ -106,7 +106,9 @@ class Arguments:
             rest["token"] = rest["use_auth_token"]
         rest.pop("use_auth_token", None)
         if rest.pop("weights_only", True) is False:
-            raise ValueError("weights_only: got False, expected True: pickles that hold more than tensors are not read")
+            raise ValueError(
+                "weights_only: got False, expected True: pickles with other objects than tensors are not read"
+            )
         refuse(rest, REFUSED, "from_pretrained")
         ignore(rest, IGNORED, "from_pretrained")
         hub = {name: rest.pop(name) for name in HUB if name in rest}
@@ -182,7 +184,7 @@ def _one_device(value: Any) -> torch.device:
     if isinstance(value, str) and value in ("auto", "balanced", "balanced_low_0", "sequential"):
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     if isinstance(value, str) and value in ("disk", "meta"):
-        raise ValueError(f"device_map: got {value!r}, expected a device that computes: nothing is offloaded")
+        raise ValueError(f"device_map: got {value!r}, expected a device that computes: offloading is not supported")
     try:
         return torch.device(value)
     except (RuntimeError, TypeError) as error:
@@ -209,7 +211,7 @@ def check_saving(keywords: Mapping[str, Any]) -> None:
     """
     rest = dict(keywords)
     if rest.pop("safe_serialization", True) is False:
-        raise ValueError("safe_serialization: got False, expected True: only safetensors are written")
+        raise ValueError("safe_serialization: got False, expected True: only safetensors files are written")
     refuse(rest, _SAVE_REFUSED, "save_pretrained")
     ignore(rest, _SAVE_IGNORED, "save_pretrained")
     if rest:

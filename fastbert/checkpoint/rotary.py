@@ -38,10 +38,14 @@ def modernbert_layers(config: Any) -> tuple[RotaryLayer, ...]:
 
     Both published forms of config.json are read. The older has global_rope_theta, local_rope_theta (None for the global
     one) and global_attn_every_n_layers. The newer has layer_types and rope_parameters, which win. A window reaches
-    local_attention // 2 columns. Raises ValueError for layers or angles that fastbert does not compute.
+    local_attention // 2 columns, or sliding_window where a config.json has that. Raises ValueError for layers or angles
+    that fastbert does not compute.
     """
-    window = setting(config, "local_attention")
+    window, half = setting(config, "local_attention"), config.extra.get("sliding_window")
     expect(isinstance(window, int) and window >= 0, "local_attention", window, "a whole number, 0 or more")
+    if half is not None:  # It is a property of transformers' config, and counts before local_attention.
+        expect(isinstance(half, int) and half >= 0, "sliding_window", half, "a whole number, 0 or more")
+        window = 2 * half
     types = layer_types(config)
     kinds = {kind: _angles(config, kind) for kind in set(types)}
     layers = {
@@ -86,8 +90,8 @@ def modern_angles(config: Any) -> dict[str, Any]:
     Raises ValueError for a setting that fastbert does not compute.
     """
     for name, value in ONLY.items():
-        came = config.extra.get(name, value)
-        expect(came == value or (not came and not value), name, came, repr(value))
+        got = config.extra.get(name, value)
+        expect(got == value or (not got and not value), name, got, repr(value))
     layer = gated_rotary_layer(config)
     kept = {name: value for name, value in config.extra.items() if name not in ("rope_theta", "rope_scaling")}
     angles = {"rope_type": "default", "rope_theta": layer.base}

@@ -97,7 +97,7 @@ def _read_sharded(index: Path) -> dict[str, torch.Tensor]:
         lacking = [name for name in names if name not in tensors]
         if lacking:
             raise ValueError(
-                f"{index.parent / shard} lacks {lacking[0]} ({len(lacking)} such), which {index.name} places in it"
+                f"{index.parent / shard} lacks {lacking[0]} ({len(lacking)} such), although {index.name} names them"
             )
         state.update((name, tensors[name]) for name in names)
     return state
@@ -129,7 +129,7 @@ def _read_bin(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{path} is truncated, or not a PyTorch file that holds tensors alone (weights_only=True): {reason}"
+            f"{path} is truncated, or not a PyTorch file with only tensors (weights_only=True): {reason}"
         ) from error
     if not isinstance(state, Mapping):
         raise ValueError(f"{path} holds a {type(state).__name__}, expected a state dict (names to tensors)")
@@ -150,7 +150,9 @@ def _under_todays_names(state: dict[str, torch.Tensor], path: Path) -> dict[str,
         name = re.sub(r"(?<=LayerNorm\.)gamma$", "weight", name)
         name = re.sub(r"(?<=LayerNorm\.)beta$", "bias", name)
         if name in stored_names:
-            raise ValueError(f"{path} holds both {stored_names[name]} and {stored_name}, two names of one tensor")
+            raise ValueError(
+                f"{path} holds both {stored_names[name]} and {stored_name}, which are two names of one tensor"
+            )
         stored_names[name] = stored_name
     return {name: state[stored_name] for name, stored_name in stored_names.items()}
 
@@ -181,8 +183,10 @@ def write_state_dict(
         raise ValueError("state: got no tensors")
     for name, tensor in state.items():
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.is_meta:
-            what = f"{tensor.layout} tensor on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor)
-            raise TypeError(f"state[{name!r}]: got {what}, expected a dense tensor with data")
+            description = (
+                f"{tensor.layout} tensor on {tensor.device}" if isinstance(tensor, torch.Tensor) else type(tensor)
+            )
+            raise TypeError(f"state[{name!r}]: got {description}, expected a dense tensor with data")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
 

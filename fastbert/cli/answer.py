@@ -20,33 +20,39 @@ def add(commands: Any) -> None:
         commands,
         "answer",
         "the answers to questions, as exact pieces of a context",
-        """The model needs a question-answering head. A line of JSON for each question: the question and its answers,
-each with score, exact words, and first and last character in the context. With --lines, a line for each answer:
-number of the question, score, start, end, words. Longer contexts than the model reads are read in windows.
+        """The model needs a question-answering head. The output is a line of JSON for each question, with its answers:
+the score, the exact words, and their start and end in the context, in characters. With --lines, it is a line for each
+answer: number of the question, score, start, end, words. A context may be longer than the model's sequence length.
 
 examples:
   fastbert answer "Where was Ada born?" --context "Ada was born in London." --model deepset/minilm-uncased-squad2
   fastbert answer "Who paid?" "When?" --context-file report.txt --no-answer --model ./my-reader
   fastbert answer --file questions.jsonl --top-k 3 --model ./my-reader""",
     )
-    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="questions about one context, if no --file")
-    parser.add_argument("--context", metavar="TEXT", help="where the answers are")
-    parser.add_argument("--context-file", metavar="FILE", help="the same, a whole file; - is standard input")
+    parser.add_argument("questions", nargs="*", metavar="QUESTION", help="questions about one context, without --file")
+    parser.add_argument("--context", metavar="TEXT", help="text that holds the answers")
+    parser.add_argument("--context-file", metavar="FILE", help="file with the context; - is standard input")
     parser.add_argument("--file", dest="input", help="JSON lines with a question and a context; - is standard input")
-    parser.add_argument("--field", default="question", metavar="NAME", help="in --file, default: %(default)s")
-    parser.add_argument("--context-field", default="context", metavar="NAME", help="in --file, default: %(default)s")
-    parser.add_argument("--top-k", type=positive_int, default=1, metavar="N", help="answers (default: %(default)s)")
-    parser.add_argument("--no-answer", action="store_true", help="the context may hold none, as in SQuAD 2")
+    parser.add_argument("--field", default="question", metavar="NAME", help="question in --file, default: %(default)s")
+    parser.add_argument(
+        "--context-field", default="context", metavar="NAME", help="context in --file, default: %(default)s"
+    )
+    parser.add_argument(
+        "--top-k", type=positive_int, default=1, metavar="N", help="number of answers (default: %(default)s)"
+    )
+    parser.add_argument("--no-answer", action="store_true", help="the context may hold no answer, as in SQuAD 2")
     parser.add_argument(
         "--threshold", type=float, metavar="X",
-        help="with --no-answer: no answer where its logits exceed the best answer's by more (default: by the scores)",
+        help="with --no-answer: the empty answer wins if its logits exceed the best answer's by more than X "
+        "(default: scores decide)",
     )  # fmt: skip
     parser.add_argument(
-        "--answer-length", type=positive_int, default=15, metavar="N", help="tokens, at most (default: %(default)s)"
-    )
-    parser.add_argument("--any-place", action="store_true", help="answers may begin and end within words")
-    parser.add_argument("--lines", action="store_true", help="a line for each answer, tab-separated, and no JSON")
-    add_window_options(parser, "384, or fewer if the model reads fewer")
+        "--answer-length", type=positive_int, default=15, metavar="N",
+        help="greatest length of an answer, in tokens (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--any-place", action="store_true", help="answers may begin and end inside words")
+    parser.add_argument("--lines", action="store_true", help="print a tab-separated line for each answer, and no JSON")
+    add_window_options(parser, "384, or the model's limit")
     parser.set_defaults(run=run)
 
 

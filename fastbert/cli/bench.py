@@ -17,51 +17,51 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "bench",
-        "fastbert beside what you would use instead, on your model, texts and device",
-        """fastbert and transformers eager always take part: the one is what is measured, the other bounds its error.
-Packages that are not installed are listed with that reason.
+        "speed of fastbert, transformers and others, on your model, texts and device",
+        """fastbert and transformers eager always take part, because the error bound comes from transformers eager.
+The report lists packages that are not installed.
 
 examples:
   fastbert bench ./my-model
   fastbert bench ./my-model --texts texts.txt --dtype bfloat16 --out report.html""",
     )
     parser.add_argument("model", metavar="MODEL", help="folder in Hugging Face layout, or hub id")
-    parser.add_argument("--texts", metavar="FILE", help="one a line, UTF-8 (default: docstrings of Python's library)")
+    parser.add_argument("--texts", metavar="FILE", help="texts, one a line, UTF-8 (default: Python's docstrings)")
     parser.add_argument(
         "--limit",
         type=positive_int,
         metavar="N",
-        help=f"texts taken, evenly (default: {LIMIT['cuda']} on a GPU, up to {LIMIT['cpu']} on a CPU)",
+        help=f"number of texts, drawn evenly (default: {LIMIT['cuda']} on a GPU, up to {LIMIT['cpu']} on a CPU)",
     )
     parser.add_argument("--revision", help="branch, tag or commit of a hub id")
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: the checkpoint's)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
-    parser.add_argument("--backend", default="auto", choices=("auto", "triton", "cpu", "torch"), help="of fastbert")
-    parser.add_argument("--peers", metavar="NAME,...", help="only these competitors, by the names in the table")
+    parser.add_argument("--backend", default="auto", choices=("auto", "triton", "cpu", "torch"), help="fastbert's")
+    parser.add_argument("--peers", metavar="NAME,...", help="only these competitors, by their names in the table")
     parser.add_argument(
         "--rounds",
         type=positive_int,
         default=BenchOptions.rounds,
         metavar="N",
-        help="over all texts, at most (default: %(default)s)",
+        help="greatest number of rounds over all texts (default: %(default)s)",
     )
     parser.add_argument(
         "--seconds",
         type=float,
         default=BenchOptions.seconds,
         metavar="S",
-        help="no new round begins after that, once three are done (default: %(default)g)",
+        help="seconds after which no new round begins, if three are done (default: %(default)g)",
     )
     parser.add_argument(
-        "--latency", action=argparse.BooleanOptionalAction, default=True, help="time single short texts too"
+        "--latency", action=argparse.BooleanOptionalAction, default=True, help="also measure single short texts"
     )
     parser.add_argument(
         "--memory",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="on a CPU, encode all texts once more in a process of each competitor's own, for its peak memory",
+        help="on a CPU, encode all texts once more in a separate process for each competitor, for its peak memory",
     )
-    parser.add_argument("--out", metavar="FILE", help="report .html or .md, or the results as .json")
+    parser.add_argument("--out", metavar="FILE", help="file for the report (.html, .md) or the results (.json)")
     add_message_options(parser)
     parser.set_defaults(run=run)
 

@@ -17,14 +17,14 @@ def add(commands: Any) -> None:
         commands,
         "classify",
         "the class of each text",
-        """The model needs a classification head. A line for each text: labels, each followed by its probability, the
-likeliest first. A regression model gives its values instead.
+        """The model needs a classification head. The output is a line for each text: its labels, each followed by its
+probability, the most probable first. For a regression model it is the predicted values.
 
 examples:
   fastbert classify "What a film!" "I left early." --model ./my-classifier
   fastbert classify --file reviews.txt --top-k 1 --model ./my-classifier""",
     )
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts, if there is no --file")
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts, without --file")
     parser.add_argument("--file", dest="input", help="texts, one a line; - is standard input")
     add_field_option(parser)
     parser.add_argument("--top-k", type=positive_int, metavar="N", help="labels in a line (default: all)")
@@ -34,7 +34,7 @@ examples:
 def run(args: argparse.Namespace) -> None:
     """Prints a line for each text: labels and their probabilities, or the values of a regression."""
     if bool(args.texts) == (args.input is not None):
-        args.usage_error("expected texts or --file, one of the two")
+        args.usage_error("expected either texts or --file")
     import torch
 
     from fastbert.cli import models, texts

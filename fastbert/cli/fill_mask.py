@@ -13,14 +13,16 @@ def add(commands: Any) -> None:
     parser = add_model_command(
         commands,
         "fill-mask",
-        "the likeliest tokens for every [MASK] of a text",
-        """The model needs a masked-language-model head. A line holds probability and token.
+        "the most probable tokens for every [MASK] of a text",
+        """The model needs a masked-language-model head. A line of the output holds a probability and a token.
 
 example:
   fastbert fill-mask "Paris is the [MASK] of France." --model google-bert/bert-base-uncased""",
     )
-    parser.add_argument("text", help="with [MASK] in it, once or several times")
-    parser.add_argument("--top-k", type=positive_int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument("text", help="text with one [MASK] or several")
+    parser.add_argument(
+        "--top-k", type=positive_int, default=5, metavar="N", help="tokens for each [MASK] (default: %(default)s)"
+    )
     parser.set_defaults(run=run)
 
 

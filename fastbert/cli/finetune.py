@@ -23,33 +23,33 @@ class Entry:
 # By the names of fastbert.training.finetuning.tasks.TASKS, in the order of --help.
 TASKS = {
     "classify": Entry(
-        "one of several classes for a text or a pair",
+        "trains a model that gives a text or a pair one of several classes",
         "text, text_pair (optional) and label, the name of a class",
         "--train train.csv --eval test.csv --columns text=review label=stars",
     ),
     "multilabel": Entry(
-        "any number of labels for a text",
+        "trains a model that gives a text any number of labels",
         'text, text_pair (optional) and labels: a list, or a cell such as "cheap,loud"',
         "--train train.jsonl --threshold 0.4",
     ),
     "regress": Entry(
-        "a number for a text or a pair",
+        "trains a model that gives a text or a pair a number",
         "text, text_pair (optional) and label, a number",
         "--train train.tsv --eval test.tsv --columns label=score",
     ),
     "choice": Entry(
-        "the right one of several continuations or answers",
+        "trains a model that chooses one of several continuations or answers",
         "text or question, context (optional), choices (a list) and label (a choice, or its number from 0)",
         "--train train.jsonl --eval test.jsonl",
     ),
     "tokens": Entry(
-        "a label for each word, as of names: entities",
-        "tokens and labels (lists; CoNLL has them), or text and spans: a list of {start, end, label}, in characters",
+        "trains a model that labels words, such as the names of entities",
+        "tokens and labels (lists, as in CoNLL files), or text and spans: a list of {start, end, label}, in characters",
         "--train train.conll --eval test.conll --stride 64",
     ),
     "qa": Entry(
-        "answers to questions, as exact pieces of a context",
-        "question, context and answers, as SQuAD's JSON has them; none where the context has no answer",
+        "trains a model that answers questions with exact pieces of a context",
+        "question, context and answers, as in SQuAD's JSON; answers is empty if the context has no answer",
         "--train train.json --eval test.json --answer-length 30",
     ),
 }
@@ -60,7 +60,7 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "finetune",
-        "a head on a pre-trained encoder, trained on your data",
+        "trains a head on a pre-trained encoder with your data",
         """fastbert finetune TASK --help explains a task.
 
 example:
@@ -80,8 +80,8 @@ def _add_task(tasks: Any, name: str, entry: Entry) -> None:
         name,
         entry.summary,
         f"""A record has {entry.columns}.
-The result is a folder that transformers and fastbert read, with metrics.json, a report and a model card. The best
-model lies in it, and the last one in last/. A run that is killed goes on with --resume.
+The result is a folder that transformers and fastbert read, with metrics.json, a report and a model card. It holds the
+best model; the last model is in last/. After a crash, --resume continues the run.
 
 example:
   fastbert finetune {name} {entry.example} \\

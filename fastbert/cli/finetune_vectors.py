@@ -23,85 +23,85 @@ from fastbert.training.settings import PRECISIONS
 
 Help = Mapping[str, Mapping[str, tuple[str, str]]]
 
-# By group and field: the name of the value in --help, "" for what is chosen or switched, and what is said of it.
+# For each group and field: the name of the value in --help ("" for a choice or a switch), and the help text.
 DATA = {
-    "model": ("FOLDER", "what training begins with, a folder or a hub id; a plain encoder is taken too"),
-    "train": ("FILE", "records: CSV, TSV, JSON lines, Parquet"),
-    "output": ("FOLDER", "of the result; checkpoints, metrics.json and report.html lie there, too"),
+    "model": ("FOLDER", "model to train, a folder or a hub id; it may be a plain encoder"),
+    "train": ("FILE", "training records: CSV, TSV, JSON lines or Parquet"),
+    "output": ("FOLDER", "folder for the result, the checkpoints, metrics.json and report.html"),
     "eval": ("FILE", "held-out records (default: a share of the anchors of --train)"),
-    "eval_share": ("SHARE", "of the anchors that are held out, 0 for none"),
-    "kind": ("", "of the files"),
-    "columns": ("NAME=COLUMN", "the file's name of a column, as in anchor=question"),
-    "score_scale": ("VALUE", "what scores are divided by: 5 for scores from 0 to 5"),
-    "max_length": ("N", "tokens that are read (default: what the model reads)"),
-    "teacher": ("FOLDER", "a model, a folder or a hub id, whose vectors or scores are learned"),
-    "accelerate": ("", "run the model by fastbert; --no-accelerate: by its own code"),
+    "eval_share": ("SHARE", "share of the anchors that is held out, 0 for none"),
+    "kind": ("", "kind of the files"),
+    "columns": ("NAME=COLUMN", "other column names in the file, as in anchor=question"),
+    "score_scale": ("VALUE", "divisor of scores: 5 for scores from 0 to 5"),
+    "max_length": ("N", "greatest sequence length in tokens (default: the model's limit)"),
+    "teacher": ("FOLDER", "model, as a folder or a hub id, whose vectors or scores are learned"),
+    "accelerate": ("", "run the model with fastbert; --no-accelerate: with its own code"),
 }
 MINING = {
-    "mine_negatives": ("N", "wrong texts that are mined for each pair"),
-    "mine_skip": ("N", "of the nearest wrong texts that are passed over"),
-    "mine_depth": ("N", "of the nearest wrong texts that are looked at"),
-    "mine_margin": ("VALUE", "least distance of a negative's score to the positive's"),
-    "mine_max_score": ("COSINE", "of a negative, at most"),
+    "mine_negatives": ("N", "number of negatives to mine for each pair"),
+    "mine_skip": ("N", "number of nearest negatives to skip"),
+    "mine_depth": ("N", "number of nearest negatives to consider"),
+    "mine_margin": ("VALUE", "least difference between a negative's score and the positive's"),
+    "mine_max_score": ("COSINE", "greatest score of a negative"),
 }
 STEPS = {
-    "epochs": ("N", "times that the records are read, where --steps is not named"),
+    "epochs": ("N", "passes over the records, if --steps is not set"),
     "steps": ("N", "updates of the weights"),
-    "batch_size": ("N", "records of a batch on each device"),
-    "mini_batch_size": ("N", "texts or pairs at once, of losses that compute a batch in parts"),
-    "accumulate": ("N", "batches of an update"),
-    "learning_rate": ("RATE", "at the peak"),
-    "weight_decay": ("RATE", "of AdamW"),
-    "warmup": ("N", "updates, or below 1 a share of all"),
-    "clip": ("NORM", "the greatest norm of all gradients together, 0 for no limit"),
-    "seed": ("N", "of order, dropout, new heads and held-out anchors"),
-    "precision": ("", "of products; weights are fp32. auto: bf16 where the device has it"),
+    "batch_size": ("N", "records in a batch of one device"),
+    "mini_batch_size": ("N", "texts or pairs computed at once, for losses that compute a batch in parts"),
+    "accumulate": ("N", "batches in an update"),
+    "learning_rate": ("RATE", "highest learning rate"),
+    "weight_decay": ("RATE", "weight decay of AdamW"),
+    "warmup": ("N", "number of warm-up updates, or a share of all updates if below 1"),
+    "clip": ("NORM", "limit for the norm of all gradients together, 0 for no limit"),
+    "seed": ("N", "seed of the order, dropout, new heads and held-out anchors"),
+    "precision": ("", "data type of matrix products; weights are fp32. auto: bf16 if the device has it"),
 }
-ON_THE_WAY = {
-    "evaluate_every": ("STEPS", "between evaluations and checkpoints (default: each epoch)"),
-    "early_stopping": ("N", "evaluations without a better score, after which the run ends"),
-    "keep": ("N", "newest checkpoints that stay beside the best"),
-    "log_every": ("STEPS", "between losses that are logged"),
-    "dry_run": ("", "show data, lengths, truncation, steps and time, and train nothing"),
-    "resume": ("", "go on from the newest complete checkpoint in --output"),
-    "device": ("NAME", "cpu for the CPU (default: the GPU if there is one; with torchrun, one each)"),
-    "progress": ("", "show a bar"),
+RUN = {
+    "evaluate_every": ("STEPS", "steps between evaluations and checkpoints (default: each epoch)"),
+    "early_stopping": ("N", "end the run after N evaluations without a better score"),
+    "keep": ("N", "number of newest checkpoints to keep, in addition to the best"),
+    "log_every": ("STEPS", "steps between lines of the losses"),
+    "dry_run": ("", "show data, lengths, truncation, steps and time, and do not train"),
+    "resume": ("", "continue from the newest complete checkpoint in --output"),
+    "device": ("NAME", "cpu for the CPU (default: the GPU if there is one; with torchrun, one GPU each)"),
+    "progress": ("", "show a progress bar"),
 }
 EMBED_HELP: Help = {
     "data": DATA,
     "objective": {
         "loss": ("", "auto: mnrl for pairs and triplets, cosent for scored pairs, batch-all for classes, distillation"),
-        "preserve": ("FILE", "of texts whose vectors stay as they are, so that other knowledge is not lost"),
-        "preserve_weight": ("VALUE", "of the loss of those texts, 1 - cosine to the vector before the training"),
-        "margin": ("VALUE", "cosine distance by which texts of other classes are to be farther"),
-        "teacher_width": ("", "a teacher of another width: pca or cut of its vectors, or dense after the model's"),
-        "matryoshka": ("WIDTHS", "that are trained beside one another, as in 384,192,96"),
-        "pooling": ("", "of tokens (default: the model's, and mean for a plain encoder)"),
-        "query_prompt": ("TEXT", "before anchors (default: the model's)"),
-        "document_prompt": ("TEXT", "before positives and negatives (default: the model's)"),
+        "preserve": ("FILE", "texts whose vectors should not change, to keep the other knowledge of the model"),
+        "preserve_weight": ("VALUE", "weight of the loss of these texts, 1 - cosine to the vector before training"),
+        "margin": ("VALUE", "least difference in cosine distance between texts of another class and of the same"),
+        "teacher_width": ("", "for a teacher of another width: pca or cut of its vectors, or dense after the model's"),
+        "matryoshka": ("WIDTHS", "widths that are trained together, as in 384,192,96"),
+        "pooling": ("", "pooling of tokens (default: the model's, and mean for a plain encoder)"),
+        "query_prompt": ("TEXT", "prompt before anchors (default: the model's)"),
+        "document_prompt": ("TEXT", "prompt before positives and negatives (default: the model's)"),
     },
     "mined negatives": MINING,
     "steps": STEPS,
-    "on the way": ON_THE_WAY,
+    "run": RUN,
 }
 RERANK_HELP: Help = {
     "data": DATA,
     "objective": {
-        "loss": ("", "auto: bce, for scored triplets and with a teacher marginmse, for lists lambda"),
-        "eval_candidates": ("N", "texts of a list that is made for a held-out pair"),
+        "loss": ("", "auto: bce; marginmse for scored triplets and with a teacher; lambda for lists"),
+        "eval_candidates": ("N", "number of texts in the list for a held-out pair"),
     },
-    "mined negatives": {**MINING, "miner": ("FOLDER", "a bi-encoder, a folder or hub id, that mines")},
+    "mined negatives": {**MINING, "miner": ("FOLDER", "bi-encoder that mines negatives, a folder or a hub id")},
     "steps": STEPS,
-    "on the way": ON_THE_WAY,
+    "run": RUN,
 }
 
 
 def add(tasks: Any) -> None:
     """Adds the subcommands `embed` and `rerank` of `fastbert finetune`."""
     _add(
-        tasks, "embed", "sentence embeddings of pairs, triplets, scored pairs, classes or a teacher",
-        """records: {"anchor": ..., "positive": ...}, perhaps "negative" and "score"; {"sentence1": ...,
-"sentence2": ..., "score": ...}; {"text": ..., "label": ...}; or {"text": ...}, perhaps "text_pair" and "vector", for
+        tasks, "embed", "trains sentence embeddings on pairs, triplets, scored pairs, classes or a teacher",
+        """records: {"anchor": ..., "positive": ...}, optionally "negative" and "score"; {"sentence1": ...,
+"sentence2": ..., "score": ...}; {"text": ..., "label": ...}; or {"text": ...}, optionally "text_pair" and "vector", for
 distillation
 
 examples:
@@ -114,9 +114,9 @@ on N GPUs of a machine, with negatives from all of them:
         EMBED_HELP, EmbedSettings, run_embed,
     )  # fmt: skip
     _add(
-        tasks, "rerank", "a cross-encoder, which scores pairs of texts",
+        tasks, "rerank", "trains a cross-encoder, which scores pairs of texts",
         """records: {"text": ..., "text_pair": ..., "label": 0 or 1}; {"anchor": ..., "positive": ..., "negative": ...},
-perhaps "score"; or {"query": ..., "documents": [...], "labels": [...]}
+optionally "score"; or {"query": ..., "documents": [...], "labels": [...]}
 
 examples:
   fastbert finetune rerank --model ./encoder --train labelled.jsonl --output ./my-reranker

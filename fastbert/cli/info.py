@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     parser = add_model_command(
         commands,
         "info",
-        "versions, devices and, with --model, what would run each operation, and why",
+        "versions and devices; with --model, the kernel of each operation and the reason for it",
         """examples:
   fastbert info
   fastbert info --model google-bert/bert-base-uncased --dtype bfloat16""",

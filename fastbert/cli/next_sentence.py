@@ -14,7 +14,8 @@ def add(commands: Any) -> None:
         commands,
         "next-sentence",
         "whether a second sentence follows a first",
-        """The model needs a next-sentence head. Printed are p_is_next, the probability that it follows, and is_next.
+        """The model needs a next-sentence head. The output has p_is_next, the probability that the second sentence
+follows, and is_next.
 
 example:
   fastbert next-sentence "He opened the door." "Nobody was there." --model google-bert/bert-base-uncased""",

@@ -38,30 +38,32 @@ def add_command(commands: Any, name: str, summary: str, epilog: str) -> argparse
 def add_loading_options(group: Any) -> None:
     """Adds what `models.loading_arguments` reads."""
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
-    choice = "the checkpoint's, and of vectors and scores on a CPU bfloat16 where it has that in hardware"
+    choice = "the checkpoint's; for vectors and scores on a CPU, bfloat16 if the CPU multiplies it faster"
     group.add_argument("--dtype", default="auto", help=f"float32, bfloat16 or float16 (default: {choice})")
     group.add_argument("--device", help="cpu, cuda, cuda:1 (default: the GPU if there is one)")
     group.add_argument(
-        "--threads", type=int, metavar="N", help="on the CPU (default: what the machine, or its container, allows)"
+        "--threads", type=int, metavar="N", help="threads on the CPU (default: the limit of the machine or container)"
     )
     group.add_argument(
-        "--backend", default="auto", choices=("auto", "triton", "cpu", "torch"), help="default: %(default)s"
+        "--backend", default="auto", choices=("auto", "triton", "cpu", "torch"), help="kernels (default: %(default)s)"
     )
-    group.add_argument("--precision", choices=("fp8", "int8"), help="linears on 8-bit operands: GPUs; int8 on CPUs too")
-    group.add_argument("--strict", action="store_true", help="an error where the backend cannot do something")
+    group.add_argument(
+        "--precision", choices=("fp8", "int8"), help="8-bit operands in linear layers: on GPUs; int8 also on CPUs"
+    )
+    group.add_argument("--strict", action="store_true", help="raise an error instead of a fallback")
 
 
 def add_message_options(parser: argparse.ArgumentParser) -> None:
     """Adds what `main` reads."""
     group = parser.add_argument_group("messages")
-    group.add_argument("-v", "--verbose", action="store_true", help="say more on standard error")
+    group.add_argument("-v", "--verbose", action="store_true", help="print more messages on standard error")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_field_option(parser: argparse.ArgumentParser) -> None:
     """Adds what `texts.read` reads beside the name of the file."""
     parser.add_argument(
-        "--field", metavar="NAME", help="the lines are JSON objects, with the text under this name (.jsonl: text)"
+        "--field", metavar="NAME", help="field with the text, if the lines are JSON objects (.jsonl: text)"
     )
 
 
@@ -69,16 +71,16 @@ def add_reading_options(group: Any) -> None:
     """Adds what a `Reading` is made of: how documents lie in files."""
     group.add_argument(
         "--layout", default="auto", choices=("auto", "sentences", "documents", "files"),
-        help="of plain text: a sentence a line, and a blank line between documents (auto, sentences); running text, "
-        "with a document a line (documents) or a file (files)",
+        help="layout of plain text: one sentence on each line, and a blank line between documents (auto, sentences); "
+        "or running text with one document on each line (documents) or in each file (files)",
     )  # fmt: skip
     group.add_argument(
         "--field", default="text", metavar="NAME",
-        help="of JSON lines and Parquet: running text, or a list of sentences (default: %(default)s)",
+        help="field of JSON lines and Parquet with running text, or a list of sentences (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
         "--errors", default="strict", choices=("strict", "replace"),
-        help="for bytes that are not UTF-8: stop, or put U+FFFD in their place and count them (default: %(default)s)",
+        help="for bytes that are not UTF-8: stop, or replace them by U+FFFD and count them (default: %(default)s)",
     )  # fmt: skip
 
 

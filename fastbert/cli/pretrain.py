@@ -14,9 +14,9 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "pretrain",
-        "a BERT from raw text: masked tokens and next sentences",
-        """The text is tokenised once and kept in a cache. A run that is killed goes on with --resume, as if nothing had
-been. The result is a folder that transformers and fastbert read.
+        "trains a BERT on raw text: masked tokens and next sentences",
+        """The text is tokenised once and kept in a cache. After a crash, --resume continues the run, with the same
+result. The result is a folder that transformers and fastbert read.
 
 """
         + options.EXAMPLES,

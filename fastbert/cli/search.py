@@ -21,22 +21,24 @@ def add(commands: Any) -> None:
         commands,
         "search",
         "the texts of a file, or the vectors of a matrix, nearest to each query",
-        f"""A line of JSON for each query: {{"query": ..., "hits": [{{"corpus_id": ..., "score": ..., "text": ...}}]}};
-lines count from 0. --vectors is what `fastbert embed` wrote for the file, which is then not embedded again; it is read
-a piece at a time.
+        f"""The output is a line of JSON for each query:
+{{"query": ..., "hits": [{{"corpus_id": ..., "score": ..., "text": ...}}]}}; corpus_id counts lines from 0.
+--vectors is the output of `fastbert embed` for the file, which is then not embedded again; it is read in parts.
 
 examples:
   fastbert search "How do I reset it?" --file faq.txt --model {MINILM}
   fastbert search --queries queries.txt --file articles.jsonl --vectors articles.npy --top-k 100 --model ./my-model""",
     )
-    parser.add_argument("queries", nargs="*", metavar="QUERY", help="queries, if there is no --queries")
+    parser.add_argument("queries", nargs="*", metavar="QUERY", help="queries, without --queries")
     parser.add_argument("--queries", dest="query_file", metavar="FILE", help="queries, one a line; - is standard input")
     parser.add_argument("--file", dest="input", metavar="FILE", help="texts to search, one a line; - is standard input")
     add_field_option(parser)
-    parser.add_argument("--vectors", metavar="FILE", help=".npy file with their vectors, (n, dim)")
-    parser.add_argument("--top-k", type=positive_int, default=10, metavar="N", help="default: %(default)s")
+    parser.add_argument("--vectors", metavar="FILE", help=".npy file with the vectors of the texts, (n, dim)")
     parser.add_argument(
-        "--score", choices=("cosine", "dot"), help="default: what the model was trained for, if that is one of the two"
+        "--top-k", type=positive_int, default=10, metavar="N", help="hits for a query (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--score", choices=("cosine", "dot"), help="similarity function (default: the model's, or cosine)"
     )
     parser.set_defaults(run=run)
 
@@ -44,7 +46,7 @@ examples:
 def run(args: argparse.Namespace) -> None:
     """Prints a line of JSON for each query, with its hits."""
     if bool(args.queries) == (args.query_file is not None):
-        args.usage_error("expected queries or --queries, one of the two")
+        args.usage_error("expected either queries or --queries")
     if args.input is None and args.vectors is None:
         args.usage_error("expected --file, --vectors or both")
     import numpy as np

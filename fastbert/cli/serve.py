@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,41 +17,51 @@ def add(commands: Any) -> None:
         commands,
         "serve",
         "vectors, scores and entities over HTTP",
-        """A model is a folder or hub id; NAME=FOLDER gives it the name that callers use. What it can do follows from
-its head: vectors, scores of pairs, classes or entities. /docs shows the routes. SIGTERM stops the server; what was
-asked before is answered. An API key may stand in the environment variable FASTBERT_API_KEY.
+        """A model is a folder or hub id; NAME=FOLDER gives it a name for requests. The head of a model determines its
+routes: vectors, scores of pairs, classes or entities. /docs shows the routes. SIGTERM stops the server after it has
+answered the accepted requests. The environment variable FASTBERT_API_KEY may hold an API key.
 
 examples:
   fastbert serve sentence-transformers/all-MiniLM-L6-v2
   fastbert serve minilm=./all-MiniLM-L6-v2 reranker=./cross-encoder --port 8080 --batch-invariant""",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="folder, hub id, or NAME=FOLDER")
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 for all networks (default: %(default)s)")
-    parser.add_argument("--port", type=int, default=8000, help="0 for a free one (default: %(default)s)")
-    parser.add_argument("--api-key-file", metavar="FILE", help="API keys, one a line")
+    parser.add_argument("--host", default="127.0.0.1", help="address; 0.0.0.0: all networks (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port; 0: a free one (default: %(default)s)")
+    parser.add_argument("--api-key-file", metavar="FILE", help="file with one API key on each line")
     parser.add_argument(
-        "--batch-invariant", action="store_true", help="answers do not depend on who else called, to the bit"
+        "--batch-invariant", action="store_true", help="the bits of an answer do not depend on other requests"
     )
-    parser.add_argument("--refuse-long", action="store_true", help="refuse longer texts where a request says nothing")
-    parser.add_argument("--max-length", type=positive_int, metavar="N", help="tokens of a text that are read")
-    parser.add_argument("--batch-tokens", type=positive_int, metavar="N", help="tokens in a batch")
+    parser.add_argument("--refuse-long", action="store_true", help="long texts are an error, if a request sets nothing")
+    parser.add_argument("--max-length", type=positive_int, metavar="N", help="greatest sequence length, in tokens")
+    parser.add_argument("--batch-tokens", type=positive_int, metavar="N", help="greatest number of tokens in a batch")
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--body-mib", type=positive_int, default=16, metavar="N", help="of a body (default: 16)")
     limits.add_argument(
-        "--max-texts", type=positive_int, default=2048, metavar="N", help="of a request (default: 2048)"
+        "--body-mib", type=positive_int, default=16, metavar="N", help="size of a request body in MiB (default: 16)"
     )
     limits.add_argument(
-        "--max-tokens", type=positive_int, default=2**18, metavar="N", help="of a request (default: %(default)s)"
+        "--max-texts", type=positive_int, default=2048, metavar="N", help="texts in a request (default: 2048)"
+    )
+    limits.add_argument(
+        "--max-tokens", type=positive_int, default=2**18, metavar="N", help="tokens in a request (default: %(default)s)"
     )
     limits.add_argument(
         "--queue-tokens", type=positive_int, default=2**19, metavar="N",
-        help="that wait or run for a model; more are refused with 429 (default: %(default)s)",
+        help="tokens that wait or run for a model; a full queue answers with 429 (default: %(default)s)",
     )  # fmt: skip
-    limits.add_argument("--timeout", type=float, default=60.0, metavar="S", help="until the answer (default: 60)")
-    limits.add_argument("--body-timeout", type=float, default=30.0, metavar="S", help="until the body (default: 30)")
+    limits.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="seconds until the answer (default: 60)"
+    )
+    limits.add_argument(
+        "--body-timeout",
+        type=float,
+        default=30.0,
+        metavar="S",
+        help="seconds until the headers, and again until the body (default: 30)",
+    )
     limits.add_argument(
         "--drain", type=float, default=2.0, metavar="S",
-        help="how long /ready says no, and requests are still taken, before it stops (default: 2)",
+        help="seconds in which /ready says no, but requests are still accepted, before the stop (default: 2)",
     )  # fmt: skip
     add_loading_options(parser.add_argument_group("model"))
     add_message_options(parser)
@@ -82,13 +94,15 @@ def run(args: argparse.Namespace) -> None:
     if len(loaders) < len(args.models):
         raise ValueError("serve: two models have the same name: NAME=FOLDER gives each its own")
     logs.log_to()
-    server.run(Service(loaders, settings), args.host, args.port, args.drain)
+    service = Service(loaders, settings)
+    server.run(service, args.host, args.port, args.drain)
+    if service.abandoned:  # a thread loads a model, or downloads it: Python would wait for what it has begun
+        logging.shutdown()
+        os._exit(0)
 
 
 def _name_and_source(model: str) -> tuple[str, str]:
     """Splits NAME=FOLDER. A folder has its last part as its name, a hub id is its own."""
-    import os
-
     name, sign, source = model.partition("=")
     if sign and name and not os.path.exists(model):
         return name, source

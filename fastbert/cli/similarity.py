@@ -15,18 +15,20 @@ def add(commands: Any) -> None:
     parser = add_model_command(
         commands,
         "similarity",
-        "cosine of two texts, or the lines of a file nearest to a text",
-        f"""For two texts the cosine is printed. With --file, a line for each of the nearest texts: cosine, line number
-and text.
+        "cosine similarity of two texts, or the lines of a file that are nearest to a text",
+        f"""The output for two texts is their cosine. With --file, it is a line for each of the nearest texts: cosine,
+line number and text.
 
 examples:
   fastbert similarity "A cat sleeps." "A dog is asleep." --model {MINILM}
   fastbert similarity "How do I reset it?" --file faq.txt --top-k 3 --model ./my-model""",
     )
-    parser.add_argument("texts", nargs="+", metavar="TEXT", help="two texts, or one with --file")
+    parser.add_argument("texts", nargs="+", metavar="TEXT", help="two texts, or one text with --file")
     parser.add_argument("--file", dest="input", help="texts to search, one a line; - is standard input")
     add_field_option(parser)
-    parser.add_argument("--top-k", type=positive_int, default=5, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--top-k", type=positive_int, default=5, metavar="N", help="texts to print (default: %(default)s)"
+    )
     parser.set_defaults(run=run)
 
 

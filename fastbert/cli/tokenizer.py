@@ -24,33 +24,33 @@ def add(commands: Any) -> None:
     train = add_command(
         actions,
         "train",
-        "learns WordPieces, as BERT's",
-        """Accents go with capitals, unless the text has Korean in it: Hangul stays whole. Text above --sample-bytes is
-sampled: every sentence has the same chance, and the result says how much was taken. Otherwise tens of gigabytes take
-days and overflow the counts.
+        "learns a WordPiece vocabulary, as BERT has",
+        """With --lowercase accents are removed too, except from text with Korean, because that would take Hangul
+syllables apart. From text larger than --sample-bytes the command draws sentences, each with the same probability, and
+prints the size of the sample. Tens of gigabytes would take days and overflow the counts.
 
 examples:
   fastbert tokenizer train --files corpus/ --output my-tokenizer
   fastbert tokenizer train --files 'news/**/*.jsonl.gz' --field body --no-lowercase --output my-tokenizer""",
     )
     train.add_argument("--files", nargs="+", required=True, metavar="PATH", help="files, folders and globs of text")
-    train.add_argument("--output", required=True, metavar="FOLDER", help="where to save the tokenizer")
-    train.add_argument("--vocab-size", type=positive_int, default=30000, metavar="N", help="default: %(default)s")
+    train.add_argument("--output", required=True, metavar="FOLDER", help="folder for the tokenizer")
     train.add_argument(
-        "--lowercase", action=argparse.BooleanOptionalAction, default=True, help="no difference between a and A"
+        "--vocab-size", type=positive_int, default=30000, metavar="N", help="size of the vocabulary (%(default)s)"
     )
+    train.add_argument("--lowercase", action=argparse.BooleanOptionalAction, default=True, help="treat A as a")
     train.add_argument(
         "--strip-accents", action=argparse.BooleanOptionalAction,
-        help="no difference between a and à (default: as --lowercase, and never where there is Korean)",
+        help="treat à as a (default: as --lowercase, but no if the text has Korean)",
     )  # fmt: skip
     train.add_argument(
-        "--min-frequency", type=positive_int, default=2, metavar="N", help="of a merge (default: %(default)s)"
+        "--min-frequency", type=positive_int, default=2, metavar="N", help="least count of a merge (%(default)s)"
     )
     train.add_argument(
         "--sample-bytes", type=positive_int, default=SAMPLE_BYTES, metavar="N",
         help="learn from at most this many bytes of text (default: %(default)s)",
     )  # fmt: skip
-    train.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample (default: %(default)s)")
+    train.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sample (default: %(default)s)")
     add_reading_options(train.add_argument_group("text"))
     add_message_options(train)
     train.set_defaults(run=run)

@@ -19,31 +19,31 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "tune",
-        "times the kernels on this GPU for the shapes of your models, and keeps the fastest in a table",
-        """The table goes into the cache ($XDG_CACHE_HOME/fastbert/tuned, by default under ~/.cache) under the name of
-the GPU, and every later process goes by it. Shapes that it has from before stay. Without a GPU the exit code is 2.
+        "measures the kernels on this GPU for the shapes of your models, and keeps the fastest in a table",
+        """The table is a file in the cache ($XDG_CACHE_HOME/fastbert/tuned, by default under ~/.cache) with the name of
+the GPU. Every later process reads it. Entries for other shapes stay. Without a GPU the exit code is 2.
 
 examples:
-  fastbert tune                          all-MiniLM-L6-v2's, BERT-base's and BERT-large's shapes
-  fastbert tune ./my-model --dry-run     what would be timed""",
+  fastbert tune                          measures the shapes of all-MiniLM-L6-v2, BERT-base and BERT-large
+  fastbert tune ./my-model --dry-run     prints the list of measurements""",
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help="folders in Hugging Face layout, or hub ids")
-    parser.add_argument("--tokens", nargs="+", type=positive_int, metavar="N", help="tokens to time at")
+    parser.add_argument("--tokens", nargs="+", type=positive_int, metavar="N", help="token counts to measure")
     parser.add_argument(
         "--dtype", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16"],
-        help="bfloat16 and float16 share a table's entries (default: bfloat16)",
+        help="data types; bfloat16 and float16 share the entries of a table (default: bfloat16)",
     )  # fmt: skip
     parser.add_argument(
-        "--precision", nargs="+", choices=("fp8", "int8"), default=(), help="8-bit linears too, on GPUs that have them"
+        "--precision", nargs="+", choices=("fp8", "int8"), default=(), help="also 8-bit linears, if the GPU has them"
     )
-    parser.add_argument("--only", nargs="+", choices=("gemm", "attention"), default=(), help="one of the two")
+    parser.add_argument("--only", nargs="+", choices=("gemm", "attention"), default=(), help="only these kernels")
     parser.add_argument("--device", help="cuda, cuda:1 (default: the current GPU)")
-    parser.add_argument("--out", metavar="FILE", help="write the table here and not into the cache")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be timed, and time nothing")
+    parser.add_argument("--out", metavar="FILE", help="file for the table, instead of the cache")
+    parser.add_argument("--dry-run", action="store_true", help="print the list of measurements, and measure nothing")
     parser.add_argument(
-        "--arch", type=positive_int, metavar="N", help="with --dry-run: as on this compute capability, 90 for 9.0"
+        "--arch", type=positive_int, metavar="N", help="with --dry-run: a compute capability, 90 for 9.0"
     )
-    parser.add_argument("--check", metavar="FILE", help="only say whether this table is one for this GPU")
+    parser.add_argument("--check", metavar="FILE", help="only say whether this table is for this GPU")
     add_message_options(parser)
     parser.set_defaults(run=run)
 
@@ -51,7 +51,7 @@ examples:
 def run(args: argparse.Namespace) -> int:
     """Tunes, or only checks a table, or only prints what would be timed; 2 where there is no GPU to tune."""
     if args.arch is not None and not args.dry_run:
-        args.usage_error("--arch goes with --dry-run")
+        args.usage_error("--arch: expected only with --dry-run")
     import torch
 
     from fastbert.checkpoint.config import BertConfig

@@ -23,9 +23,9 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands,
         "verify",
-        "whether a model is right on your texts: every layer beside float64 and plain PyTorch",
-        """The exit code is 1 if something is wrong; the first part that is off is named. The reference runs in float64
-on the CPU: some hundred texts take minutes with a large model.
+        "checks a model on your texts: every layer is compared with float64 and with plain PyTorch",
+        """If a result is wrong, the exit code is 1, and the report names the first wrong part. The reference runs in
+float64 on the CPU, so a few hundred texts take minutes with a large model.
 
 examples:
   fastbert verify ./my-model --texts texts.txt
@@ -35,12 +35,12 @@ examples:
     group = parser.add_argument_group("model")
     group.add_argument("model", metavar="MODEL", help="folder in Hugging Face layout, or hub id")
     add_loading_options(group)
-    parser.add_argument("--texts", dest="input", metavar="FILE", help="texts, one a line (default: a dozen built in)")
+    parser.add_argument("--texts", dest="input", metavar="FILE", help="texts, one a line (default: a dozen examples)")
     add_field_option(parser)
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="texts that are read (default: all)")
-    parser.add_argument("--gradients", action="store_true", help="look at the gradients of every parameter too")
-    parser.add_argument("--json", metavar="FILE", help="write the report as JSON too; - is standard output, alone")
-    parser.add_argument("--html", metavar="FILE", help="write the report as a page too")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="greatest number of texts (default: all)")
+    parser.add_argument("--gradients", action="store_true", help="also check the gradient of every parameter")
+    parser.add_argument("--json", metavar="FILE", help="file for the report as JSON; - is standard output, alone")
+    parser.add_argument("--html", metavar="FILE", help="file for the report as a page")
     add_message_options(parser)
     parser.set_defaults(run=run)
 

@@ -1,4 +1,4 @@
-"""`warmup` does ahead everything for which a first call would stop."""
+"""`warmup` compiles and captures ahead, so that a first call does not wait for it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,10 @@ _TEXT = "One text."
 
 @dataclass(frozen=True)
 class WarmupReport:
-    """The work that `warmup` did. `str(report)` says it in a line or two.
+    """A `WarmupReport` describes the work of `warmup`; `str(report)` is a summary in a line or two.
 
-    buckets: the token counts for which there is a CUDA graph now. events: the numbers of kernels that it compiled and
-    loaded, and of graphs that it captured. seconds: the time of all that. notes: the reason why there is no graph, if
-    there is none.
+    buckets: the token counts that have a CUDA graph now. events: the numbers of compiled kernels, loaded kernels and
+    captured graphs. seconds: the time of the warm-up. notes: the reason if there is no graph.
     """
 
     model: str
@@ -48,16 +47,15 @@ class WarmupReport:
 
 
 def warmup(model: Any, *, max_tokens: int | None = None) -> WarmupReport:
-    """Compiles the kernels and captures the CUDA graphs of a model, so that no later batch stops for that.
+    """Compiles the kernels and captures the CUDA graphs of a model, so that no later batch waits for this.
 
     model: a BertModel, a model with a head, a SentenceEncoder, or a module that wraps one; in eval mode, on its
-    device. max_tokens: the size of the largest batch that will come, by default the encoder's token budget, or the
-    largest bucket (fastbert.engine.graphs). Larger batches work too: they are launched kernel by kernel.
+    device. max_tokens: the size of the largest expected batch, by default the encoder's token budget, or the largest
+    bucket (fastbert.engine.graphs). Larger batches work too: their kernels are launched one by one.
 
-    Afterwards `fastbert.compile_events()` stays as it is whatever lengths arrive, in inference mode or under no_grad,
-    until the model's weights, dtype, device or mode change. On a CPU there is nothing to compile or to capture: a batch
-    is run, which loads libraries and makes their buffers. Raises TypeError for another kind of model, ValueError
-    for max_tokens.
+    After that, `fastbert.compile_events()` does not change for any sequence lengths, in inference mode or under
+    no_grad, until the model's weights, dtype, device or mode change. On a CPU a batch is run, which loads libraries and
+    makes their buffers. Raises TypeError for another kind of model, ValueError for max_tokens.
     """
     inner = find_model(model)
     bert = backbone(inner)

@@ -1,6 +1,6 @@
-"""An engine runs an encoder: the arithmetic, and the launch around it. README.md beside this file says how to add one.
+"""An engine runs an encoder: it selects the arithmetic and its launch. README.md describes how to add an arithmetic.
 
-`Engine` is the one door for models; what it needs of them is in `interface`.
+`Engine` is the only interface for models; `interface` describes the part of a model that it uses.
 """
 
 from fastbert.engine.block import Block, Convolution, Distances, EmbeddingTables, Linear, Norm

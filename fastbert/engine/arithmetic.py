@@ -1,4 +1,4 @@
-"""The arithmetics of an encoder beside the 8-bit operations: by modules, in one C++ call, and in one 8-bit C++ call."""
+"""This module holds three arithmetics of an encoder: by modules, in one C++ call, and in one 8-bit C++ call."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ FEATURES = frozenset(("pre_norm", "gate", "rotary", "position_bias", "window", "
 
 
 class Modules:
-    """Operation by operation: the modules of the model are called one after the other. It runs everything.
+    """This arithmetic calls the modules of the model, one operation after the other. It runs every model.
 
-    Where nobody would see the difference, the layers' kernels are launched without a call of their modules.
+    If the result is the same, it launches the layers' kernels without a call of their modules.
     """
 
     name = "operation by operation"
@@ -39,7 +39,7 @@ class Modules:
         return iter(())
 
     def prepare(self, model: Any) -> None:
-        """Makes nothing: each operation derives what it needs when it first runs."""
+        """Does nothing: each operation makes its derived tensors when it first runs."""
 
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor]:
         if batch.valid is None:
@@ -56,7 +56,7 @@ class Modules:
 
 
 class _InOneCall:
-    """The base of the two C++ encoders, which read packed weights and stand for the modules of a model."""
+    """This is the base of the two C++ encoders, which read packed weights instead of calling the modules of a model."""
 
     int8: bool
 
@@ -64,7 +64,7 @@ class _InOneCall:
         self.state, self.encoder = state, encoder
 
     def unseen_obstacles(self, model: Any, device: torch.device) -> Iterator[str]:
-        """Every reason why one call would make a difference that somebody sees."""
+        """Yields every reason why one call would give another visible result than the modules."""
         if torch.is_autocast_enabled("cpu"):
             yield "autocast is on"
         state, plain = self.state, True
@@ -74,20 +74,20 @@ class _InOneCall:
         if not plain:
             return
         if not state.plain_parameters():
-            yield "a parameter is a tensor of another kind"
+            yield "a parameter is not a plain tensor"
         features = state.layer_features(model) if state.features is None else state.features
         if features and not FEATURES.issuperset(features):
             yield from feature_obstacles(features, FEATURES, "the C++ encoder")
         activation = self.state.beside
         if activation is not None and activation not in cpu.ACTIVATIONS:
-            yield f"there is no C++ kernel for {activation!r}, the activation of a convolution beside a layer"
+            yield f"there is no C++ kernel for {activation!r}, the activation of a layer's convolution"
 
     def prepare(self, model: Any) -> None:
         if self.state.plain_modules(model):
             self.weights(model)
 
     def weights(self, model: Any) -> Any:
-        """The weights as the C++ kernels read them, packed anew where a parameter has changed; None if they cannot be.
+        """Returns the weights packed for the C++ kernels, packed again after a change; None if that is impossible.
 
         The embeddings are among them unless the model projects them.
         """
@@ -111,7 +111,7 @@ class _InOneCall:
 
 
 class OneCall(_InOneCall):
-    """The whole encoder in one call of a C++ kernel, on CPUs, for inference."""
+    """This arithmetic runs the whole encoder in one call of a C++ kernel, on CPUs, for inference."""
 
     name = "one C++ call"
     int8 = False
@@ -126,12 +126,12 @@ class OneCall(_InOneCall):
         if not possible:
             return
         if keep_states:
-            yield "the hidden states in between are wanted"
+            yield "the call requests the hidden states of all layers"
         if embedded:
             yield "the inputs are embeddings"
         choosy = not model.policy.batch_invariant  # that takes the same code for any number of rows
         if choosy and n_tokens is not None and not cpu_encoder.takes_rows(n_tokens, dtype, config.hidden_size):
-            yield f"{n_tokens} tokens are better run operation by operation"
+            yield f"{n_tokens} tokens run faster operation by operation"
         if model.precision is not None:
             decision = quantized.decide(model, model.policy, device, dtype)
             if decision.backend != quantized.UNQUANTISED:
@@ -153,14 +153,14 @@ class OneCall(_InOneCall):
 
 
 class Int8Call(_InOneCall):
-    """The whole encoder in one call of a C++ kernel that multiplies 8-bit operands, on CPUs, for precision="int8"."""
+    """This arithmetic runs the encoder in one C++ call with 8-bit operands, on CPUs, for precision="int8"."""
 
     name = "one C++ call in int8"
     int8 = True
 
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
         if model.precision is None:
-            yield "no precision was asked for"
+            yield "no precision is set"
             return
         decision = quantized.decide(model, model.policy, model.device, model.dtype)
         if decision.backend == quantized.UNQUANTISED:
@@ -169,7 +169,7 @@ class Int8Call(_InOneCall):
             yield f"the backend is {decision.backend!r}"
 
     def kernel_obstacles(self, model: Any, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
-        """Every reason why the 8-bit C++ kernels do not run the encoder on this device, in this dtype."""
+        """Yields every reason why the 8-bit C++ kernels do not run the encoder on this device, in this dtype."""
         if torch.compiler.is_compiling():
             yield str(tracing.observed())
             return
@@ -183,7 +183,7 @@ class Int8Call(_InOneCall):
             possible = False
             yield obstacle
         if possible and self.weights(model) is None:
-            yield "the parameters are not of one dtype and contiguous, or the LayerNorms differ in eps"
+            yield "the parameters have several dtypes or are not contiguous, or the LayerNorms differ in eps"
 
     @untraced
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor]:

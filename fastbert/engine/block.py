@@ -1,6 +1,6 @@
-"""A layer of an encoder as data: engines, explain, verify and tune read it, and no other description of a layer exists.
+"""A `Block` is a layer of an encoder as data. Engines, explain, verify and tune read this one description of a layer.
 
-Families differ in what a `Block` has beyond BERT's: an engine that lacks it names it as an obstacle.
+The families have further features beyond BERT's. An engine that does not support a feature names it as an obstacle.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FEATURES = {
     "rotary": "rotary positions",
     "position_bias": "a position bias in attention",
     "window": "attention within a window",
-    "scale": "a scale of attention's own",
+    "scale": "its own attention scale",
     "distances": "disentangled attention",
     "convolution": "a convolution beside a layer",
     "query_norm": "normalised queries and keys",
@@ -44,7 +44,7 @@ class Linear:
         return cls(module.weight, module.bias)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Linear:
-        """The same linear with the function's results in the place of its tensors."""
+        """Returns the linear with the function applied to each tensor."""
         return Linear(function(self.weight), None if self.bias is None else function(self.bias))
 
 
@@ -61,17 +61,17 @@ class Norm:
         return cls(module.weight, module.bias, module.eps)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Norm:
-        """The same norm with the function's results in the place of its tensors."""
+        """Returns the norm with the function applied to each tensor."""
         weight, bias = (None if t is None else function(t) for t in (self.weight, self.bias))
         return Norm(weight, bias, self.eps)
 
     def arguments(self) -> tuple[Tensor, Tensor, float]:
-        """Weight, bias and eps of a norm that has both, as kernels take them."""
+        """Returns weight, bias and eps for kernels; the norm must have weight and bias."""
         assert self.weight is not None and self.bias is not None
         return self.weight, self.bias, self.eps
 
     def filled(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight and bias, (H,) each: ones and zeros, as `like`, where it has none."""
+        """Returns weight and bias, (H,) each; missing ones are ones and zeros like `like`."""
         weight, bias, size = self.weight, self.bias, like.shape[-1]
         return (
             like.new_ones(size) if weight is None else weight,
@@ -81,10 +81,10 @@ class Norm:
 
 @dataclass(frozen=True, eq=False)
 class Convolution:
-    """norm(y + activation(dropout(conv(x)))): x, what a layer reads, convolved over columns; y, what it gives.
+    """norm(y + activation(dropout(conv(x)))), with the input x and the output y of a layer; conv goes over columns.
 
-    weight: (H, H / groups, k), k odd. bias: (H,). dropout: its probability in the present mode. product gives the
-    convolution as a linear of the rows of k columns beside one another, (H, k * H), kept until it changes.
+    weight: (H, H / groups, k), k odd. bias: (H,). dropout: its probability in the present mode. product returns the
+    convolution as a linear on the joined rows of k columns, (H, k * H), kept until a weight changes.
     """
 
     weight: Tensor
@@ -96,7 +96,7 @@ class Convolution:
     product: Callable[[], Linear]
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Convolution:
-        """The same convolution with the function's results in the place of its tensors."""
+        """Returns the convolution with the function applied to each tensor."""
         product = self.product
         return replace(
             self, weight=function(self.weight), bias=function(self.bias), norm=self.norm.mapped(function),
@@ -106,11 +106,11 @@ class Convolution:
 
 @dataclass(frozen=True, eq=False)
 class Distances:
-    """What disentangled attention has for distances in columns (fastbert.ops.disentangled).
+    """A `Distances` holds the table of distances of disentangled attention (fastbert.ops.disentangled).
 
-    table: (2R, H), normalised by norm, if there is one. key, query: the linears that its rows go through, (H, H), or
-    None for a term that is not there. buckets: how distances become rows. project gives the two products, kept until
-    a weight changes.
+    table: (2R, H), normalised by norm, if there is one. key, query: the linears for its rows, (H, H), or None for a
+    missing term. buckets: the map from distances to rows. project returns the two products, kept until a weight
+    changes.
     """
 
     table: Tensor
@@ -121,7 +121,7 @@ class Distances:
     project: Callable[[], Positions]
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Distances:
-        """The same with the function's results in the place of its tensors."""
+        """Returns the distances with the function applied to each tensor."""
         norm, key, query = (
             None if part is None else part.mapped(function) for part in (self.norm, self.key, self.query)
         )
@@ -152,17 +152,17 @@ class EmbeddingTables:
 class Block:
     """One layer: attention and a feed-forward part, each with its residual and its norm.
 
-    query, key, value, out: (H, H). up: (I, H). down: (H, I). fuse_qkv gives query, key and value as one linear,
-    (3H, H), which is kept until one of them changes. attention_norm: None where attention reads what the layer before
-    gave, as in ModernBERT's first. dropouts: the probabilities, in the present mode, for attention's probabilities, its
-    output and the feed-forward part's output. gate: (I, H), whose product multiplies the activation's; fuse_up gives up
-    and gate as one linear, (2I, H), up above, as fuse_qkv does. pre_norm: whether the norms are of what each part
-    reads. rotary: the base of the angles. position_factor: by what their positions are divided. position_bias:
-    (N, 2R + 1), what is added to the score of a key that stands -R to R columns after the query, and of those beyond
-    (fastbert.ops.position_bias); all layers may share it. window: tokens on either side that attention reaches.
-    last_norm: of the encoder's output, in its last layer. scale: of the scores, or None for 1 / sqrt(D). distances: of
-    disentangled attention. convolution: what stands beside the layer. query_norm, key_norm: of all heads of a query or
-    a key together, before attention. second_norm: of the rows after attention_norm and what the layer reads, added.
+    query, key, value, out: (H, H). up: (I, H). down: (H, I). fuse_qkv returns query, key and value as one linear,
+    (3H, H), kept until one of them changes. attention_norm: None if attention reads the layer's input without a norm,
+    as in ModernBERT's first layer. dropouts: the present probabilities for attention's probabilities, its output and
+    the feed-forward part's output. gate: (I, H); its product multiplies the activation's. fuse_up returns up and gate
+    as one linear, (2I, H), with up in the first rows. pre_norm: whether the norms are before each part. rotary: the
+    base of the angles. position_factor: the divisor of positions. position_bias: (N, 2R + 1), added to the score of a
+    key that is -R to R columns after the query, or further away (fastbert.ops.position_bias); layers may share it.
+    window: the number of tokens on either side in attention. last_norm: the norm of the encoder's output, in its last
+    layer. scale: the factor of the scores, or None for 1 / sqrt(D). distances: those of disentangled attention.
+    convolution: a convolution parallel to the layer. query_norm, key_norm: norms over all heads of a query or a key,
+    before attention. second_norm: the norm of the sum of attention_norm's output and the layer's input.
     """
 
     query: Linear
@@ -195,12 +195,12 @@ class Block:
 
     @property
     def norms(self) -> tuple[Norm, Norm]:
-        """Both norms, of a layer that has two."""
+        """Returns both norms of a layer with two norms."""
         assert self.attention_norm is not None
         return self.attention_norm, self.output_norm
 
     def attention_norms(self) -> tuple[tuple[Tensor, Tensor, float], tuple[Tensor, Tensor, float]]:
-        """Weight, bias and eps of the norms of queries and of keys, of a layer that has them."""
+        """Returns weight, bias and eps of the norms of queries and of keys; the layer must have them."""
         assert self.query_norm is not None and self.key_norm is not None
         return self.query_norm.arguments(), self.key_norm.arguments()
 
@@ -226,7 +226,7 @@ class Block:
         return ["pre_norm", *names] if self.pre_norm else names
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> Block:
-        """The same layer with the function's results in the place of its tensors."""
+        """Returns the layer with the function applied to each tensor."""
         linears: dict[str, Any] = {name: getattr(self, name).mapped(function) for name in _LINEARS}
         norms: dict[str, Any] = {
             name: None if (norm := getattr(self, name)) is None else norm.mapped(function) for name in _NORMS
@@ -242,25 +242,25 @@ class Block:
         )  # fmt: skip
 
     def products(self) -> dict[str, tuple[Linear, ...]]:
-        """The matrix products of the layer by name: the linears that are multiplied as one. See `product_shapes`."""
+        """Returns the layer's matrix products by name, each a list of linears that are multiplied as one."""
         up = (self.up,) if self.gate is None else (self.up, self.gate)
         return {"qkv": (self.query, self.key, self.value), "out": (self.out,), "up": up, "down": (self.down,)}
 
 
 def features_of(blocks: Sequence[Block]) -> list[str]:
-    """Returns the names of FEATURES that some of the layers have."""
+    """Returns the names of FEATURES that at least one layer has."""
     names = {name for block in blocks for name in block.features()}
     return [name for name in FEATURES if name in names]
 
 
 def product_shapes(hidden_size: int, intermediate_size: int) -> dict[str, tuple[int, int]]:
-    """The shapes (M, K) of the weights in `Block.products`, without a gate, for layers that are not built."""
+    """Returns the shapes (M, K) of the weights in `Block.products`, without a gate, from a config alone."""
     h, i = hidden_size, intermediate_size
     return {"qkv": (3 * h, h), "out": (h, h), "up": (i, h), "down": (h, i)}
 
 
 def feature_obstacles(features: list[str], supported: frozenset[str], engine: str) -> Iterator[str]:
-    """Why an engine does not run such layers, one reason for each feature that it lacks."""
+    """Yields one reason for each feature of the layers that the engine does not support."""
     for name in features:
         if name not in supported:
-            yield f"the model has {FEATURES[name]}, which {engine} does not have"
+            yield f"the model has {FEATURES[name]}, which {engine} does not support"

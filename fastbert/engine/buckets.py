@@ -20,7 +20,7 @@ BUCKETS = _bucket_sizes()
 
 
 def bucket_of(n_tokens: int) -> int | None:
-    """The rows in which a batch of n_tokens runs: the next of BUCKETS, None above the largest and for 0."""
+    """Returns the number of rows for a batch of n_tokens: the next of BUCKETS; None above the largest and for 0."""
     if not 0 < n_tokens <= LARGEST:
         return None
     return BUCKETS[bisect.bisect_left(BUCKETS, n_tokens)]

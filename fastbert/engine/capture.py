@@ -1,4 +1,4 @@
-"""The device's side of CUDA graphs. Nothing else in fastbert knows how CUDA captures."""
+"""This module captures and replays CUDA graphs; it holds all code for CUDA's captures."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ class Replayable(Protocol):
 
 
 class Capturer(Protocol):
-    """The device's side of graphs. `function` works on static memory alone, and returns nothing."""
+    """A `Capturer` captures graphs on a device. `function` works only on static memory, and returns nothing."""
 
     def begin(self, memory: Sequence[Tensor]) -> None:
-        """Makes the current stream wait for the last `end`; it is about to use the static memory."""
+        """Makes the current stream wait for the last `end`, before it uses the static memory."""
 
     def end(self) -> None:
-        """Marks where the current stream is done with the static memory."""
+        """Marks the end of the current stream's use of the static memory."""
 
     def finish(self) -> None:
-        """Waits, on the host, for the last `end`: what was captured may go."""
+        """Waits, on the host, for the last `end`; after that the graphs may be deleted."""
 
     def capture(self, function: Callable[[], None]) -> Replayable:
-        """Captures what the function launches; whether it also runs is open. Errors are RuntimeErrors."""
+        """Captures the launches of the function, which may also run. Errors are RuntimeErrors."""
 
 
 class _Streams:
@@ -44,7 +44,7 @@ class _Streams:
         self.free: list[tuple[torch.cuda.Stream, torch.cuda.Event | None]] = []
 
     def take(self) -> tuple[torch.cuda.Stream, torch.cuda.Event | None]:
-        """A stream for captures, and when the graphs that were captured on it before have run."""
+        """Returns a stream for captures, and the event after the earlier graphs of this stream."""
         if self.free:
             return self.free.pop()
         for _ in range(64):  # PyTorch has 32, and gives them out again from the first
@@ -52,7 +52,7 @@ class _Streams:
             if stream not in self.known:
                 self.known.append(stream)
                 return stream, None
-        raise RuntimeError(f"each of the {len(self.known)} streams of this GPU is taken by the graphs of another model")
+        raise RuntimeError(f"each of the {len(self.known)} streams of this GPU is used by the graphs of another model")
 
 
 @functools.cache
@@ -62,10 +62,10 @@ def _streams(device: int, make: type) -> _Streams:
 
 
 class CudaCapturer:
-    """Captures as PyTorch's notes on CUDA semantics say: first run on a side stream, then captured on another.
+    """This class captures as PyTorch's notes on CUDA semantics require: a run, then a capture, on side streams.
 
-    The pool of memory is the capturer's own, since graphs that share one must not run at the same time. Streams are
-    those of the process, see `_Streams`; the one for captures goes back when the capturer does.
+    Each capturer has its own memory pool, because graphs with the same pool must not run at the same time. Streams come
+    from `_Streams`; the stream for captures is given back when the capturer is deleted.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -124,5 +124,5 @@ class CudaCapturer:
 
 
 def capturer(device: torch.device) -> Capturer | None:
-    """Returns what captures graphs on this device, or None; without it, batches are not padded to buckets either."""
+    """Returns the capturer for this device, or None; without one, batches are not padded to buckets either."""
     return CudaCapturer(device) if device.type == "cuda" and torch.version.hip is None else None

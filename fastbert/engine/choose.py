@@ -1,8 +1,7 @@
-"""The engine of a model: it chooses how each batch runs, keeps what that needs, and is the model's one door.
+"""The engine of a model decides how each batch runs, and is the only interface between the model and the arithmetics.
 
-Two choices are made for a batch, and both are made here. The arithmetic is what computes the hidden states: operation
-by operation, in 8 bits, or in one call of a C++ kernel. The launch is what stands around it: as it is, in more rows
-than there are tokens, or as a CUDA graph.
+It makes two choices for a batch. The arithmetic computes the hidden states: operation by operation, in 8 bits, or in
+one call of a C++ kernel. The launch runs the arithmetic: in the rows of the tokens, in more rows, or as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ from fastbert.ops.packing import PackedBatch
 
 
 class Engine:
-    """An engine runs one model's encoder, and keeps what that needs. The model is an argument of each call.
+    """An `Engine` runs one model's encoder, and keeps the state for this. The model is an argument of each call.
 
-    state: the model's modules and weights as they were last seen. graphs: its CUDA graphs. eight_bit, cpu_encoder: the
-    weights that are derived for them. checks: what kernels note of earlier batches.
+    state: the last seen state of the model's modules and weights. graphs: its CUDA graphs. eight_bit, cpu_encoder: the
+    derived weights for these two. checks: the results of kernels' checks of earlier batches.
     """
 
     def __init__(self) -> None:
@@ -71,9 +70,9 @@ class Engine:
     ) -> list[Tensor]:
         """Runs the encoder on a packed batch.
 
-        Returns the last hidden state (T, H) as a list, or all L + 1 of them. check: whether ids on the device are still
-        to be compared with their tables. A precision that cannot run is logged once, or raises BackendError under a
-        strict policy. What is wrong with an earlier batch is raised here.
+        Returns the last hidden state (T, H) as a list, or all L + 1 of them. check: whether ids on the device must be
+        compared with their tables. A precision that cannot run is logged once, or raises BackendError under a strict
+        policy. An error of an earlier batch is also raised here.
         """
         if torch.compiler.is_compiling():
             return self._run_checked(model, batch, inputs, keep_states, None, check, compiling=True)
@@ -103,7 +102,7 @@ class Engine:
         check: bool,
         compiling: bool = False,
     ) -> list[Tensor]:
-        """Chooses the arithmetic and the launch. notes: where kernels note what nobody has checked, or None."""
+        """Chooses the arithmetic and the launch. notes: the memory for the results of kernels' checks, or None."""
         if check and batch.mask is None:
             self._check_and_wait(model, batch, inputs)
         embedded, n_tokens = inputs.input_ids is None, batch.n_tokens
@@ -127,9 +126,9 @@ class Engine:
     def run_traced(
         self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs, keep_states: bool, transformed: str
     ) -> list[Tensor]:
-        """Runs the encoder on all B * S rows of a `packing.in_place` batch, whose values nobody may look at.
+        """Runs the encoder on all B * S rows of a `packing.in_place` batch, whose values may not be read.
 
-        transformed: who traces or transforms the operations, which is why no precision but the model's dtype runs.
+        transformed: the name of the tracer or transform; because of it, the encoder runs in the model's dtype.
         """
         if model.precision is not None:
             quantized.choose(model, transformed)  # which logs that, or raises
@@ -140,7 +139,7 @@ class Engine:
     def choose_arithmetic(
         self, model: EncoderModel, n_tokens: int | None = None, keep_states: bool = False, embedded: bool = False
     ) -> Arithmetic:
-        """Chooses what computes the hidden states of a batch, of any size where n_tokens is None."""
+        """Chooses the arithmetic of a batch; n_tokens is None for a batch of any size."""
         if model.precision is not None:
             backend = quantized.choose(model)
             if backend == "cpu":
@@ -160,21 +159,21 @@ class Engine:
     def one_call_obstacles(
         self, model: EncoderModel, policy: ops.Policy, device: torch.device, dtype: torch.dtype
     ) -> Iterator[str]:
-        """Every reason why the encoder does not run in one call of a C++ kernel, under these settings."""
+        """Yields every reason why the encoder does not run in one call of a C++ kernel, under these settings."""
         obstacles = list(cpu_encoder.obstacles(model.config, dtype, policy, device))
         yield from obstacles
         if not obstacles and model.device == device and model.dtype == dtype:
             yield from self.one_call.obstacles(model, None, False, False)
 
     def arithmetic_obstacles(self, model: EncoderModel, n_tokens: int | None = None) -> dict[str, list[str]]:
-        """Every arithmetic by name, the preferred one first, and every reason why it would not run."""
+        """Returns every arithmetic by name, in the order of preference, with every reason why it would not run."""
         preferred: tuple[Arithmetic, ...] = self.int8_call, self.eight_bit, self.training, self.one_call, self.modules
         return {each.name: list(each.obstacles(model, n_tokens, False, False)) for each in preferred}
 
     # The launch
 
     def bucket_obstacles(self, model: EncoderModel) -> Iterator[str]:
-        """Every reason why no batch runs in the rows of a bucket at the moment, as a CUDA graph or as if it were."""
+        """Yields every reason why no batch runs in the rows of a bucket at present, with or without a CUDA graph."""
         device = model.device
         if capture.capturer(device) is None:
             yield f"there are no CUDA graphs on {device}"
@@ -182,7 +181,7 @@ class Engine:
             yield from self._state_obstacles(model, device)
 
     def _state_obstacles(self, model: EncoderModel, device: torch.device) -> Iterator[str]:
-        """The obstacles on a device that has CUDA graphs."""
+        """Yields the obstacles on a device with CUDA graphs."""
         if torch.is_grad_enabled():
             yield GRADIENTS
         if model.training:
@@ -194,7 +193,7 @@ class Engine:
             yield f"the backend of attention is {decision.backend!r}"
 
     def graph_obstacles(self, model: EncoderModel, device: torch.device | None = None) -> Iterator[str]:
-        """Every reason why no batch runs as a CUDA graph. device: if it is not the model's, less can be said."""
+        """Yields every reason why no batch runs as a CUDA graph; for another device than the model's, some of them."""
         if device is None or device == model.device:
             yield from self.bucket_obstacles(model)
         elif model.training:
@@ -203,7 +202,7 @@ class Engine:
             yield "the model's cuda_graphs is False"
 
     def rows_of(self, model: EncoderModel, n_tokens: int) -> int:
-        """The rows that the encoder computes for a batch of so many tokens, those of padding among them."""
+        """Returns the number of rows that the encoder computes for a number of tokens, with rows of padding."""
         if self.packs_weights(model):
             return ops.packed_linear.rows_for(n_tokens, model.dtype)
         if model.device.type == "cuda" and next(self.bucket_obstacles(model), None) is None:
@@ -211,7 +210,7 @@ class Engine:
         return n_tokens
 
     def packs_weights(self, model: EncoderModel) -> bool:
-        """Tells whether linears have packed weights, and nobody would see that they compute rows of padding."""
+        """Tells whether linears have packed weights, and computing rows of padding has no visible effect."""
         if model.device.type != "cpu" or torch.is_grad_enabled() or tracing.observed() is not None:
             return False
         decision = dispatch.decide("linear", model.policy, model.device, None)
@@ -221,7 +220,7 @@ class Engine:
     def _run_in_packed_rows(
         self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs, keep_states: bool
     ) -> list[Tensor]:
-        """Operation by operation, in the number of rows that oneDNN's packed linears were made for."""
+        """Runs operation by operation, in the number of rows that oneDNN's packed linears need."""
         n_tokens = n_rows = batch.n_tokens
         if not model.policy.batch_invariant and self.packs_weights(model):  # which takes no oneDNN
             n_rows = ops.packed_linear.rows_for(n_tokens, model.dtype)
@@ -234,7 +233,7 @@ class Engine:
     def _run_in_bucket(
         self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs, keep_states: bool, notes: Any
     ) -> list[Tensor]:
-        """In the rows of the batch's bucket: as a CUDA graph, or by the same kernels launched one by one."""
+        """Runs in the rows of the batch's bucket: as a CUDA graph, or with the same kernels launched one by one."""
         shape = self._shape(model, batch.device, notes is not None)
         if self.graphs.enabled and not keep_states:
 
@@ -263,7 +262,7 @@ class Engine:
         return Shape(device, model.dtype, config.hidden_size, config.head_size, model.policy, notes, distances)
 
     def _held(self, model: EncoderModel) -> list[Tensor]:
-        """The memory of the model that a graph of its kernels reads, whatever becomes of the parameters."""
+        """Returns the tensors that a graph of the model's kernels reads, so that they live as long as the graph."""
         parts = [model.embeddings, model.encoder]
         parameters = [p for part in parts for p in part.parameters() if p.layout == torch.strided]
         snapshot = self.state.snapshot
@@ -273,53 +272,53 @@ class Engine:
     # What is looked at while the GPU works, or by its kernels
 
     def unwatched(self, model: EncoderModel) -> bool:
-        """Tells whether nobody wants gradients, and nobody watches operations: a graph may be launched unseen."""
+        """Tells whether no gradients are needed and no mode observes the operations, so that a graph may run."""
         if torch.is_grad_enabled() or model.training:
             return False
         shape = self.graphs.shape
         return shape is not None and observer_obstacle(shape.device) is None
 
     def defers(self, model: EncoderModel) -> bool:
-        """Tells whether kernels note what would be wrong with ids and weights, so that no call waits for a look."""
+        """Tells whether kernels check ids and weights, so that no call waits for a check."""
         if self.checks.strict or torch.is_grad_enabled() or model.training:
             return False
         device = first_parameter(model).device
         return noting.possible_on(device) and observer_obstacle(device) is None and model.kernels_note_ids()
 
     def _check_and_wait(self, model: EncoderModel, batch: PackedBatch, inputs: PackedInputs) -> None:
-        """Looks at ids on the device, and at weights, now. On a GPU this waits for it."""
+        """Checks ids on the device, and weights, now. On a GPU the host waits for it."""
         model.check_ids_on_device(batch, inputs)
         self.follow_weights(model)
 
     def settle(self, model: EncoderModel) -> None:
-        """Raises what is wrong with an earlier batch, as far as is known, and follows weights that were written to."""
+        """Raises the known errors of earlier batches, and updates derived tensors after a write to weights."""
         self.checks.settle(self.state.snapshot, model.table_sizes, self._renew_late)
 
     def _renew_late(self) -> None:
-        """Makes what is derived from the weights anew, which were written to."""
+        """Makes the derived tensors again after a write to the weights."""
         self.graphs.trusted = False
         if self.state.snapshot is not None:
             self.state.snapshot.renew_late()
         self.eight_bit.weights.invalidate()
 
     def _look(self, model: EncoderModel, notes: Any) -> None:
-        """Launches a look at the weights, unless somebody has looked at them and waited."""
+        """Launches a check of the weights, unless they were already checked with a wait."""
         if notes is not None:
             self.state.plain_modules(model)  # which sees to the snapshot
             assert self.state.snapshot is not None
             self.state.snapshot.late_samples().look(notes)
 
     def operations(self, model: EncoderModel) -> EightBit | Modules:
-        """The arithmetic of kernels that a graph can launch: in 8 bits, or module by module."""
+        """Returns the arithmetic whose kernels a graph can launch: in 8 bits, or module by module."""
         in_8_bits = model.precision is not None and quantized.choose(model) != UNQUANTISED
         return self.eight_bit if in_8_bits else self.modules
 
     # What is kept
 
     def prepare(self, model: EncoderModel, max_tokens: int) -> tuple[tuple[int, ...], list[str]]:
-        """Does what batches of up to max_tokens would stop for: derives from weights, compiles, captures CUDA graphs.
+        """Prepares for batches of up to max_tokens: makes derived tensors, compiles kernels, captures CUDA graphs.
 
-        Returns the buckets that have a graph, and every reason why none has.
+        Returns the buckets with a graph, and every reason if there is none.
         """
         obstacles = list(self.graph_obstacles(model))
         self.choose_arithmetic(model).prepare(model)
@@ -333,23 +332,23 @@ class Engine:
                 model.run_padding(bucket)  # the largest first: the others then find its memory in the pool
             self.graphs.freeze()
             if not self.graphs.captured():
-                obstacles = ["capturing one failed, and the log has the reason"]
+                obstacles = ["a capture failed; the log has the reason"]
         if model.device.type == "cuda" and max_tokens > LARGEST:
             model.run_padding(max_tokens)
         return self.graphs.captured() if not obstacles else (), obstacles
 
     def graph_key(self, model: EncoderModel) -> Any:
-        """Returns what a CUDA graph depends on: see `GraphKey.now`."""
+        """Returns the state that a CUDA graph depends on: see `GraphKey.now`."""
         return self._graph_key.now(model, self._eight_bit_addresses)
 
     def _eight_bit_addresses(self, model: EncoderModel) -> Any:
-        """Returns where the 8-bit weights are, up to date; None where the model runs without them."""
+        """Returns the addresses of the current 8-bit weights; None if the model runs without them."""
         return self.eight_bit.addresses(model) if self.operations(model) is self.eight_bit else None
 
     def follow_weights(self, model: EncoderModel) -> None:
-        """Derives from the weights anew where they were written to without PyTorch's count.
+        """Updates derived tensors if weights were written to without PyTorch's count.
 
-        On a GPU, where this waits for it, callers that run many batches call it once. On a CPU `run` looks.
+        On a GPU this waits for the device, so callers with many batches call it once. On a CPU `run` checks weights.
         """
         if silent_writes.waits(model.device) and not self.defers(model):
             self._renew_written(model)
@@ -359,7 +358,7 @@ class Engine:
             self.eight_bit.weights.invalidate()
 
     def set_training(self, training: bool) -> None:
-        """Drops what is kept for the other mode, and in eval mode looks at the weights anew."""
+        """Drops the tensors kept for the other mode, and in eval mode checks the weights again."""
         self.cpu_encoder.clear()
         self.graphs.trusted = False
         if training:

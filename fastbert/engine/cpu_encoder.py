@@ -1,11 +1,11 @@
-"""A model's encoder in one call of a C++ kernel, on CPUs, for inference.
+"""This module runs a model's encoder in one call of a C++ kernel, on CPUs, for inference.
 
-A short text on a CPU waits for Python more than for the processor: a hundred operations, each checked, dispatched and
-given memory. Where nothing of that is needed, since no gradient is wanted, no module is an adapter, and nobody listens
-or wants the states in between, `CpuEncoder` runs it all at once. Elsewhere the model runs operation by operation.
+A short text takes more time in Python than in the kernels: about a hundred operations are checked and dispatched, and
+each allocates memory. If a call needs no gradients, adapters, hooks and hidden states of single layers, `CpuEncoder`
+runs the encoder in one call. Otherwise the model runs operation by operation.
 
-With precision="int8" its linears multiply 8-bit operands, on processors with AVX-512 VNNI: weights with a scale for
-each output channel, rows with a scale and an offset each. That path gives the states in between as well.
+With precision="int8" its linears multiply 8-bit operands, on processors with AVX-512 VNNI. Weights have a scale for
+each output channel, and rows have a scale and an offset. This path also returns the hidden states of all layers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MOST_KEPT, LARGEST_KEPT = 2, 64 * 2**20  # how many, bytes
 
 
 def obstacles(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch.device) -> Iterator[str]:
-    """Every reason why models of this configuration run operation by operation on this device, whatever their state."""
+    """Yields every reason why all models of this configuration run operation by operation on this device."""
     if device.type != "cpu":
         yield f"the model is on {device}"
         return
@@ -58,9 +58,9 @@ def obstacles(config: Any, dtype: torch.dtype, policy: ops.Policy, device: torch
 
 
 def bfloat16_obstacle() -> str | None:
-    """Tells why nothing here multiplies bfloat16 faster than float32 on this processor, or None where something does.
+    """Tells why this processor does not multiply bfloat16 faster than float32, or returns None if it does.
 
-    Matrix units do, by oneDNN. Of the instruction that the C++ kernels have for it the speed is measured.
+    Matrix units are faster, with oneDNN. The speed of the instruction in the C++ kernels is measured.
     """
     if cpu.has_amx() and packed_linear.packing_obstacle(torch.bfloat16) is None:
         return None
@@ -71,7 +71,7 @@ def bfloat16_obstacle() -> str | None:
 
 
 def invariant_obstacle(config: Any, dtype: torch.dtype) -> str | None:
-    """Why models of this configuration are not batch-invariant on this CPU, by one call or by operations; or None."""
+    """Tells why models of this configuration are not batch-invariant on this CPU, or returns None."""
     for size in {config.embedding_width, config.hidden_size, config.intermediate_size}:
         obstacle = packed_linear.product_obstacle(dtype, size)
         if obstacle is not None:
@@ -80,9 +80,9 @@ def invariant_obstacle(config: Any, dtype: torch.dtype) -> str | None:
 
 
 def choose_cpu_dtype(model: Any, asked: Any) -> None:
-    """Makes a float32 model bfloat16 for inference, on a CPU that is faster at it, if dtype="auto" was asked.
+    """Casts a float32 model to bfloat16 for inference with dtype="auto", on a CPU that is faster in bfloat16.
 
-    A model that is to be trained, or saved, stays as it is stored: only encoders of text call this.
+    Only text encoders call this, because a model for training or saving keeps the dtype of its files.
     """
     policy = model.policy
     if asked != "auto" or model.dtype != torch.float32 or model.device.type != "cpu":
@@ -95,14 +95,14 @@ def choose_cpu_dtype(model: Any, asked: Any) -> None:
         model.dtype_choice = torch.float32, f"dtype='auto' kept float32: {obstacle}"
         return
     model.to(torch.bfloat16)
-    reason = "dtype='auto' took bfloat16, which this processor multiplies faster than float32"
-    model.dtype_choice = torch.bfloat16, f"{reason}; dtype='float32' is exact"
+    reason = "dtype='auto' selected bfloat16, which this processor multiplies faster than float32"
+    model.dtype_choice = torch.bfloat16, f"{reason}; dtype='float32' keeps float32"
 
 
 def int8_obstacles(config: Any, dtype: torch.dtype) -> Iterator[str]:
-    """Every reason why models of this configuration have no 8-bit kernels on this CPU, whatever their state.
+    """Yields every reason why all models of this configuration have no 8-bit kernels on this CPU.
 
-    What fastbert.ops.quantized says of the sizes comes beside it.
+    fastbert.ops.quantized yields the reasons about sizes.
     """
     int8_obstacle = cpu.int8_obstacle()
     if int8_obstacle is not None:
@@ -117,7 +117,7 @@ def int8_obstacles(config: Any, dtype: torch.dtype) -> Iterator[str]:
 
 
 def takes_rows(n_rows: int, dtype: torch.dtype, hidden_size: int) -> bool:
-    """Tells whether so many rows are best run in one call."""
+    """Tells whether one call is the fastest way for this number of rows."""
     if n_rows == 0:
         return False
     if dtype == torch.float32 and n_rows < packed_linear.LEAST_ROWS and hidden_size < EXACT_FROM:
@@ -126,7 +126,7 @@ def takes_rows(n_rows: int, dtype: torch.dtype, hidden_size: int) -> bool:
 
 
 class CpuEncoder:
-    """The weights as the kernel reads them, kept until their key says that they changed, and workspaces."""
+    """A `CpuEncoder` holds the packed weights of the kernel, kept until their key changes, and workspaces."""
 
     def __init__(self) -> None:
         self._kept: tuple[Any, Any] = (None, None)
@@ -136,12 +136,12 @@ class CpuEncoder:
         return {"_kept": (None, None), "_workspaces": []}
 
     def clear(self) -> None:
-        """Drops both: the weights are packed anew when they are next used."""
+        """Drops the weights and workspaces; the weights are packed again at their next use."""
         self._kept = (None, None)
         self._workspaces = []
 
     def weights(self, key: Any, renewed: Callable[[], Any], make: Callable[[], Any]) -> Any:
-        """Returns what `make` made when the key last changed. renewed: gives the key under which that is kept."""
+        """Returns the result of `make` from the last change of the key. renewed: returns the key for it."""
         kept = self._kept
         if kept[0] != key:
             kept = self._kept = renewed(), make()
@@ -206,13 +206,13 @@ def _contiguous(inputs: PackedInputs) -> tuple[Tensor, Tensor | None, Tensor]:
 
 
 def _identity(layer: cpu.EncoderLayer) -> tuple[Any, ...]:
-    """What two layers have in common if they share everything."""
+    """Returns an identity that is equal for two layers with the same weights and settings."""
     *tensors, traits = layer
     return *map(id, tensors), *(id(each) if isinstance(each, Tensor) else each for each in traits)
 
 
 def _angles(weights: cpu.Encoder | cpu.Int8Encoder, inputs: PackedInputs) -> list[Tensor]:
-    """The cosines and sines of the rows for each of the angles that layers turn by, (T, D / 2) float32."""
+    """Returns the cosines and sines of the rows for each kind of rotary angles, (T, D / 2) float32."""
     head_size = weights.hidden_size // weights.num_heads
     tables: list[Tensor] = []
     for base, factor in weights.angles:
@@ -223,9 +223,9 @@ def _angles(weights: cpu.Encoder | cpu.Int8Encoder, inputs: PackedInputs) -> lis
 def pack_encoder(
     tables: EmbeddingTables | None, blocks: list[Block], config: Any, int8: bool = False
 ) -> cpu.Encoder | cpu.Int8Encoder | None:
-    """The weights packed for the C++ kernels; None where they are not of one dtype, contiguous and on the CPU.
+    """Packs the weights for the C++ kernels; returns None if they are not contiguous, of one dtype, and on the CPU.
 
-    tables: None where the embeddings are made elsewhere. int8: whether the linears' weights are in 8 bits.
+    tables: None if the modules compute the embeddings. int8: whether the linears' weights are in 8 bits.
     """
     if not blocks or not _fits(blocks):
         return None
@@ -270,7 +270,7 @@ def pack_encoder(
 
 
 def _fits(blocks: list[Block]) -> bool:
-    """Tells whether the kernels know such layers together: one window, no position bias within it, one scale."""
+    """Tells whether the kernels support these layers together: one window, no position bias in it, one scale."""
     windows = {block.window for block in blocks if block.window is not None}
     both = any(block.window is not None and block.position_bias is not None for block in blocks)
     norms = all(block.pre_norm or (block.attention_norm is not None and block.last_norm is None) for block in blocks)
@@ -284,7 +284,7 @@ def _buckets(blocks: list[Block]) -> set[tuple[int, int]]:
 
 
 def _rows_of(blocks: list[Block]) -> Tensor | None:
-    """The rows of distances as disentangled attention reads them, which all layers share."""
+    """Returns the rows of distances for disentangled attention, which all layers share."""
     buckets = _buckets(blocks)
     if not buckets:
         return None
@@ -292,7 +292,7 @@ def _rows_of(blocks: list[Block]) -> Tensor | None:
 
 
 def _convolution(beside: Convolution) -> cpu.EncoderConvolution:
-    """The convolution's tensors as they are, its weight as that of a product."""
+    """Returns the convolution's tensors, with its weight as that of a matrix product."""
     product = beside.product()
     assert product.bias is not None
     norm = _filled(beside.norm, beside.weight[:, 0, 0])
@@ -319,7 +319,7 @@ def _angle(block: Block) -> tuple[float, float] | None:
 
 
 def _layer(block: Block, angles: list[tuple[float, float]]) -> cpu.EncoderLayer:
-    """The tensors of a layer as they are, in the order of the kernel."""
+    """Returns the tensors of a layer in the order of the kernel."""
     qkv, out, up, down = block.fuse_qkv(), block.out, block.up, block.down
     gate = (None, None) if block.gate is None else (block.gate.weight, block.gate.bias)
     attention_norm, last_norm = (

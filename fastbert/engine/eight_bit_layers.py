@@ -1,6 +1,6 @@
-"""The layers of an 8-bit encoder by operations of `fastbert.ops.quantized`, in all forms that have kernels.
+"""This module runs the layers of an 8-bit encoder with `fastbert.ops.quantized`, in all forms that have kernels.
 
-T tokens, H hidden. Between the products of a layer everything is in the model's dtype, or quantised by what makes it.
+T tokens, H hidden. Between the products of a layer, tensors have the model's dtype or are quantised by their kernel.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _NormArguments = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, flo
 
 @dataclass(frozen=True, eq=False)
 class EightBitLayers:
-    """The layers of a batch. weight_of(layer, name): a product of `Block.products` in 8 bits, and its bias."""
+    """This class runs the layers of a batch. weight_of(layer, name): an 8-bit product of the layer, and its bias."""
 
     blocks: list[Block]
     batch: PackedBatch
@@ -40,9 +40,9 @@ class EightBitLayers:
     policy: Policy
 
     def run(self, x: Tensor, q: Quantized, keep_states: bool) -> list[Tensor]:
-        """The hidden states before the first layer and after each, or the last alone.
+        """Returns the hidden states before the first layer and after each layer, or only the last.
 
-        x: (T, H), what the first layer reads. q: the same in 8 bits.
+        x: (T, H), the input of the first layer. q: the same in 8 bits.
         """
         states = [x]
         for i, block in enumerate(self.blocks):
@@ -88,13 +88,13 @@ class EightBitLayers:
         return quantized_parts.add_layer_norm(y, x, *_norm(norm), self.precision, policy=policy)
 
     def _convolve(self, beside: Convolution, x: Tensor) -> Tensor:
-        """What a convolution gives of rows, (T, H); it is not in 8 bits."""
+        """Computes the convolution of rows, (T, H), not in 8 bits."""
         product, rows = beside.product(), columns_around.beside(x, self.batch, beside.weight.shape[-1])
         convolved = ops.linear(rows, product.weight, product.bias, policy=self.policy)
         return ops.bias_gelu(convolved, None, beside.activation, policy=self.policy)
 
     def _multiply(self, i: int, name: str, q: Quantized, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A product, and the bias that is still to be added."""
+        """Returns a product, and the bias that the caller must add."""
         weight, bias = self.weight_of(i, name)
         return quantized.linear(q, weight, None, dtype, policy=self.policy), bias
 
@@ -102,7 +102,7 @@ class EightBitLayers:
         return quantized.linear(q, *self.weight_of(i, name), dtype, policy=self.policy)
 
     def _attend(self, i: int, q: Quantized, dtype: torch.dtype) -> Quantized:
-        """(T, H) -> (T, H), a scale a row and head."""
+        """(T, H) -> (T, H), with a scale for each row and head."""
         block, batch, policy, precision = self.blocks[i], self.batch, self.policy, self.precision
         heads = block.num_heads
         qkv = self._product(i, "qkv", q, dtype)
@@ -123,7 +123,7 @@ class EightBitLayers:
         )
 
     def _feed(self, i: int, q: Quantized) -> Quantized:
-        """(T, H) -> (T, I), a scale per 128 columns."""
+        """(T, H) -> (T, I), with a scale for every 128 columns."""
         weight, bias = self.weight_of(i, "up")
         block = self.blocks[i]
         if block.gate is None:

@@ -1,7 +1,8 @@
-"""The layers of an 8-bit encoder in plain PyTorch, with all that a `Block` may have: what the C++ kernels give, nearly.
+"""This module runs the layers of an 8-bit encoder in plain PyTorch, with all features of a `Block`.
 
-T tokens, H hidden, I intermediate, D head size. Rows that multiply a weight have one scale each, those of attention one
-a head, and those of an activation one per 128 columns, as in `fastbert.ops.quantized`.
+Results are close to those of the C++ kernels. T tokens, H hidden, I intermediate, D head size. A row that multiplies a
+weight has one scale, a row of attention one for each head, and a row of an activation one for every 128 columns, as in
+`fastbert.ops.quantized`.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def run_layers(
     precision: str,
     keep_states: bool,
 ) -> list[Tensor]:
-    """(T, H) -> the states before the first layer and after each, or the last alone.
+    """(T, H) -> the hidden states before the first layer and after each layer, or only the last.
 
     position_ids: (T,). weight_of(layer, name): a product of `Block.products` in 8 bits, and its bias.
     """
@@ -92,7 +93,7 @@ def _run_layer(
 
 
 def _convolve(beside: Convolution, x: Tensor, batch: PackedBatch) -> Tensor:
-    """What a convolution gives of rows, (T, H); it is not in 8 bits."""
+    """Computes the convolution of rows, (T, H), not in 8 bits."""
     product = beside.product()
     rows = columns_around.beside(x, batch, beside.weight.shape[-1])
     return ops.bias_gelu(
@@ -107,7 +108,7 @@ def _norm(x: Tensor, norm: Norm | None) -> Tensor:
 
 
 def quantize(x: Tensor, precision: str, group: int | None = None, *, rotated: bool = False) -> Quantized:
-    """Does what `ops.quantized.quantize` does, and in a dry run gives stand-ins."""
+    """Works as `ops.quantized.quantize`, and returns stand-ins in a dry run."""
     if not (recording.on and recording.is_dry()):
         return ops.quantized.quantize(x, precision, group, rotated=rotated)
     group = min(group or x.shape[1], x.shape[1])

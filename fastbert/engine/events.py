@@ -1,4 +1,4 @@
-"""Counts of what stalls a launch: compilations, loads, captures and tunings."""
+"""This module counts events that delay a launch: compilations, loads, captures and tunings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class CompileEvents:
-    """The events that have stalled a launch in this process so far, or, as the difference of two, in between.
+    """A `CompileEvents` holds the counts of such events since the process started, or the difference of two counts.
 
-    compilations: Triton kernels of this library compiled. loads: those found compiled in Triton's cache on disk, and
-    loaded. captures: CUDA graphs captured. tunings: block sizes measured.
+    compilations: compiled Triton kernels of this library. loads: kernels loaded from Triton's cache on disk. captures:
+    captured CUDA graphs. tunings: measurements of block sizes.
     """
 
     compilations: int = 0
@@ -35,7 +35,7 @@ _capturing = threading.Lock()
 
 
 def count_capture(capture: Callable[[], Any]) -> Any:
-    """Runs a capture and counts it. One capture runs at a time in a process, as torch.cuda.graph demands."""
+    """Runs a capture and counts it. Only one capture runs at a time in a process, as torch.cuda.graph requires."""
     global _captures
     with _capturing:
         graph = capture()
@@ -44,9 +44,9 @@ def count_capture(capture: Callable[[], Any]) -> Any:
 
 
 def compile_events() -> CompileEvents:
-    """Counts compilations, loads of compiled kernels, captures and tunings since the process started.
+    """Returns the counts of compilations, loads of compiled kernels, captures and tunings since the process started.
 
-    After `fastbert.warmup(model)` no batch of any lengths adds to them. Imports no compiler.
+    After `fastbert.warmup(model)` no batch adds to them. This function does not import a compiler.
     """
     kernels = sys.modules.get("fastbert_kernels.events")  # without it, no kernel was launched
     return CompileEvents(captures=_captures, **(kernels.counts() if kernels is not None else {}))

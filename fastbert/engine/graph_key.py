@@ -1,4 +1,4 @@
-"""The key of a model's CUDA graphs says what they depend on; whether it still holds is asked after each launch."""
+"""The key of a model's CUDA graphs is the state that they depend on; it is compared after each launch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MAX_RECORDS = 8
 
 
 class Seen(NamedTuple):
-    """Everything as it was when `GraphKey.unchanged` had compared it. objects: a `cpu.ObjectRecord`, or None."""
+    """A `Seen` is the state at the last comparison by `GraphKey.unchanged`. objects: a `cpu.ObjectRecord`, or None."""
 
     objects: Any
     n_made: int
@@ -34,9 +34,9 @@ class Seen(NamedTuple):
 
 
 class GraphKey:
-    """A `GraphKey` keeps what the graphs of one model depend on, and tells whether it is so still.
+    """A `GraphKey` keeps the state that the graphs of one model depend on, and tells whether it has changed.
 
-    eight_bit: the 8-bit weights that are derived from the model's.
+    eight_bit: the 8-bit weights derived from the model's.
     """
 
     def __init__(self, state: EncoderState, eight_bit: Derived) -> None:
@@ -44,9 +44,9 @@ class GraphKey:
         self._key: tuple[Any, Any] = (None, None)
 
     def now(self, model: EncoderModel, eight_bit_addresses: Callable[[EncoderModel], Any]) -> Any:
-        """Returns what a graph depends on: where the weights are, derived ones too, and their writes.
+        """Returns the state of a graph: the addresses of weights and derived tensors, and the counts of writes.
 
-        eight_bit_addresses: tells where the 8-bit weights are, up to date, or None where the model runs without them.
+        eight_bit_addresses: returns the addresses of the current 8-bit weights, or None if the model has none.
         """
         # Read before the addresses are: what changes meanwhile is looked at the next time.
         key = self._read(model)
@@ -60,10 +60,10 @@ class GraphKey:
         return self._key[1]
 
     def unchanged(self, model: EncoderModel, shape: Shape, state: Any, seen: Seen | None) -> Seen | None:
-        """Tells whether everything is as it was when graphs of this shape were captured, and `now` was `state`.
+        """Tells whether the state is the same as when graphs of this shape were captured and `now` was `state`.
 
-        Returns None where it is not, else what the next call wants as `seen`: a record of all objects, which answers
-        most calls. Where it says no, or there is none, everything is compared in Python.
+        Returns None after a change, otherwise the argument `seen` of the next call: a record of all objects, which
+        answers most calls. If the record differs, or there is none, Python compares everything.
         """
         if (
             seen is None
@@ -79,7 +79,7 @@ class GraphKey:
         return seen if self._same(model, shape, state) else None
 
     def _holds(self, model: EncoderModel, seen: Seen) -> bool:
-        """Tells whether everything is as it was, where it can be told without a comparison in Python."""
+        """Tells whether the record of objects is unchanged, without a comparison in Python."""
         attributes, parameter, shape = model.__dict__, seen.parameter, seen.shape
         return (
             seen.objects.holds()
@@ -97,7 +97,7 @@ class GraphKey:
         )
 
     def _look(self, model: EncoderModel, shape: Shape, state: Any, before: Seen | None) -> Seen:
-        """Returns everything as it is. before: of the same state and shape, a record that said no."""
+        """Returns the present state. before: a record of the same state and shape that differed."""
         snapshot = self._state.snapshot
         assert snapshot is not None
         if before is not None and (before.objects is None or before.n_made == MAX_RECORDS):
@@ -108,7 +108,7 @@ class GraphKey:
         return Seen(objects, n_made, state, shape, snapshot, first_parameter(model), policy, precision)
 
     def _same(self, model: EncoderModel, shape: Shape, state: Any) -> bool:
-        """Does what `unchanged` does, in Python."""
+        """Does the comparison of `unchanged` in Python."""
         parameter, snapshot = first_parameter(model), self._state.snapshot
         same = (
             parameter.device == shape.device
@@ -126,7 +126,7 @@ class GraphKey:
         return same and self._read(model) == key[0] and key[1] is state
 
     def _read(self, model: EncoderModel) -> Any:
-        """Returns what tells whether the addresses and numbers that a graph reads are as they were."""
+        """Returns the addresses and numbers that a graph reads, for a comparison."""
         snapshot = self._state.snapshot
         assert snapshot is not None
         state = snapshot.state(), model.precision

@@ -1,6 +1,6 @@
-"""CUDA graphs of the encoder by token count, so that a short batch costs its kernels and not their launches.
+"""This module keeps CUDA graphs of the encoder by token count, so that a short batch needs a single launch.
 
-README.md of this package says what a graph reads, what ends it, and how threads and streams share it.
+README.md of this package describes the memory of a graph, when it is dropped, and its use by threads and streams.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from fastbert.engine.interface import PackedInputs
 from fastbert.engine.layer_forms import OUTPUT
 from fastbert.engine.state import switches as _switches
 from fastbert.engine.static_memory import COLUMNS, Buffers, Filled, Layout, Shape, fill_on_host
-from fastbert.ops import BackendError, attention_plan, masked
-from fastbert.ops.attention_plan import Kind
+from fastbert.ops import BackendError, attention_plan, masked, static_plan
 from fastbert.ops.packing import PackedBatch
+from fastbert.ops.static_plan import Kind
 
 logger = logging.getLogger("fastbert")
 
@@ -36,7 +36,7 @@ MAX_RESULTS = 64  # numbers of rows of a graph, of which all but the largest buc
 
 @dataclass
 class _Graph:
-    """A captured graph, and where it reads a batch."""
+    """A `_Graph` is a captured graph and the memory from which it reads a batch."""
 
     replayable: Replayable
     layout: Layout
@@ -49,7 +49,7 @@ class _Graph:
     results: dict[int, Tensor] = field(default_factory=dict)  # the first rows of out, by their number
 
     def result(self, n_tokens: int) -> Tensor:
-        """Returns the first rows of out, a view that is kept, since to make one takes longer than to find it."""
+        """Returns the first rows of out, as a view that is kept, because making one takes longer than finding it."""
         rows = self.results.get(n_tokens)
         if rows is None:
             if len(self.results) >= MAX_RESULTS:
@@ -63,10 +63,10 @@ Forward = Callable[[PackedInputs, PackedBatch, Tensor], Tensor]
 
 
 class Graphs:
-    """The graphs of one model on one device. `enabled` is the user's switch.
+    """A `Graphs` holds the graphs of one model on one device. `enabled` is the user's switch.
 
-    trusted: whether the last batch was run with everything as it was when the graphs were captured. The next one may
-    then be launched first, and looked at while the GPU works: `replay`.
+    trusted: whether the last batch found no change since the capture. Then `replay` may launch the next batch first,
+    and compare while the GPU works.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Graphs:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything that was captured; the next use captures again, also after a warm-up."""
+        """Drops all captured graphs; the next use captures again, also after a warm-up."""
         with self.lock:
             if self._capturer is not None:
                 self._capturer.finish()
@@ -97,13 +97,13 @@ class Graphs:
             self._failed = False
 
     def thaw(self) -> None:
-        """Captures again at first use, also where that failed before, and for every kind of batch in the bucket."""
+        """Allows captures at first use, also after a failed capture, for every kind of batch in the bucket."""
         with self.lock:
             self.frozen = self._failed = False
             self.ahead = True
 
     def freeze(self) -> None:
-        """No captures any more: a bucket without a graph takes the plain path. Ends with the graphs, in `clear`."""
+        """Forbids captures until `clear`: a bucket without a graph takes the plain path."""
         with self.lock:
             self.frozen, self.ahead = True, False
 
@@ -112,16 +112,16 @@ class Graphs:
 
     @property
     def shape(self) -> Shape | None:
-        """What the graphs share; None before the first one."""
+        """Returns the properties that all graphs share; None before the first graph."""
         return self._shape
 
     @property
     def notes(self) -> bool:
-        """Tells whether kernels in the graphs note ids beyond their table."""
+        """Tells whether kernels in the graphs check ids."""
         return self._shape is not None and self._shape.notes
 
     def captured(self) -> tuple[int, ...]:
-        """The buckets for which there is a graph."""
+        """Returns the buckets with a graph."""
         with self.lock:
             return tuple(sorted({bucket for bucket, *_ in self._graphs}))
 
@@ -139,11 +139,10 @@ class Graphs:
         number: int,
         unchanged: Callable[[Shape, Any, Any], Any],
     ) -> Tensor | None:
-        """Launches the batch's graph, and then asks whether it was the right one: the last hidden state, or None.
+        """Launches the batch's graph, then compares the state; returns the last hidden state, or None after a change.
 
-        What was launched reads memory that is held, and writes to static memory alone, so that it does no harm where
-        the answer is no. unchanged: (shape, state, what it last returned for them or None) -> None where the model is
-        not in them. number: of the batch.
+        The graph reads memory that is held, and writes only to static memory, so an outdated launch does no harm.
+        unchanged: (shape, state, its last result for them or None) -> None after a change. number: that of the batch.
         """
         with self.lock:
             shape, state, switches, seen = self._shape, self._state, self._switches, self._seen
@@ -164,9 +163,9 @@ class Graphs:
         return None
 
     def _key_of(self, batch: PackedBatch, shape: Shape, switches: Any) -> Any:
-        """Returns the key of the batch's graph, whether there is one or not; None where there can be none.
+        """Returns the key of the batch's graph, which may not exist yet; None if the batch cannot have a graph.
 
-        It is kept for the forms of batches that came last.
+        It is kept for the last forms of batches.
         """
         form, circumstances = batch.form, attention_plan.circumstances()
         known = self._keys.get(form)
@@ -175,14 +174,14 @@ class Graphs:
         bucket = bucket_of(batch.n_tokens)
         if bucket is None or batch.batch_size > bucket:
             return None
-        key = bucket, attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy), switches
+        key = bucket, static_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy), switches
         if len(self._keys) >= MAX_FORMS:
             self._keys.clear()
         self._keys[form] = circumstances, key
         return key
 
     def _used(self, key: Any, seen: Any) -> None:
-        """Notes that this graph was used last, and what was seen after its launch."""
+        """Records that this graph was used last, and the state after its launch."""
         with self.lock:
             if key in self._graphs:
                 self._graphs.move_to_end(key)
@@ -198,10 +197,10 @@ class Graphs:
         held: Callable[[], list[Tensor]],
         number: int = 0,
     ) -> Tensor | None:
-        """The last hidden state, (T, H), of a batch of 1 to LARGEST tokens; None where it must take the plain path.
+        """Returns the last hidden state, (T, H), of a batch of 1 to LARGEST tokens; None for the plain path.
 
-        inputs: ids, each (T,). state: what the graphs depend on besides the shape; where it differs from the last time,
-        they are dropped. held: the tensors outside of static memory that the graphs read, in that state.
+        inputs: ids, each (T,). state: the state that the graphs depend on, without the shape; if it has changed, they
+        are dropped. held: the tensors outside of static memory that the graphs read in that state.
         """
         bucket = bucket_of(batch.n_tokens)
         if bucket is None or batch.batch_size > bucket:
@@ -215,7 +214,7 @@ class Graphs:
             self._state = current
             if self._capturer is None:
                 self._capturer = capture.capturer(shape.device)
-            kind = attention_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
+            kind = static_plan.kind_of(batch, bucket, shape.dtype, shape.head_size, shape.policy)
             key = bucket, kind, _switches()
             graph = self._graphs.get(key)
             if self._failed or self._capturer is None or (graph is None and self.frozen):
@@ -230,7 +229,7 @@ class Graphs:
                 graph = self._graphs[key]
             if self.ahead:
                 sizes = shape.dtype, shape.head_size, shape.device, shape.policy, _holes_ahead(bucket, shape)
-                for other in attention_plan.kinds_in(bucket, *sizes):
+                for other in static_plan.kinds_in(bucket, *sizes):
                     missing = (bucket, other, key[2]) not in self._graphs
                     if missing and not self._capture(forward, (bucket, other, key[2]), batch, shape):
                         return None
@@ -241,7 +240,7 @@ class Graphs:
             return out
 
     def _launch(self, graph: _Graph, batch: PackedBatch, inputs: PackedInputs, number: int) -> Tensor | None:
-        """Fills the static memory, launches the graph and a copy of its result; None where the batch does not fit."""
+        """Fills the static memory, launches the graph and a copy of its result; None if the batch does not fit."""
         filled = None
         if batch.mask is None:
             filled = fill_on_host(graph.layout, batch, inputs, number)
@@ -266,7 +265,7 @@ class Graphs:
         """Returns the static memory of the buckets up to `capacity`, made at the first use."""
         if capacity not in self._buffers:
             sizes = shape.dtype, shape.head_size, shape.device, shape.policy
-            kinds = attention_plan.kinds(*sizes, shape.distances)
+            kinds = static_plan.kinds(*sizes, shape.distances)
             n_words = max(Layout(capacity, shape, kind).n_words for kind in kinds)
             with torch.inference_mode(False):  # or nobody could write to them outside of inference mode
                 self._buffers[capacity] = Buffers(capacity, n_words, shape.hidden_size, shape.dtype, shape.device)
@@ -295,7 +294,7 @@ class Graphs:
             self._failed, self.trusted = True, False
             self._graphs.clear()
             logger.warning(
-                "CUDA graphs: capturing one of %d tokens failed, so kernels are launched one by one from now on: %s",
+                "CUDA graphs: the capture of %d tokens failed; kernels are launched one by one from now on: %s",
                 bucket, error,
             )  # fmt: skip
             return False
@@ -329,12 +328,12 @@ class Graphs:
 
 
 def _holes_ahead(bucket: int, shape: Shape) -> bool:
-    """Tells whether graphs for masks with holes are captured ahead: where lengths may stay on the device."""
+    """Tells whether to capture graphs with columns ahead, for batches whose lengths may stay on the device."""
     return shape.distances and bucket <= masked.MOST_PLACES
 
 
 def _fill(graph: _Graph, filled: Filled, n_tokens: int) -> None:
-    """Writes a batch where its graph reads it, on the current stream: in one copy, and one for ids on the device."""
+    """Writes a batch into its graph's memory, on the current stream: one copy, and one for ids on the device."""
     words, start, left = filled
     if start == 0:
         graph.words.copy_(words, non_blocking=True)

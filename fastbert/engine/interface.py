@@ -1,6 +1,6 @@
-"""This module says what an engine knows of a model, and what each arithmetic offers.
+"""This module defines the interfaces between an engine, a model and an arithmetic.
 
-Engines lie below the models: they know a model by the Protocol here, its layers as `Block`s, and a batch as packed ids.
+Engines do not import models: they use a model through this Protocol, its layers as `Block`s, and a batch as packed ids.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fastbert.ops.packing import PackedBatch
 class PackedInputs(NamedTuple):
     """The inputs of a packed batch.
 
-    Ids are integers of shape (T,), on the model's device or on the host. inputs_embeds, (T, E), stands in the place of
-    input_ids. token_type_ids is None in a model without segments, and where every id would be 0. position_ids is None
-    where they are the batch's; an arithmetic finds all ids on the model's device, positions among them.
+    Ids are integers of shape (T,), on the model's device or on the host. inputs_embeds, (T, E), replaces input_ids.
+    token_type_ids is None in a model without segments, and if every id would be 0. position_ids is None for the
+    positions of the batch. An arithmetic gets all ids, also positions, on the model's device.
     """
 
     input_ids: Tensor | None
@@ -31,7 +31,7 @@ class PackedInputs(NamedTuple):
 
 
 class EncoderModel(Protocol):
-    """A model as engines see it."""
+    """This Protocol is the part of a model that engines use."""
 
     config: Any
     policy: Policy
@@ -56,47 +56,47 @@ class EncoderModel(Protocol):
         """Each layer as data."""
 
     def tables(self, inputs: PackedInputs | None) -> tuple[Tensor | None, EmbeddingTables]:
-        """Ids and the tables; or None, and tables whose words are the embeddings of the inputs, (T, E), already.
+        """Returns ids and tables; or None and tables whose words are the embeddings of the inputs, (T, E).
 
         inputs: None for the tables alone.
         """
 
     def embed(self, inputs: PackedInputs, batch: PackedBatch) -> Tensor:
-        """Computes the input of the first layer, (T, H), by the modules themselves."""
+        """Computes the input of the first layer, (T, H), with the modules."""
 
     def check_ids_on_device(self, batch: PackedBatch, inputs: PackedInputs) -> None:
-        """Raises IndexError where an id on the device is beyond its table. On a GPU this waits for it."""
+        """Raises IndexError if an id on the device is outside its table. On a GPU the host waits."""
 
     def kernels_note_ids(self) -> bool:
-        """Tells whether the kernel of the embeddings runs, which can note ids beyond their table."""
+        """Tells whether the embedding kernel runs, which checks ids on the GPU."""
 
     def table_sizes(self) -> tuple[int, int, int]:
-        """The rows of the tables of words, token types and positions."""
+        """Returns the numbers of rows in the tables of words, token types and positions."""
 
     def blame_dtypes(self, error: RuntimeError) -> None:
-        """Raises TypeError if parameters of different dtypes may be what PyTorch stumbled over."""
+        """Raises TypeError if the parameters have different dtypes, a likely reason of PyTorch's error."""
 
     def run_padding(self, n_tokens: int) -> None:
-        """Runs a batch of n_tokens whose values do not matter, in texts of as many as the model reads."""
+        """Runs a batch of n_tokens with arbitrary ids, in texts of the greatest sequence length."""
 
     def run_layers(self, x: Tensor, batch: PackedBatch, keep_states: bool) -> list[Tensor]:
-        """The hidden states before the first layer and after each, or the last alone, by the modules themselves."""
+        """Returns the hidden states before the first layer and after each layer, or only the last, with the modules."""
 
 
 class Arithmetic(Protocol):
-    """One way to compute an encoder's hidden states. `fastbert.engine.Engine` chooses among them."""
+    """An `Arithmetic` computes an encoder's hidden states in one of several ways; the `Engine` chooses one."""
 
     name: str
 
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
-        """Every reason why it does not run this model, as it is at the moment, on such a batch.
+        """Yields every reason why it does not run this model, in its present state, on such a batch.
 
-        n_tokens: None asks for a batch of any size. keep_states: whether the states in between are wanted. embedded:
+        n_tokens: None for a batch of any size. keep_states: whether the call requests all hidden states. embedded:
         whether the inputs are embeddings.
         """
 
     def prepare(self, model: Any) -> None:
-        """Makes what it derives from the weights ahead of the first batch."""
+        """Makes derived tensors ahead of the first batch."""
 
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor] | None:
-        """The last hidden state (T, H) as a list, or all L + 1 of them; None where the weights do not allow it."""
+        """Returns the last hidden state (T, H) as a list, or all L + 1 of them; None if the weights do not allow it."""

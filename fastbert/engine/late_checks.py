@@ -1,7 +1,7 @@
-"""Checks whose result the host reads at the next batch, so that it need not wait for a GPU.
+"""This module holds checks whose results the host reads at the next batch, so that it does not wait for a GPU.
 
-Kernels write to four words in memory that both see (`fastbert_kernels.embedding.Notes`). Nobody takes a word back: the
-host remembers what it has seen, so that no note is lost between a look and another.
+Kernels write to four words in shared memory (`fastbert_kernels.embedding.Notes`). The words are never reset: the host
+compares them with the last values, so that no note is lost.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _kept: list[Tensor] = []
 
 
 class Note(NamedTuple):
-    """A `Note` is what a kernel wrote down: the word, the number of the batch, and the id."""
+    """A `Note` is a kernel's finding: the word, the number of the batch, and the id."""
 
     word: int
     batch: int
@@ -39,9 +39,9 @@ class Note(NamedTuple):
 
 
 class LateChecks:
-    """What the kernels of one model note on one device. strict: whether each call waits for its own checks instead.
+    """A `LateChecks` holds the findings of one model's kernels. strict: whether each call waits for its own checks.
 
-    active: whether a kernel was ever told to note something.
+    active: whether a kernel has ever run with checks.
     """
 
     def __init__(self, strict: bool = False) -> None:
@@ -58,9 +58,9 @@ class LateChecks:
         return next(self._numbers)
 
     def notes(self, device: torch.device, number: int, batch: Tensor | None = None) -> Notes:
-        """Returns what a kernel needs in order to note something about a batch.
+        """Returns the arguments with which a kernel records findings about a batch.
 
-        batch: (2,) int64 on the device, in which a graph finds the number and the rows.
+        batch: (2,) int64 on the device, with the number and the rows for a graph.
         """
         from fastbert_kernels.embedding import Notes
 
@@ -75,7 +75,7 @@ class LateChecks:
         return Notes(words, every_row if batch is None else batch, number)
 
     def news(self) -> list[Note]:
-        """Returns what was noted since the last call, without waiting for what still runs."""
+        """Returns the findings since the last call, without a wait for running kernels."""
         if self._words is None or self._words.tolist() == self._seen:
             return []
         with self._lock:
@@ -87,9 +87,9 @@ class LateChecks:
     def settle(
         self, snapshot: ModuleSnapshot | None, table_sizes: Callable[[], tuple[int, ...]], renew: Callable[[], None]
     ) -> None:
-        """Raises what is wrong with an earlier batch, as far as is known, after following weights that were written to.
+        """Raises the known errors of earlier batches, after an update of derived tensors if weights have changed.
 
-        snapshot: of the model, None before the first. renew: makes what is derived from the weights anew.
+        snapshot: that of the model, None before the first. renew: makes derived tensors again.
         """
         news = self.news()
         stepped = snapshot is not None and snapshot.stepped()
@@ -111,7 +111,7 @@ class LateChecks:
 
 
 def error_of(note: Note, size: int) -> IndexError:
-    """Returns the error that the call itself would have raised, had it waited. size: of the table."""
+    """Returns the error that the call would have raised with a wait. size: the number of rows in the table."""
     more = {_MOST: " or more", _LEAST: " or less"}.get(note.value, "")
     return IndexError(
         f"{NAMES[note.word]}: expected values from 0 to {size - 1}, got {note.value}{more} "

@@ -1,9 +1,9 @@
-"""The layers of a model by kernels, launched one after the other, for which everything was checked once a batch.
+"""This module launches the kernels of a model's layers one after the other, with one set of checks for each batch.
 
-An operation of `fastbert.ops` checks its arguments, asks who watches, chooses a backend, and goes through PyTorch's
-dispatcher, which takes the host longer than to launch its kernel. In a model whose modules are its own, all answers are
-the same in each layer. So they are asked once a batch (`LaunchedLayers.obstacles`), and what depends on the weights is
-kept until a parameter changes. The kernels, and with them the bits, are those of the operations.
+An operation of `fastbert.ops` checks its arguments and observers, chooses a backend, and goes through PyTorch's
+dispatcher. On the host this takes longer than the kernel launch. In a model with its own modules, the checks have the
+same result in each layer. So they run once a batch (`LaunchedLayers.obstacles`), and the values that depend on weights
+are kept until a parameter changes. The kernels, and so the bits, are those of the operations.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fastbert.engine.listeners import observer_obstacle
 from fastbert.engine.state import GRADIENTS, EncoderState
 from fastbert.ops import attention, attention_plan, dispatch, gelu, gemm, recording, silent_writes
 from fastbert.ops.gated import triton_obstacle as gate_obstacle
+from fastbert.ops.gated_linear import takes as takes_gate
 from fastbert.ops.launched import Product
 from fastbert.ops.linear import splits as splits_k
 from fastbert.ops.packing import PackedBatch
@@ -35,17 +36,17 @@ Stack = forms.PostNormStack | forms.PreNormStack
 
 
 class LaunchedLayers:
-    """The layers of one model, kept until a parameter, the policy or a table of block sizes changes."""
+    """This class keeps the layers of one model until a parameter, the policy or a table of block sizes changes."""
 
     def __init__(self) -> None:
         self._kept: tuple[Any, Stack | None] = None, None
 
     def clear(self) -> None:
-        """Lets the weights go."""
+        """Drops the weights."""
         self._kept = None, None
 
     def run(self, model: Any, x: Tensor, batch: PackedBatch, keep_states: bool) -> list[Tensor] | None:
-        """The hidden states before the first layer and after each, or the last; None where the modules must be called.
+        """Returns the hidden states before the first layer and after each, or the last; None if modules must be called.
 
         x: (T, H), the input of the first layer.
         """
@@ -58,11 +59,11 @@ class LaunchedLayers:
         return layers.run(x, batch, plan, keep_states)
 
     def obstacles(self, model: Any, x: Tensor, batch: PackedBatch) -> Iterator[str]:
-        """Every reason why each operation must be asked for itself, on this batch."""
+        """Yields every reason why each operation must make its own checks, for this batch."""
         if torch.is_grad_enabled():
             yield GRADIENTS
         if IN_TRAINING.get():
-            yield "a pass of training runs again"
+            yield "a training pass is recomputed"
         if recording.on:
             yield "operations are recorded one by one"
         if batch.valid is not None or batch.has_plan(ATTENTIONS):
@@ -81,7 +82,7 @@ class LaunchedLayers:
             yield from feature_obstacles(features, FEATURES, "the layers by kernels")
 
     def _layers(self, model: Any, x: Tensor) -> Stack | None:
-        """The layers, made anew where something has changed; None where a weight is not as the kernels want it."""
+        """Returns the layers, made again after a change; None if a weight does not suit the kernels."""
         from fastbert_kernels import launch, tables
 
         snapshot = model.engine.state.snapshot
@@ -100,7 +101,7 @@ class LaunchedLayers:
 
 
 def made(model: Any, x: Tensor) -> Stack | None:
-    """The layers of a model whose modules are its own; None where not all weights suit kernels and rows like x."""
+    """Makes the layers of a model with its own modules; None if a weight does not suit kernels and rows like x."""
     if not model.engine.state.plain_parameters():
         return None
     blocks = list(model.blocks())
@@ -116,13 +117,13 @@ def made(model: Any, x: Tensor) -> Stack | None:
 
 
 class _Maker:
-    """Makes the forms of layers of their descriptions, for rows like x."""
+    """A `_Maker` makes forms of layers from `Block`s, for rows like x."""
 
     def __init__(self, x: Tensor, policy: Any) -> None:
         self.x, self.policy = x, policy
 
     def product(self, of: Linear, activation: str = "none", residual: bool = False) -> Product:
-        """A linear whose GEMM is chosen. residual: whether a residual and a LayerNorm follow in its operation."""
+        """Returns a linear with its chosen GEMM. residual: whether its operation has a residual and a LayerNorm."""
         n_cols, k_size = of.weight.shape
         policy = self.policy
         choice = self.x.device, policy.backend, policy.batch_invariant, None
@@ -131,7 +132,7 @@ class _Maker:
         return Product(of.weight, of.bias, activation, ours, not policy.batch_invariant, splits)
 
     def join(self, of: Linear, norm: Norm, joins: bool) -> forms.Join:
-        """A product, its residual and a norm. joins: whether one operation of the modules has all three."""
+        """Returns a product with its residual and a norm. joins: whether one operation of the modules has all three."""
         join = forms.Joined if joins else forms.MultipliedThenNormed
         return join(self.product(of, residual=joins), norm.arguments())
 
@@ -152,7 +153,7 @@ class _Maker:
         return layer if block.convolution is None else self.convolved(block, layer)
 
     def convolved(self, block: Block, layer: forms.PostNorm) -> forms.PostNorm:
-        """The layer with the convolution that stands beside it."""
+        """Returns the layer with its parallel convolution."""
         beside = block.convolution
         assert beside is not None
         size, norm = beside.weight.shape[-1], beside.norm.arguments()
@@ -166,7 +167,7 @@ class _Maker:
         )  # fmt: skip
 
     def attention(self, block: Block) -> forms.Attention:
-        """What a layer does between its first two products."""
+        """Returns the form between the first two products of a layer."""
         heads = block.num_heads
         scale = block.head_size**-0.5 if block.scale is None else block.scale
         form: forms.Attention
@@ -186,10 +187,13 @@ class _Maker:
         return forms.TurnedAttention(form, heads, (block.head_size, block.rotary, block.position_factor))
 
     def feed(self, block: Block) -> forms.Feed:
-        """What a layer does before its last product."""
+        """Returns the form before the last product of a layer."""
         if block.fuse_up is None:
             return forms.Activated(self.product(block.up, block.activation))
-        return forms.Gated(self.product(block.fuse_up()), block.activation)
+        up, policy = block.fuse_up(), self.policy
+        if takes_gate(self.x.dtype, up.weight, self.x.device, policy):
+            return forms.GatedAtOnce(Product(up.weight, up.bias, block.activation, True, not policy.batch_invariant))
+        return forms.Gated(self.product(up), block.activation)
 
 
 def _norm(norm: Norm) -> forms.PreNormalize:
@@ -198,9 +202,9 @@ def _norm(norm: Norm) -> forms.PreNormalize:
 
 
 def _fits(block: Block, x: Tensor) -> bool:
-    """Tells whether all weights are there, of x's dtype, on its device, and of sizes that belong together.
+    """Tells whether all weights exist, with the dtype and device of x, and with matching sizes.
 
-    Where a bias is missing that the modules of a family have, they are called.
+    If a bias of the family's modules is missing, the modules are called.
     """
     if gate_obstacle(x, block.activation) if block.gate else gelu.activation_obstacle(block.activation):
         return False

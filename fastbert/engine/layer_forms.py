@@ -1,6 +1,6 @@
-"""The forms of layers that kernels run one after the other: what a layer does, as small objects that launch.
+"""The forms of layers are small objects that launch the kernels of a layer one after the other.
 
-T tokens, H hidden, I intermediate. A form has nothing to decide: `fastbert.engine.launched` makes it of a `Block`.
+T tokens, H hidden, I intermediate. A form makes no decisions: `fastbert.engine.launched` makes it from a `Block`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PreNormalize = tuple[Tensor, Tensor | None, float]  # the same of a norm that ma
 
 
 class Attention(Protocol):
-    """What stands between the product that gives queries, keys and values, and the one after attention."""
+    """This form runs between the product for queries, keys and values, and the product after attention."""
 
     def run(self, qkv: Tensor, batch: PackedBatch, plan: Plan) -> Tensor: ...
 
@@ -44,7 +44,7 @@ class PlainAttention:
 
 @dataclass(frozen=True, eq=False)
 class BiasedAttention:
-    """table: (N, 2R + 1), what distances in columns add to the scores."""
+    """table: (N, 2R + 1), the bias of the scores for each distance in columns."""
 
     num_heads: int
     scale: float
@@ -66,7 +66,7 @@ class WindowedAttention:
 
 @dataclass(frozen=True, eq=False)
 class DisentangledAttention:
-    """invariant: whether bits must not depend on the batch."""
+    """invariant: True if the bits must not depend on the batch."""
 
     num_heads: int
     scale: float
@@ -79,7 +79,7 @@ class DisentangledAttention:
 
 @dataclass(frozen=True, eq=False)
 class TurnedAttention:
-    """Queries and keys are turned by their positions before attention. angles: head size, base and factor."""
+    """This form rotates queries and keys by their positions before attention. angles: head size, base and factor."""
 
     attention: Attention
     num_heads: int
@@ -92,7 +92,7 @@ class TurnedAttention:
 
 @dataclass(frozen=True, eq=False)
 class NormedAttention:
-    """Queries and keys are normalised before attention, all heads of a row together."""
+    """This form normalises queries and keys before attention, all heads of a row together."""
 
     attention: Attention
     query_norm: Normalize
@@ -119,7 +119,7 @@ class Activated:
 
 @dataclass(frozen=True, eq=False)
 class Gated:
-    """up: (2I, H), what is activated above its gate."""
+    """up: (2I, H), the activated rows above the gate's rows."""
 
     up: Product
     activation: str
@@ -128,18 +128,28 @@ class Gated:
         return launched.gated(launched.linear_activation(x, self.up), self.activation)
 
 
+@dataclass(frozen=True, eq=False)
+class GatedAtOnce:
+    """up: (2I, H), as in `Gated`, with the activation; one kernel multiplies and gates."""
+
+    up: Product
+
+    def run(self, x: Tensor) -> Tensor:
+        return launched.gated_linear(x, self.up)
+
+
 # A product, the residual and a norm: (T, K), (T, H) -> (T, H)
 
 
 class Join(Protocol):
-    """out: where the result may be written, or None."""
+    """out: memory for the result, or None."""
 
     def run(self, x: Tensor, residual: Tensor, out: Tensor | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Joined:
-    """The bias and the residual go where the kernels take them."""
+    """This form passes the bias and the residual to the kernels that accept them."""
 
     product: Product
     norm: Normalize
@@ -150,7 +160,7 @@ class Joined:
 
 @dataclass(frozen=True, eq=False)
 class MultipliedThenNormed:
-    """The product is rounded with its bias, as in families whose module of attention ends with it."""
+    """This form rounds the product with its bias, as in families whose attention module ends with it."""
 
     product: Product
     norm: Normalize
@@ -162,7 +172,7 @@ class MultipliedThenNormed:
 
 @dataclass(frozen=True, eq=False)
 class JoinedTwice:
-    """The residual is added to what `join` gives once more, and normalised once more."""
+    """This form adds the residual to the output of `join` again, and normalises again."""
 
     join: Join
     norm: Normalize
@@ -176,7 +186,7 @@ class JoinedTwice:
 
 
 class PostNorm(Protocol):
-    """A layer whose norms follow its residuals: (T, H) -> (T, H). out: where the result may be written, or None."""
+    """This layer has its norms after the residuals: (T, H) -> (T, H). out: memory for the result, or None."""
 
     def run(self, x: Tensor, batch: PackedBatch, plan: Plan, out: Tensor | None = None) -> Tensor: ...
 
@@ -214,7 +224,7 @@ class ConvolvedLayer:
 
 @dataclass(frozen=True, eq=False)
 class PreNormLayer:
-    """A layer that normalises what its parts read. attention_norm: None where attention reads the rows as they are."""
+    """This layer normalises the input of each part. attention_norm: None if attention reads the rows without a norm."""
 
     attention_norm: PreNormalize | None
     qkv: Product
@@ -226,13 +236,13 @@ class PreNormLayer:
 
 
 class PostNormStack:
-    """Layers that run one after the other."""
+    """This stack runs layers one after the other."""
 
     def __init__(self, layers: list[PostNorm]) -> None:
         self.layers = layers
 
     def run(self, x: Tensor, batch: PackedBatch, plan: Plan, keep_states: bool) -> list[Tensor]:
-        """(T, H) -> the hidden states before the first layer and after each, or the last alone."""
+        """(T, H) -> the hidden states before the first layer and after each layer, or only the last."""
         states, out = [x], None if keep_states else batch.known_plan(OUTPUT)
         for i, layer in enumerate(self.layers, 1):
             x = layer.run(x, batch, plan, out if i == len(self.layers) else None)
@@ -241,7 +251,7 @@ class PostNormStack:
 
 
 class PreNormStack:
-    """Layers that normalise what they read: each residual is added in the kernel of the norm that reads the sum."""
+    """This stack runs pre-norm layers: the kernel of the norm that reads a sum also adds the residual."""
 
     def __init__(self, layers: list[PreNormLayer], last_norm: PreNormalize | None) -> None:
         self.layers = layers
@@ -249,7 +259,7 @@ class PreNormStack:
         self.norms_after = [*(layer.attention_norm for layer in layers[1:]), last_norm]
 
     def run(self, x: Tensor, batch: PackedBatch, plan: Plan, keep_states: bool) -> list[Tensor]:
-        """(T, H) -> the hidden states before the first layer and after each, the last one normalised, or that alone."""
+        """(T, H) -> the hidden states before the first layer and after each layer, or only the last, normalised one."""
         states = [x]
         first = self.layers[0].attention_norm
         normed = x if first is None else launched.bias_residual_layer_norm(x, None, None, *first)

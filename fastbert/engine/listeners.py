@@ -1,4 +1,4 @@
-"""Who listens to a module, or has put another in its place: only what nobody sees may be computed without a call."""
+"""This module finds hooks, patches and adapters: a module with one of them must be called."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _GLOBAL = (
 
 
 def everywhere() -> bool:
-    """Tells whether somebody listens to all modules of the process; PyTorch's own counters do not count."""
+    """Tells whether there are hooks on all modules of the process, apart from PyTorch's own counters."""
     return any(_GLOBAL) and any(not _is_torchs(hook) for hooks in _GLOBAL for hook in hooks.values())
 
 
@@ -29,13 +29,13 @@ def _is_torchs(hook: Any) -> bool:
 
 
 def listened(module: nn.Module) -> bool:
-    """Tells whether somebody listens to this module, or has patched its forward."""
+    """Tells whether this module has hooks or a patched forward."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks) or "forward" in module.__dict__ or everywhere()
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Tells whether FSDP2 shards the module, and nobody else listens to it: its hooks pass any tensors through."""
+    """Tells whether the module has only the hooks of FSDP2, which pass any tensors through."""
     if "torch.distributed.fsdp" not in type(module).__module__ or "forward" in module.__dict__ or everywhere():
         return False
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
@@ -43,7 +43,7 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def listened_inside(module: nn.Module) -> bool:
-    """Tells whether somebody listens to the module or to one below it."""
+    """Tells whether the module or one below it has hooks."""
     waiting: list[nn.Module | None] = [module]
     while waiting:
         one = waiting.pop()
@@ -55,7 +55,7 @@ def listened_inside(module: nn.Module) -> bool:
 
 
 def names_of_listened(model: nn.Module) -> Iterator[str]:
-    """The names of the modules below the model that somebody listens to, and "all modules" for global hooks."""
+    """Returns the names of the model's modules with hooks, and "all modules" for global hooks."""
     if everywhere():
         yield "all modules"
         return
@@ -65,12 +65,12 @@ def names_of_listened(model: nn.Module) -> Iterator[str]:
 
 
 def is_bare(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Tells whether the module's parameters may stand for it: it is no adapter, and has no hook or patch."""
+    """Tells whether the module's parameters may replace a call: it is not an adapter, and has no hook or patch."""
     return type(module) is kind and not listened(module)
 
 
 def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
-    """Tells whether the module is a bare nn.Linear with a bias, and its weight no tensor of another kind."""
+    """Tells whether the module is a bare nn.Linear with a bias and a plain weight."""
     if not is_bare(linear, nn.Linear) or linear.bias is None:
         return False
     return type(linear.weight) in tracing.PLAIN or torch.compiler.is_compiling()
@@ -83,7 +83,7 @@ def is_plain_norm(norm: nn.Module, dropout: nn.Module | None = None) -> TypeGuar
 
 
 def observer_obstacle(device: torch.device) -> str | None:
-    """Why the operations must run one by one: somebody watches them, or captures a CUDA graph; or None."""
+    """Tells why the operations must run one by one (an observer, or the capture of a CUDA graph), or returns None."""
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return "another CUDA graph is being captured"
     return tracing.observed()

@@ -1,6 +1,6 @@
-"""Small batches with a mask on a GPU: whether nobody waits for the number of their tokens.
+"""This module decides whether the host waits for the number of tokens in a mask on a GPU.
 
-README.md of this package says why. `fastbert.ops.masked` packs them.
+README.md of this package gives the reasons. `fastbert.ops.masked` packs such small batches.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from fastbert.ops.packing import PackedBatch
 
 
 def obstacles(model: EncoderModel, device: torch.device | None = None) -> Iterator[str]:
-    """Every reason why the number of tokens in a mask on the GPU is waited for, whatever the mask.
+    """Yields every reason why the host waits for the number of tokens of all masks on the GPU.
 
-    device: if it is not the model's, less can be said.
+    device: for another device than the model's, only some reasons are known.
     """
     engine = model.engine
     if engine.checks.strict:
-        yield "strict_ids waits for the checks of each batch"
+        yield "strict_ids=True waits for the checks of each batch"
     if device is not None and device != model.device:
         if model.training:
             yield TRAINING
         return
     yield from engine.bucket_obstacles(model)
     if not model.kernels_note_ids():
-        yield "no kernel of the embeddings notes ids beyond their table"
+        yield "no kernel of the embeddings checks the ids"
 
 
 def batch_obstacle(model: EncoderModel, mask: Tensor, ids: tuple[Tensor | None, ...]) -> str | None:
-    """Tells why the number of tokens in this mask, (B, S), is waited for, or is known at once; or None.
+    """Tells why the host waits for the tokens of this mask, (B, S), or knows their number at once; or returns None.
 
-    ids: input_ids, token_type_ids and position_ids, None where a caller gave none.
+    ids: input_ids, token_type_ids and position_ids, None for those not passed.
     """
     if packing.on_host(mask.device):
         return "the mask is on the host"
     if ids[0] is None:
         return "the inputs are embeddings"
     if not 0 < mask.numel() <= masked.MOST_PLACES:
-        return f"the mask has {mask.numel()} places, and {masked.MOST_PLACES} at most may be left to the device"
+        return f"the mask has {mask.numel()} places, more than the {masked.MOST_PLACES} that a kernel packs"
     if any(x is not None and x.device != mask.device for x in ids):
         return "ids are on another device than the mask"
     if ids[2] is None and mask.shape[1] > model.table_sizes()[2]:
@@ -53,9 +53,9 @@ def batch_obstacle(model: EncoderModel, mask: Tensor, ids: tuple[Tensor | None, 
 
 
 def batch_of(model: Any, mask: Tensor | None, ids: tuple[Tensor | None, ...]) -> PackedBatch | None:
-    """Returns the batch of a mask, (B, S), whose lengths stay on the device; None where they do not.
+    """Returns the batch of a mask, (B, S), whose lengths stay on the device, or None if they do not.
 
-    Where a graph may be launched first and looked at afterwards, `wait` is for what it finds.
+    If a graph launched first turns out to be outdated, `wait` is called.
     """
     if mask is None or torch.compiler.is_compiling() or batch_obstacle(model, mask, ids) is not None:
         return None
@@ -67,7 +67,7 @@ def batch_of(model: Any, mask: Tensor | None, ids: tuple[Tensor | None, ...]) ->
 
 
 def wait(batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
-    """Makes a batch whose lengths stay on the device one whose lengths the host knows, and packs its inputs."""
+    """Waits for the lengths of a batch on the device, and packs its inputs."""
     assert batch.mask is not None
     shape, reads_columns = (batch.batch_size, batch.padded_length), batch.reads_columns
     packed = packing.unpad(batch.mask.view(shape), batch.device)

@@ -1,4 +1,4 @@
-"""The choices of a user about how a model runs, in one place."""
+"""`Options` holds the choices of a user about how a model runs."""
 
 from __future__ import annotations
 
@@ -11,15 +11,14 @@ from fastbert.ops.quantized import check_precision
 
 @dataclass(frozen=True)
 class Options:
-    """The choices that all models share.
+    """An `Options` holds the choices that all models share.
 
-    backend: "auto", "triton", "cpu" or "torch", what may run the operations; fastbert.ops.dispatch says more. strict:
-    whether what the backend cannot run raises, in the place of a fallback. batch_invariant: whether a text's output is
-    the same to the bit alone, in any batch and in any order; it is strict. precision: None, "fp8" or "int8", in which
-    the encoder's linears multiply. cuda_graphs: whether short batches on a GPU are launched as CUDA graphs, which
-    changes no result. strict_ids: whether each call on a GPU waits until ids that are there already are known to be in
-    their tables; else the next call, or `fastbert.wait_for_checks`, raises for them. Raises ValueError for a value, or
-    two together, that nothing supports.
+    backend: "auto", "triton", "cpu" or "torch", the code that may run the operations (fastbert.ops.dispatch). strict:
+    whether a fallback is an error. batch_invariant: whether the bits of a text's output must not depend on the other
+    texts of the batch; there is no fallback. precision: None, "fp8" or "int8", the operands of the encoder's linears.
+    cuda_graphs: whether short batches on a GPU run as CUDA graphs, with the same results. strict_ids: whether each call
+    on a GPU waits for the check of ids that are already there; otherwise the next call, or
+    `fastbert.wait_for_checks`, raises. Raises ValueError for an unsupported value or combination.
     """
 
     backend: str = "auto"
@@ -37,15 +36,15 @@ class Options:
 
     @property
     def policy(self) -> Policy:
-        """The policy that operations ask for."""
+        """Returns the policy for operations."""
         return Policy(self.backend, self.strict, self.batch_invariant)
 
     @classmethod
     def of(cls, options: Options | None, settings: dict[str, Any]) -> Options:
-        """The options with these settings changed. Raises TypeError for a name that is no option."""
+        """Returns the options with these settings changed. Raises TypeError for an unknown name."""
         for name in settings:
             if name not in OPTION_NAMES:
-                raise TypeError(f"{name}: no such option; expected one of {', '.join(OPTION_NAMES)}")
+                raise TypeError(f"{name}: not an option; expected one of {', '.join(OPTION_NAMES)}")
         return replace(options or cls(), **settings)
 
 

@@ -1,15 +1,15 @@
-"""The encoder of a BertModel on 8-bit operands, for `precision="fp8"` and `precision="int8"`.
+"""This module runs an encoder on 8-bit operands, for `precision="fp8"` and `precision="int8"`.
 
-Linears multiply 8-bit activations by 8-bit weights; attention's own products, LayerNorm and the residual stay in the
-model's dtype. Every operand is quantised by the kernel that makes it. T tokens, H hidden.
+Linears multiply 8-bit activations by 8-bit weights. The products of attention, LayerNorm and the residual stay in the
+model's dtype. The kernel that computes an operand also quantises it. T tokens, H hidden.
 
-fp8 needs a GPU of compute capability 8.9 or newer, int8 one of 8.0, or a CPU with AVX-512 VNNI
-(fastbert.engine.cpu_encoder, which quantises its own way). Where there are no 8-bit kernels (other CPUs, an older GPU,
-sizes or an activation that they do not take, an adapter or a hook inside) the unquantised path runs: it is logged once,
-`explain` shows it, and under strict=True it raises BackendError. backend="torch" instead emulates the same quantisation
-in plain PyTorch, on any device. The parameters are kept, with the 8-bit weights beside them.
+fp8 needs a GPU of compute capability 8.9 or newer; int8 needs a GPU of 8.0 or newer, or a CPU with AVX-512 VNNI
+(fastbert.engine.cpu_encoder, with another quantisation). The unquantised path runs if there is no 8-bit kernel: on
+other CPUs, on an older GPU, for unsupported sizes or activations, or with an adapter or a hook inside. This is logged
+once, `explain` shows it, and with strict=True it raises BackendError. backend="torch" emulates the same quantisation in
+plain PyTorch, on any device. The model keeps its parameters in addition to the 8-bit weights.
 
-int8 is the more exact of the two: benchmarks/NOTES.md has the figures.
+int8 is more exact than fp8: benchmarks/NOTES.md has the numbers.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ _BY_OPERATIONS = frozenset(("position_bias",))
 
 
 class QuantizedWeights(Derived):
-    """8-bit weights derived from linears, kept until a parameter changes."""
+    """This class holds 8-bit weights derived from linears, kept until a parameter changes."""
 
     def of(self, precision: str, name: str, linears: Sequence[Linear], rotated: bool) -> tuple[Quantized, Tensor]:
-        """Returns the linears as one: weights one above the other, with a scale a row, and biases, zeros without one.
+        """Returns the linears as one: joined weights with a scale for each row, and joined biases, zeros if missing.
 
-        name: what they are kept under. rotated: whether their input is.
+        name: the name under which they are kept. rotated: whether their input is rotated.
         """
         data, scale, bias = self._tensors(precision, name, linears, rotated)
         return Quantized(data, scale, data.shape[1]), bias
 
     def addresses_of(self, precision: str, name: str, linears: Sequence[Linear], rotated: bool) -> tuple[int, ...]:
-        """Returns where data, scales and biases are, up to date; nothing if they are made on every call."""
+        """Returns the addresses of the current data, scales and biases; nothing if they are not kept."""
         return self.addresses(name, self._tensors(precision, name, linears, rotated))
 
     def _tensors(self, precision: str, name: str, linears: Sequence[Linear], rotated: bool) -> tuple[Tensor, ...]:
@@ -77,11 +77,11 @@ def decide(
     arch: int | None = None,
     transformed: str | None = None,
 ) -> Decision:
-    """Decides what runs the encoder in its precision: "triton", "cpu", "torch" (the emulation) or "unquantised".
+    """Decides which code runs the encoder's precision: "triton", "cpu", "torch" (the emulation) or "unquantised".
 
-    The emulation, in plain PyTorch, is what backend="torch" asks for: it shows on any device what the kernels would
-    give. Where there is no 8-bit kernel, any other backend takes the unquantised path, which is faster there and more
-    exact. arch: that of a GPU which need not be there. transformed: what `tracing.transformed` says of the inputs.
+    backend="torch" selects the emulation in plain PyTorch, which shows the results of the kernels on any device. If
+    there is no 8-bit kernel, any other backend runs the unquantised path, which is faster and more exact than the
+    emulation. arch: the compute capability of any GPU. transformed: the result of `tracing.transformed` for the inputs.
     """
     precision = model.precision
     assert precision is not None
@@ -96,7 +96,7 @@ def decide(
     if policy.backend != "torch":
         obstacles.append(ops.quantized.device_obstacle(precision, device, arch))
     if policy.batch_invariant and (device.type != "cpu" or policy.backend == "triton"):
-        obstacles.append("batch_invariant: of the 8-bit kernels, only those in C++ for CPUs promise it")
+        obstacles.append("batch_invariant: only the C++ kernels for CPUs support it in 8 bits")
     obstacles.append(transformed or tracing.transformed())
     reasons = [obstacle for obstacle in obstacles if obstacle is not None]
     if reasons:
@@ -128,7 +128,7 @@ def choose(model: EncoderModel, transformed: str | None = None) -> str:
 
 
 def _altered(model: EncoderModel) -> str | None:
-    """Names a part of the encoder that its parameters cannot stand for, as an adapter or a hook has; or None."""
+    """Names a part of the encoder that must be called, because of an adapter or a hook; or returns None."""
     for name in ("embeddings", "encoder"):
         module = getattr(model, name)
         if not is_bare(module, type(module)):
@@ -147,9 +147,9 @@ def _altered(model: EncoderModel) -> str | None:
 
 
 def _is_own(module: nn.Module, own_modules: frozenset[type[nn.Module]]) -> bool:
-    """Tells whether a module of the encoder is as it was made.
+    """Tells whether a module of the encoder is unchanged since it was made.
 
-    It reads the dictionaries of modules, since it runs for every batch and a module's attributes are slow.
+    It reads the dictionaries of modules, because it runs for every batch and a module's attributes are slow.
     """
     if type(module) not in own_modules or not is_bare(module, type(module)):
         return False
@@ -169,7 +169,7 @@ def _feature_obstacle(blocks: list[Block], supported: frozenset[str]) -> str | N
 
 
 def _block_obstacles(model: EncoderModel) -> list[str | None]:
-    """Why the Triton kernels do not run the layers: what they have, and their activations."""
+    """Yields the features and activations of the layers that the Triton kernels do not support."""
     blocks = list(model.blocks())
     activations = {(block.activation, block.gate is not None) for block in blocks}
     return [
@@ -193,7 +193,7 @@ def _is_own_leaf(module: nn.Module, biased: bool = True) -> bool:
 
 
 class EightBit:
-    """The arithmetic of precision="fp8" and "int8" operation by operation: Triton kernels, or their emulation."""
+    """This arithmetic runs precision="fp8" and "int8" operation by operation: in Triton kernels, or their emulation."""
 
     name = OP
 
@@ -202,7 +202,7 @@ class EightBit:
 
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
         if model.precision is None:
-            yield "no precision was asked for"
+            yield "no precision is set"
             return
         decision = decide(model, model.policy, model.device, model.dtype)
         if decision.backend == UNQUANTISED:
@@ -236,7 +236,7 @@ class EightBit:
     def _embed(
         self, model: Any, batch: PackedBatch, inputs: PackedInputs, features: list[str], policy: Policy
     ) -> tuple[Tensor, Quantized]:
-        """What the first layer reads, (T, H), and the same in 8 bits."""
+        """Returns the input of the first layer, (T, H), and the same in 8 bits."""
         precision = model.precision
         if model.embeddings_project is not None or "scale" in features:  # DeBERTa's embeddings have steps of their own
             x = model.embed(inputs, batch)
@@ -250,7 +250,7 @@ class EightBit:
 
     @untraced
     def addresses(self, model: EncoderModel) -> list[tuple[int, ...]]:
-        """Returns where 8-bit weights, and what layers have beside them, are, up to date: what a CUDA graph reads."""
+        """Returns the addresses of the current 8-bit weights and other derived tensors that a CUDA graph reads."""
         precision = model.precision
         assert precision is not None
         blocks = list(model.blocks())
@@ -266,19 +266,19 @@ class EightBit:
 
 
 def _place(model: EncoderModel, i: int) -> int:
-    """The place of layer i's weights among those that are stored."""
+    """Returns the index of layer i's weights in the stored sets."""
     order = model.encoder.order
     return i if order is None else order[i]
 
 
 def _linears(i: int, block: Block, precision: str) -> dict[str, tuple[str, tuple[Linear, ...], bool]]:
-    """The four products of a layer: under which name they are kept, the linears, whether their input is rotated."""
+    """Yields the four products of a layer: the name, the linears, and whether their input is rotated."""
     rotated = {"qkv", "up"} if precision == "int8" else set()
     return {name: (f"{i}.{name}", linears, name in rotated) for name, linears in block.products().items()}
 
 
 def refuse_gradients(model: EncoderModel, inputs_embeds: Tensor | None) -> None:
-    """Raises RuntimeError where gradients are asked of an 8-bit encoder."""
+    """Raises RuntimeError if a call needs gradients of an 8-bit encoder."""
     if not torch.is_grad_enabled():
         return
     embeds = [] if inputs_embeds is None else [inputs_embeds]

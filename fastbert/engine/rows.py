@@ -1,4 +1,4 @@
-"""The inputs of a batch as kernels read them: on the device, in int64, and in the rows of a bucket."""
+"""This module prepares the inputs of a batch for kernels: on the device, in int64, and in the rows of a bucket."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import torch
 from fastbert.engine.buckets import bucket_of
 from fastbert.engine.interface import EncoderModel, PackedInputs
 from fastbert.engine.static_memory import Layout, Shape
-from fastbert.ops import attention_plan, masked, packing
+from fastbert.ops import attention_plan, masked, packing, static_plan
 from fastbert.ops.packing import PackedBatch
 
 
 def as_int64(model: EncoderModel, batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
-    """The inputs on the device, ids in int64, as in the rows of a bucket: kernels are compiled for their dtype."""
+    """Returns the inputs on the device with ids in int64, because kernels are compiled for this dtype."""
     if batch.device.type != "cpu":
         inputs = on_device(batch, inputs)
     input_ids, token_type_ids, position_ids, inputs_embeds = inputs
@@ -28,7 +28,7 @@ def as_int64(model: EncoderModel, batch: PackedBatch, inputs: PackedInputs) -> P
 
 
 def on_device(batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
-    """The inputs with every id on the batch's device, and positions, unless a kernel finds them with the lengths."""
+    """Returns the inputs with every id on the batch's device, and positions, unless a kernel computes them."""
     input_ids, token_type_ids, position_ids, _ = inputs
     if position_ids is None and batch.mask is None:
         position_ids = batch.position_ids
@@ -40,7 +40,7 @@ def on_device(batch: PackedBatch, inputs: PackedInputs) -> PackedInputs:
 
 
 def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tuple[PackedInputs, PackedBatch]:
-    """Ids and batch in the rows of the batch's bucket, as a graph reads them; the rows of padding are zeros."""
+    """Returns ids and batch in the rows of the batch's bucket, as for a graph; the rows of padding are zeros."""
     bucket = bucket_of(batch.n_tokens)
     assert bucket is not None
     if batch.mask is not None:
@@ -64,6 +64,6 @@ def in_bucket_rows(batch: PackedBatch, inputs: PackedInputs, shape: Shape) -> tu
 def _layout_of_mask(batch: PackedBatch, bucket: int, shape: Shape) -> Layout:
     """Returns the layout of memory for a batch whose lengths stay on the device, with lists for every such batch."""
     sizes = shape.dtype, shape.head_size
-    kind = attention_plan.kind_of(batch, bucket, *sizes, shape.policy)
+    kind = static_plan.kind_of(batch, bucket, *sizes, shape.policy)
     most = masked.most_tiles(batch.batch_size, batch.padded_length, *sizes, shape.device, shape.policy, kind.small)
     return Layout(bucket, shape, kind, most)

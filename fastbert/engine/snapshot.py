@@ -1,4 +1,4 @@
-"""A snapshot of modules: whether they are as they were, and where their parameters lie."""
+"""A snapshot holds the state of modules and the addresses of their parameters, to detect changes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ _PRESENT = partial(is_not, None)  # of a parameter, which may be None
 
 
 class ModuleSnapshot:
-    """The children, hooks, forwards and modes of modules as they were, and where their parameters lie.
+    """A `ModuleSnapshot` holds the children, hooks, forwards and modes of modules, and their parameters' addresses.
 
-    It is compared before every replay of a graph, so it keeps the dictionaries that hold these
-    things, and asks no module.
+    It is compared before every replay of a graph, so it keeps the dictionaries with this state and calls no module.
     """
 
     def __init__(self, roots: tuple[nn.Module | None, ...], known_types: Collection[type[nn.Module]]) -> None:
@@ -52,15 +51,15 @@ class ModuleSnapshot:
         self._late: tuple[Any, LateSamples] | None = None
 
     def same_modules(self) -> bool:
-        """Tells whether no module was replaced, added, removed or made one of another class."""
+        """Tells whether no module was replaced, added or removed, or changed its class."""
         return self._children == self._children_before and list(map(type, self._modules)) == self._types
 
     def plain(self) -> bool:
-        """Tells whether every module is of a known kind and in eval mode, and nobody listens to or patches one."""
+        """Tells whether every module is of a known class, in eval mode, and without hooks and patches."""
         return self.unheard() and not any(map(itemgetter("training"), self._dicts))
 
     def unheard(self) -> bool:
-        """Tells whether every module is of a known kind, and nobody listens to or patches one."""
+        """Tells whether every module is of a known class, and without hooks and patches."""
         return self._known and not any(self._hooks) and not any(map(contains, self._dicts, repeat("forward")))
 
     def parameter_types(self) -> set[type]:
@@ -68,24 +67,24 @@ class ModuleSnapshot:
         return set(map(type, chain.from_iterable(map(dict.values, self._parameters))))
 
     def changes(self) -> list[int]:
-        """Counts how often what the modules derive from their weights has changed, or was asked to."""
+        """Counts the changes and invalidations of the modules' derived tensors."""
         return [module.__dict__["derived"].changes for module in self._deriving]
 
     def invalidate(self) -> None:
-        """Makes what the modules derive from their weights anew when it is next used."""
+        """Marks the modules' derived tensors to be made again at their next use."""
         for module in self._deriving:
             module.__dict__["derived"].invalidate()
 
     def derived_addresses(self) -> list[tuple[int, ...]]:
-        """Returns where that is, up to date, for every module that has a `derived`."""
+        """Returns the addresses of the current derived tensors of every module with a `derived`."""
         return [module.derived_addresses() for module in self._deriving]
 
     def derived_tensors(self) -> list[Tensor]:
-        """Returns what the modules keep of that."""
+        """Returns the derived tensors that the modules keep."""
         return [tensor for module in self._deriving for tensor in module.__dict__["derived"].tensors()]
 
     def state(self) -> tuple[list[int], list[int], list[float]]:
-        """Returns where each parameter is, how often it was written to as PyTorch counts, and the norms' eps."""
+        """Returns each parameter's address, PyTorch's count of its writes, and the norms' eps."""
         parameters: list[Any] = list(filter(_PRESENT, chain.from_iterable(map(dict.values, self._parameters))))
         try:
             versions = list(map(attrgetter("_version"), parameters))
@@ -98,9 +97,9 @@ class ModuleSnapshot:
         return places, versions, list(map(itemgetter("eps"), self._norms))
 
     def record(self, entries: Sequence[tuple[dict[str, Any], str]] = ()) -> Any:
-        """Returns a `cpu.ObjectRecord`, which says yes while the methods above return what they do now, or None.
+        """Returns a `cpu.ObjectRecord`, which is equal while the methods above return the same values, or None.
 
-        entries: more of a record's entries. None where it cannot be made, or what is not `plain` would be in it.
+        entries: further entries of the record. Returns None if it cannot be made, or if a module is not `plain`.
         """
         if not self.plain():
             return None
@@ -118,9 +117,9 @@ class ModuleSnapshot:
             return None
 
     def silent_writes(self, state: tuple[list[Any], ...]) -> int:
-        """Counts how often parameters were seen to have been written to silently. state: what `state` gives.
+        """Counts the detected silent writes to parameters. state: the result of `state`.
 
-        On a GPU this waits for it.
+        On a GPU the host waits for it.
         """
         kept = self._writes
         parameters = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
@@ -130,7 +129,7 @@ class ModuleSnapshot:
         return self._n_silent_writes
 
     def late_samples(self) -> LateSamples:
-        """Returns samples of the parameters as they were when they were last known to be unwritten."""
+        """Returns the samples of the parameters from the last time without a write."""
         state = self.state()
         if self._late is None or self._late[0] != state:
             parameters = [p for p in chain.from_iterable(map(dict.values, self._parameters)) if p is not None]
@@ -138,11 +137,11 @@ class ModuleSnapshot:
         return self._late[1]
 
     def stepped(self) -> bool:
-        """Tells whether an optimizer's hook says that it has written a parameter since the last time."""
+        """Tells whether an optimizer's hook has reported a write to a parameter since the last call."""
         return self._late is not None and self._late[1].stepped()
 
     def renew_late(self) -> None:
-        """Makes what is derived anew, after a write, and takes new samples."""
+        """Makes derived tensors again after a write, and takes new samples."""
         self.invalidate()
         if self._late is not None:
             self._late[1].renew()

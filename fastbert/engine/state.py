@@ -1,4 +1,4 @@
-"""The state of a model's modules and weights as it was last seen; it is compared before each use."""
+"""This module keeps the last seen state of a model's modules and weights, and compares it before each use."""
 
 from __future__ import annotations
 
@@ -21,11 +21,10 @@ _PLAIN_PARAMETERS = frozenset((*tracing.PLAIN, type(None)))
 
 
 class EncoderState:
-    """The modules of one encoder as they were last seen. snapshot: None before the first look.
+    """An `EncoderState` is the last seen state of one encoder's modules. snapshot: None before the first check.
 
-    features: what layers have beyond BERT's, None before `layer_features`, which finds two things more. beside: the
-    activation of a convolution beside a layer, or None. projects: whether a linear stands between the tables of the
-    embeddings and the layers.
+    features: the features of layers beyond BERT's, None before `layer_features`, which sets the next two as well.
+    beside: the activation of a layer's convolution, or None. projects: whether a linear projects the embeddings.
     """
 
     def __init__(self) -> None:
@@ -36,17 +35,17 @@ class EncoderState:
         self._n_silent_writes = 0
 
     def plain_modules(self, model: EncoderModel) -> bool:
-        """Tells whether the encoder's modules are its own, in eval mode, and nobody listens to one."""
+        """Tells whether the encoder has only its own modules, in eval mode, and without hooks."""
         snapshot = self._looked_at(model)
         return snapshot.plain() and not everywhere()
 
     def plain_layers(self, model: EncoderModel) -> bool:
-        """Tells the same in any mode."""
+        """Tells whether the encoder has only its own modules, in any mode, and without hooks."""
         snapshot = self._looked_at(model)
         return snapshot.unheard() and not everywhere()
 
     def _looked_at(self, model: EncoderModel) -> ModuleSnapshot:
-        """Returns the snapshot of the modules as they are."""
+        """Returns the snapshot of the present modules."""
         snapshot = self.snapshot
         if snapshot is None or snapshot.roots != roots_of(model) or not snapshot.same_modules():
             snapshot = ModuleSnapshot(roots_of(model), model.own_modules)
@@ -54,7 +53,7 @@ class EncoderState:
         return snapshot
 
     def layer_features(self, model: EncoderModel) -> list[str]:
-        """Returns what the layers have beyond BERT's, by the names of `block.FEATURES`. After `plain_modules`."""
+        """Returns the names in `block.FEATURES` of the layers' features. Call it after `plain_modules`."""
         blocks = list(model.blocks())
         self.features = features_of(blocks)
         inside = getattr(model.embeddings, "embed_proj", None)
@@ -63,12 +62,12 @@ class EncoderState:
         return self.features
 
     def plain_parameters(self) -> bool:
-        """Tells whether the parameters are tensors whose numbers are at their address. After `plain_modules`."""
+        """Tells whether the parameters are plain tensors with memory. Call it after `plain_modules`."""
         assert self.snapshot is not None
         return self.snapshot.parameter_types() <= _PLAIN_PARAMETERS
 
     def obstacles(self, model: EncoderModel, device: torch.device, in_own_graph: bool = False) -> Iterator[str]:
-        """Every reason why the operations could not run as one without a difference that somebody sees.
+        """Yields every reason why running the operations as one call would have another visible result.
 
         in_own_graph: whether the engine itself captures the batch as a CUDA graph.
         """
@@ -82,9 +81,9 @@ class EncoderState:
             yield "a module of the encoder is an adapter, has hooks or a forward of its own, or is in training mode"
 
     def written_silently(self, model: EncoderModel) -> bool:
-        """Tells whether weights were written to without PyTorch's count; then what is derived is made anew.
+        """Tells whether weights were written to without PyTorch's count; derived tensors are then made again.
 
-        On a GPU it waits for it.
+        On a GPU the host waits for it.
         """
         if torch.compiler.is_compiling() or observer_obstacle(model.device):
             return False
@@ -100,13 +99,13 @@ class EncoderState:
 
 
 def roots_of(model: Any) -> tuple[nn.Module | None, ...]:
-    """Returns the parts of a model that make its encoder, None for one that it lacks."""
+    """Returns the parts of a model's encoder, None for a missing part."""
     modules = model._modules  # asked for directly, which a module's attributes are not
     return modules["embeddings"], modules.get("embeddings_project"), modules["encoder"]
 
 
 def first_parameter(module: Any) -> Tensor:
-    """Returns or raises what next(module.parameters()) does, without a generator for each module on the way."""
+    """Works as next(module.parameters()), without a generator for each module."""
     one = module
     while one is not None:  # down the first children, where most models have it
         for parameter in one._parameters.values():
@@ -133,14 +132,14 @@ _fp16_reduced = getattr(_C, "_get_cublas_allow_fp16_reduced_precision_reduction"
 
 
 def switches() -> tuple[Any, ...]:
-    """Returns PyTorch's switches that change which kernels run."""
+    """Returns PyTorch's switches that influence the choice of kernels."""
     if _fp32_precision is not None and _bf16_reduced is not None and _fp16_reduced is not None:
         return _fp32_precision("cuda", "matmul") == "tf32", _bf16_reduced(), _fp16_reduced()
     return read_switches()
 
 
 def read_switches() -> tuple[Any, ...]:
-    """Returns the same by PyTorch's properties: "tf32" as True, and what else reduced precision allows left out."""
+    """Returns the switches from PyTorch's properties: "tf32" as True, without other options of reduced precision."""
     from fastbert_kernels import launch
 
     matmul = torch.backends.cuda.matmul

@@ -1,18 +1,17 @@
-"""The static memory that CUDA graphs read, and how the host fills it for a batch: README.md has the reasons."""
+"""This module holds the static memory that CUDA graphs read, and fills it for a batch; README.md has the reasons."""
 
 from __future__ import annotations
 
 import functools
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastbert.engine.interface import PackedInputs
-from fastbert.ops import Policy, attention_plan, masked, packing, silent_writes
+from fastbert.ops import Policy, attention_plan, masked, packing, silent_writes, static_plan
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels import cpu
 
@@ -24,9 +23,9 @@ FARTHEST = 1 << 20  # beyond any column
 
 @dataclass(frozen=True)
 class Shape:
-    """The properties that all graphs of a model share.
+    """A `Shape` holds the properties that all graphs of a model share.
 
-    notes: whether kernels note ids beyond their table. distances: whether layers read the columns of rows.
+    notes: whether kernels check ids. distances: whether layers read the columns of rows.
     """
 
     device: torch.device
@@ -39,70 +38,63 @@ class Shape:
 
     @functools.cached_property
     def device_type(self) -> str:
-        """The type of the device, which takes PyTorch longer to tell."""
+        """Returns the type of the device, faster than PyTorch does."""
         return self.device.type
 
     @functools.cached_property
     def waits(self) -> bool:
-        """Tells whether a look at the numbers of weights would wait for the device."""
+        """Tells whether a check of the weights' numbers would wait for the device."""
         return silent_writes.waits(self.device)
 
 
 class Buffers:
-    """The static memory of the buckets of one octave, up to `capacity` rows."""
+    """A `Buffers` is the static memory of the buckets of one octave, up to `capacity` rows."""
 
     def __init__(self, capacity: int, n_words: int, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.words = torch.zeros(n_words, dtype=torch.int64, device=device)  # as Layout says
         self.out = torch.zeros(capacity, hidden_size, dtype=dtype, device=device)
 
 
-class Lengths(NamedTuple):
-    """What follows from a batch's lengths: the words after the token types, and their address."""
-
-    words: np.ndarray
-    address: int
-
-
 class Layout:
-    """A `Layout` says where the static memory holds what a bucket's graph reads, in words of 8 bytes.
+    """A `Layout` is the layout of a bucket's inputs in the static memory, in words of 8 bytes.
 
-    input_ids, token_type_ids and position_ids, (T',) each; the number and the rows of the batch (`embedding.Notes`);
-    the integers of attention, as StaticPlan says. What the host knows is at the end, so that one copy brings it.
-    n_tiles: how long the work lists are, if not as long as a graph's.
+    The inputs are input_ids, token_type_ids and position_ids, (T',) each; the number and the rows of the batch
+    (`embedding.Notes`); and the integers of attention (StaticPlan). The host's data are at the end, so that one copy
+    transfers them. n_tiles: the length of the work lists, if it differs from a graph's.
     """
 
     def __init__(
         self,
         bucket: int,
         shape: Shape,
-        kind: attention_plan.Kind = attention_plan.ANY_BATCH,
+        kind: static_plan.Kind = static_plan.ANY_BATCH,
         n_tiles: tuple[int, int | None] | None = None,
     ) -> None:
         self.bucket, self.shape = bucket, shape
         sizes = shape.dtype, shape.head_size, shape.device, shape.policy
-        self.plan = attention_plan.StaticPlan(bucket, *sizes, kind, n_tiles)
+        self.plan = static_plan.StaticPlan(bucket, *sizes, kind, n_tiles)
         self.short_tile = masked.short_tile(*sizes)
         self.pinned = packing.pins(shape.device)
         self.start_of_plan = 3 * bucket + 2
         self.n_words = self.start_of_plan + -(-self.plan.n_integers // 2)
-        self._remembered: OrderedDict[bytes, Lengths] = OrderedDict()
+        self._remembered: OrderedDict[bytes, np.ndarray] = OrderedDict()
 
-    def of_lengths(self, batch: PackedBatch) -> Lengths | None:
-        """Returns all that follows from a batch's lengths; None where it does not fit.
+    def of_lengths(self, batch: PackedBatch) -> np.ndarray | None:
+        """Returns the words after the token types, which follow from a batch's lengths; None if they do not fit.
 
-        It is kept for the lengths that came last, since many programs run batches of a few forms.
+        They are kept for the last lengths, because many programs run batches of a few forms.
         """
         key = batch.form[0]
-        lengths = self._remembered.get(key)
-        if lengths is None:
+        words = self._remembered.get(key)
+        if words is None:
             words = np.zeros(self.n_words - 2 * self.bucket, np.int64)
             if not self.plan.write(batch, words[self.bucket + 2 :].view(np.int32)):
                 return None
             words[: batch.n_tokens] = packing.count_positions(batch.cu_seqlens_cpu.numpy())
             if len(self._remembered) >= REMEMBERED:
                 self._remembered.popitem(last=False)
-            lengths = self._remembered[key] = Lengths(words, words.ctypes.data)
-        return lengths
+            self._remembered[key] = words
+        return words
 
     def ids(self, words: Tensor) -> Tensor:
         """Returns (3, T'), a view of the static memory or of a copy of it."""
@@ -117,7 +109,7 @@ class Layout:
         return words[self.start_of_plan : self.n_words].view(torch.int32)
 
     def static_batch(self, words: Tensor) -> tuple[PackedInputs, PackedBatch]:
-        """Returns the inputs and the batch whose kernels read these words."""
+        """Returns the inputs and the batch on these words."""
         ids, shape, bucket = self.ids(words), self.shape, self.bucket
         cu_seqlens, plan = self.plan.split(integers := self.integers(words))
         batch = PackedBatch(
@@ -136,7 +128,7 @@ class Layout:
         return PackedInputs(*ids), batch
 
     def unpack(self, words: Tensor, batch: PackedBatch, inputs: PackedInputs, number: int) -> None:
-        """Fills words, (n_words,), on the device with a batch whose lengths stay there. inputs: ids, (B * S,) each."""
+        """Fills words, (n_words,), on the device with a batch whose lengths are there. inputs: ids, (B * S,) each."""
         from fastbert_kernels.unpack import Static
 
         cu_seqlens, plan = self.plan.split(integers := self.integers(words))
@@ -148,45 +140,58 @@ class Layout:
 
 
 def fill_on_host(layout: Layout, batch: PackedBatch, inputs: PackedInputs, number: int) -> Filled | None:
-    """Returns the static memory as the host fills it, and the ids that it leaves to the device.
+    """Returns the host's words of the static memory, and the ids that are already on the device.
 
-    Returns None where the batch does not fit.
+    Returns None if the batch does not fit.
     """
-    n_tokens, bucket = batch.n_tokens, layout.bucket
-    lengths = layout.of_lengths(batch)
-    if lengths is None:
-        return None
     words = torch.empty(layout.n_words, dtype=torch.int64, device=_HOST, pin_memory=layout.pinned)
-    if batch.columns is None and cpu.obstacle() is None:
-        rows = _addresses(batch, inputs)
-        if rows is not None:
-            cpu.fill_words(words, bucket, lengths.address, number, n_tokens, rows)
-            return words, 0, []
-    numbers = words.numpy()
-    numbers[2 * bucket :] = lengths.words
-    numbers[3 * bucket], numbers[3 * bucket + 1] = number, n_tokens
-    input_ids, token_type_ids, position_ids, _ = inputs
-    left: list[tuple[int, Tensor]] = []
-    if batch.columns is not None:
-        columns = layout.integers(words)[layout.plan.columns]
-        if batch.host_columns is None:
-            left.append((COLUMNS, batch.columns))
-        else:
-            columns[:n_tokens] = torch.from_numpy(batch.host_columns)
-    position_ids = _positions(batch, position_ids)
-    if position_ids is not None:
-        _put(numbers, left, bucket, 2, position_ids)
-    if token_type_ids is None:
-        numbers[bucket : 2 * bucket] = 0
+    rows = inputs.input_ids, inputs.token_type_ids, _positions(batch, inputs.position_ids)
+    on_device: list[tuple[int, Tensor]] = []
+    on_host: list[Tensor | None] = [None, None, None]
+    addresses = [0, 0, 0]
+    for row in 2, 1, 0:
+        ids = rows[row]
+        if ids is None:
+            continue
+        if not packing.on_host(ids.device):
+            on_device.append((row, ids))
+            continue
+        if ids.dtype is not torch.int64 or not ids.is_contiguous():
+            ids = ids.long().contiguous()
+        on_host[row] = ids
+        addresses[row] = ids.data_ptr()
+    if cpu.obstacle() is not None:
+        fits = _fill_in_numpy(layout, batch, words, on_host, number)
     else:
-        _put(numbers, left, bucket, 1, token_type_ids)
-    if input_ids is not None:
-        _put(numbers, left, bucket, 0, input_ids)
+        fits = cpu.fill_words(words, layout.bucket, layout.plan.integers, batch.cu_seqlens_cpu, number, addresses)
+    if not fits:
+        return None
     # Where ids are on the device, the copy from the host begins after them.
     first = 0
-    for row, _ in reversed(left):  # in which ids begin with the last row
+    for row, _ in reversed(on_device):  # in which ids begin with the last row
         first += row == first
-    return words, first * bucket, left
+    if batch.columns is not None:
+        if batch.host_columns is None:
+            on_device.insert(0, (COLUMNS, batch.columns))
+        else:
+            columns = layout.integers(words)[layout.plan.columns]
+            columns[: batch.n_tokens] = torch.from_numpy(batch.host_columns)
+    return words, first * layout.bucket, on_device
+
+
+def _fill_in_numpy(layout: Layout, batch: PackedBatch, words: Tensor, rows: list[Tensor | None], number: int) -> bool:
+    """Does what `cpu.fill_words` does, where there are no C++ kernels. rows: three of ids, (T,) int64 each."""
+    lengths = layout.of_lengths(batch)
+    if lengths is None:
+        return False
+    numbers, bucket, n_tokens = words.numpy(), layout.bucket, batch.n_tokens
+    numbers[: 2 * bucket] = 0
+    numbers[2 * bucket :] = lengths
+    numbers[3 * bucket], numbers[3 * bucket + 1] = number, n_tokens
+    for row, ids in enumerate(rows):
+        if ids is not None:
+            numbers[row * bucket : row * bucket + n_tokens] = ids.numpy()
+    return True
 
 
 # The memory on the host, its first word that is copied, and (row, ids) on the device.
@@ -194,33 +199,10 @@ Filled = tuple[Tensor, int, "list[tuple[int, Tensor]]"]
 
 
 def _positions(batch: PackedBatch, position_ids: Tensor | None) -> Tensor | None:
-    """Returns the positions of a batch; None where they are those that follow from its lengths."""
+    """Returns the positions of a batch; None if they follow from its lengths."""
     if position_ids is not None and position_ids is not batch.__dict__.get("position_ids"):
         return position_ids
     if batch.counted:
         return None
     columns = batch.host_columns
     return batch.position_ids if columns is None else torch.from_numpy(columns)
-
-
-def _addresses(batch: PackedBatch, inputs: PackedInputs) -> tuple[int, int, int] | None:
-    """Returns the addresses of all ids, 0 for those that are not there; None unless they are int64 on the host."""
-    input_ids, token_type_ids, position_ids, _ = inputs
-    rows = [input_ids, token_type_ids, _positions(batch, position_ids)]
-    addresses = [0, 0, 0]
-    for i, ids in enumerate(rows):
-        if ids is not None:
-            if not packing.on_host(ids.device) or ids.dtype is not torch.int64 or not ids.is_contiguous():
-                return None
-            addresses[i] = ids.data_ptr()
-    return addresses[0], addresses[1], addresses[2]
-
-
-def _put(numbers: np.ndarray, left: list[tuple[int, Tensor]], bucket: int, row: int, ids: Tensor) -> None:
-    """Puts ids that are on the host into their row, and others on the list."""
-    if packing.on_host(ids.device):
-        n_tokens = ids.shape[0]
-        numbers[row * bucket : row * bucket + n_tokens] = ids.numpy()
-        numbers[row * bucket + n_tokens : (row + 1) * bucket] = 0
-    else:
-        left.append((row, ids))

@@ -1,4 +1,4 @@
-"""The arithmetic with gradients: each layer is one node of autograd, whose kernels have a backward pass."""
+"""The arithmetic with gradients runs each layer as one autograd node, whose kernels have a backward pass."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FEATURES = frozenset(("position_bias", "pre_norm", "gate", "rotary", "window", "
 
 
 class Training:
-    """Layer by layer with gradients and dropout. state: the model's modules as they were last seen."""
+    """This arithmetic runs layer by layer with gradients and dropout. state: the last seen state of the modules."""
 
     name = "layers with gradients"
 
@@ -34,7 +34,7 @@ class Training:
         self.state = state
 
     def wanted(self, model: Any, embedded: bool) -> bool:
-        """Tells whether a batch may need gradients, or the model trains, whose passes without gradients agree then."""
+        """Tells whether a batch may need gradients, or the model is in training mode (so that both passes agree)."""
         if torch.is_grad_enabled() and (embedded or any(p.requires_grad for p in model.parameters())):
             return True
         return bool(model.training)
@@ -42,9 +42,9 @@ class Training:
     def obstacles(self, model: Any, n_tokens: int | None, keep_states: bool, embedded: bool) -> Iterator[str]:
         device = first_parameter(model).device
         if not self.wanted(model, embedded):
-            yield "no gradients are wanted, and the model is in eval mode"
+            yield "no gradients are needed, and the model is in eval mode"
         if model.policy.batch_invariant:
-            yield "batch_invariant: gradients and dropout go through a whole batch"
+            yield "batch_invariant: gradients and dropout depend on the whole batch"
         if model.precision is not None:
             yield f"precision={model.precision!r}"
         if model.__dict__.get("_is_replica", False):
@@ -56,7 +56,7 @@ class Training:
         yield from self._module_obstacles(model)
 
     def kernel_obstacles(self, model: Any, policy: Policy, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
-        """Every reason why no kernels have both passes of this model's layers. dtype: of products."""
+        """Yields every reason why no kernels have both passes for the layers. dtype: that of matrix products."""
         block = next(iter(model.blocks()), None)
         if block is not None and (obstacle := choose.obstacle(policy, device, dtype, **shape_of(block))) is not None:
             yield obstacle
@@ -65,13 +65,13 @@ class Training:
         if not self.state.plain_layers(model):
             yield "a module of the encoder is an adapter, or has hooks or a forward of its own"
         elif not self.state.plain_parameters():
-            yield "a parameter is a tensor of another kind"
+            yield "a parameter is not a plain tensor"
         else:
             features = self.state.layer_features(model) if self.state.features is None else self.state.features
             yield from feature_obstacles(features, FEATURES, "the arithmetic with gradients")
 
     def prepare(self, model: Any) -> None:
-        """Makes nothing: weights change with every step."""
+        """Does nothing, because weights change with every step."""
 
     def run(self, model: Any, batch: PackedBatch, inputs: PackedInputs, keep_states: bool) -> list[Tensor] | None:
         try:
@@ -104,12 +104,12 @@ class Training:
 
 
 def kernels_of(model: Any, block: Block, x: Tensor) -> Kernels | None:
-    """The passes that run a model's layers on rows like x, or None where PyTorch runs them operation by operation."""
+    """Returns the passes for a model's layers on rows like x, or None if PyTorch runs them operation by operation."""
     return choose.kernels("encoder layer", model.policy, x.device, choose.product_dtype(x), **shape_of(block))
 
 
 def shape_of(block: Block) -> dict[str, Any]:
-    """What kernels want to know of a layer, by the names of `choose.triton_obstacle`."""
+    """Returns the sizes and settings of a layer for `choose.triton_obstacle`, by name."""
     return {
         "head_size": block.head_size,
         "sizes": (block.hidden_size, block.intermediate_size),
@@ -120,18 +120,18 @@ def shape_of(block: Block) -> dict[str, Any]:
 
 
 def _one_dtype(blocks: list[Block], x: Tensor) -> bool:
-    """Tells whether all parameters are of x's dtype, or float32 under autocast: others raise PyTorch's own errors."""
+    """Tells whether all parameters have x's dtype, or float32 under autocast; others raise PyTorch's own errors."""
     dtypes = {t.dtype for block in blocks for t in parameters_of(block).listed() if t is not None}
     return dtypes == {x.dtype}
 
 
 def activation_of(block: Block) -> str:
-    """The name that kernels have for a layer's activation."""
+    """Returns the kernels' name for a layer's activation."""
     return "silu" if block.gate is not None and block.activation == "swish" else block.activation
 
 
 def parameters_of(block: Block) -> LayerParameters:
-    """The parameters of a layer in the order of its node of autograd."""
+    """Returns the parameters of a layer in the order of its autograd node."""
     like = block.out.weight
     query, key, value = in_one((block.query, block.key, block.value))
     up, gate = in_one((block.up, block.gate or ABSENT))
@@ -147,9 +147,9 @@ ABSENT: Any = Linear(None, None)  # type: ignore[arg-type]
 
 
 def in_one(linears: tuple[Linear, ...]) -> tuple[Any, ...]:
-    """The linears as they are, or, where they are views of one, that one and nothing more.
+    """Returns the linears, or only the one linear of which they are views.
 
-    Its gradient comes as one tensor then, and autograd does not put it together from parts.
+    Its gradient is then one tensor, and autograd does not join it from parts.
     """
     weight, bias = (whole(tuple(t)) for t in zip(*((each.weight, each.bias) for each in linears), strict=True))
     if weight is None or (bias is None and linears[0].bias is not None):
@@ -158,7 +158,7 @@ def in_one(linears: tuple[Linear, ...]) -> tuple[Any, ...]:
 
 
 def whole(parts: tuple[Tensor | None, ...]) -> Tensor | None:
-    """The parameter whose rows the parts are, one after the other, or None where there is none."""
+    """Returns the parameter whose rows the parts are, in this order, or None."""
     base = None if parts[0] is None else parts[0]._base
     if not isinstance(base, nn.Parameter) or not all(part is not None and part._base is base for part in parts):
         return None
@@ -171,14 +171,14 @@ def whole(parts: tuple[Tensor | None, ...]) -> Tensor | None:
 
 
 class Rotations:
-    """The angles of a batch's rows, for each base that layers ask for. position_ids: (T,) integers."""
+    """A `Rotations` holds the angles of a batch's rows, for each base of the layers. position_ids: (T,) integers."""
 
     def __init__(self, position_ids: Tensor) -> None:
         self.position_ids = position_ids
         self._made: dict[Any, Rotation] = {}
 
     def of(self, block: Block) -> Rotation | None:
-        """Returns those of a layer, or None where it does not turn."""
+        """Returns the angles of a layer, or None if it has no rotary positions."""
         if block.rotary is None:
             return None
         key = block.head_size, block.rotary, block.position_factor
@@ -190,7 +190,7 @@ class Rotations:
 def settings_of(
     block: Block, layer: int, batch: PackedBatch, kernels: Kernels, x: Tensor, angles: Rotations
 ) -> LayerSettings:
-    """What a layer is beside its parameters. layer: its place, which its masks depend on."""
+    """Returns the settings of a layer without its parameters. layer: its index, which its dropout masks depend on."""
     kinds, probabilities = (ATTENTION, ATTENTION_OUTPUT, OUTPUT, INNER), (*block.dropouts, block.inner_dropout)
     drops: list[Dropout | None] = [
         dropout.mask_of(dropout.of_batch(p, batch, site_of(layer, kind)))

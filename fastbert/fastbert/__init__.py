@@ -5,7 +5,9 @@ Python takes this package before its file `fastbert.py`. The check below then sa
 """
 
 if __name__ == "fastbert":
-    raise ImportError(f"`import fastbert` took {__file__}, a folder inside the package: run Python from another folder")
+    raise ImportError(
+        f"`import fastbert` found {__file__}, a folder inside the package: run Python from another folder"
+    )
 else:
     from fastbert_kernels.distribution import check_imported
 

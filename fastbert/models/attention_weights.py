@@ -62,7 +62,7 @@ def attend(
 
 def accept_reference(policy: ops.Policy) -> None:
     """Raises BackendError where nothing but a fused kernel may run; else logs once that none does."""
-    reason = "fused attention keeps no probabilities"
+    reason = "fused attention does not store the probabilities"
     if policy.strict:
         raise ops.BackendError(
             f"output_attentions: the backend {policy.backend!r} cannot give them, and strict=True: {reason}"

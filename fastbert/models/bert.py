@@ -1,8 +1,8 @@
 """BERT on packed tokens. Shapes: T tokens, B sequences, S longest, H hidden, I intermediate, N heads, D head size.
 
-This file says what BERT is. How a batch of it runs is the engine's choice, behind `EncoderModel`. Names of modules and
-parameters are those of transformers, so that weights, PEFT targets and optimiser groups carry over. A module that gets
-a padded tensor, (B, S, H), was called by a hook or from outside: it packs its input first (`fastbert.models.hooks`).
+This file describes BERT. The engine, behind `EncoderModel`, decides how a batch runs. Modules and parameters have the
+names of transformers, so that weights, PEFT targets and optimizer groups work unchanged. A module with a padded input,
+(B, S, H), was called by a hook or by a user: it packs its input first (`fastbert.models.hooks`).
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ class BertSelfAttention(nn.Module):
         self.derived = Derived()
 
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
-        """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes."""
+        """Returns the three projections as one weight (3H, H) and bias (3H,), kept until a parameter changes."""
         return fused.weights(self)
 
     def derived_addresses(self) -> tuple[int, ...]:
-        """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
+        """Returns the addresses of the current fused weight and bias; () if they are not kept."""
         return fused.addresses(self)
 
     @property
     def dropout_p(self) -> float:
-        """The probability with which probabilities are dropped in the present mode."""
+        """Returns the dropout probability of attention in the present mode."""
         return self.dropout.p if self.training else 0.0
 
     def renew(self, training: bool) -> None:
-        """Makes the fused weight anew when it is next used, or, for training, drops it."""
+        """Marks the fused weight to be made again at its next use, or, for training, drops it."""
         fused.renew(self, training)
 
     def train(self, mode: bool = True) -> BertSelfAttention:
@@ -89,7 +89,7 @@ class BertAddNorm(nn.Module):
 
     @property
     def dropout_p(self) -> float:
-        """The probability with which elements are dropped in the present mode."""
+        """Returns the dropout probability of elements in the present mode."""
         return self.dropout.p if self.training else 0.0
 
     def forward(
@@ -154,7 +154,7 @@ class BertLayer(nn.Module):
         return hooks.call(self.output, batch, policy, hooks.call(self.intermediate, batch, policy, x), x)
 
     def block(self) -> Block:
-        """The layer as data, for engines; its modules must be plain."""
+        """Returns the layer as data, for engines; its modules must be plain."""
         attention, add, up, output = self.attention.self, self.attention.output, self.intermediate, self.output
         return Block(
             query=Linear.of(attention.query),
@@ -195,7 +195,7 @@ class BertPooler(nn.Module):
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:
-        """(T, H) -> (B, H): tanh of a linear of each sequence's first token, which is zeros where there is none."""
+        """(T, H) -> (B, H): tanh of a linear layer on each sequence's first token; zeros without tokens."""
         if x.dim() == 3:
             return hooks.on_packed(BertPooler.forward, self, x, per_token=False)
         x = dense(self.dense, first_rows(x, batch, policy), policy)
@@ -203,11 +203,11 @@ class BertPooler(nn.Module):
 
 
 class BertModel(EncoderModel):
-    """The BERT encoder: token ids in, one vector a token out, and the pooled [CLS] vector.
+    """A `BertModel` is the BERT encoder: it maps token ids to one vector a token, and a pooled [CLS] vector.
 
-    It is also the encoder of its family, as config.model_type says (fastbert.checkpoint.families): the modules and
-    their names are BERT's, the pooler is there where the family has one, and default positions are the family's. Where
-    the family has a text of its own, as MPNet has, BertModel(config) makes its class. settings: the fields of `Options`
+    It is also the encoder of other families (config.model_type, fastbert.checkpoint.families) with BERT's layers. They
+    have the same modules and names, a pooler if the family has one, and the positions of the family. For a family
+    with other layers, such as MPNet, BertModel(config) makes an object of its class. settings: the fields of `Options`
     by name.
 
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers", 2018, arXiv:1810.04805.
@@ -233,6 +233,6 @@ class BertModel(EncoderModel):
         self.init_weights()
 
     def blocks(self) -> Iterator[Block]:
-        """Each layer as data; its modules must be plain."""
+        """Yields each layer as data; its modules must be plain."""
         for layer in self.encoder.in_order:
             yield layer.block()

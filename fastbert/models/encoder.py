@@ -1,4 +1,4 @@
-"""Every encoder, whatever its family, takes padded and packed batches, which the engine runs."""
+"""The encoders of all families share this interface: they take padded and packed batches, and the engine runs them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Encoder = TypeVar("Encoder", bound="EncoderModel")
 
 
 class EncoderModel(PreTrainedModel):
-    """An encoder that its family's class describes, and that the engine runs.
+    """An `EncoderModel` is an encoder that the class of its family describes, and that the engine runs.
 
     The family's class has `embeddings`, `embeddings_project` (or None), `encoder`, `pooler` (or None), `own_modules`
     and `blocks`. settings: the fields of `Options` by name.
@@ -64,11 +64,11 @@ class EncoderModel(PreTrainedModel):
 
     @takes_inputs
     def forward(self, inputs: Inputs) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        """The hidden states of a padded batch; `Inputs` says what the arguments are.
+        """Returns the hidden states of a padded batch; `Inputs` describes the arguments.
 
         Returns last_hidden_state (B, S, H), zeros at padding positions, and pooler_output (B, H), from the first token
-        that the mask leaves in each row. hidden_states and attentions on request; attentions take the slow reference
-        path. Raises IndexError for ids outside the vocabulary or the position table, ValueError for shapes.
+        of each row that the mask keeps. hidden_states and attentions are there on request; attentions use the slow
+        reference path. Raises IndexError for ids outside the vocabulary or the position table, ValueError for shapes.
         """
         encoded = self.encode(inputs)
         output = BaseModelOutputWithPooling(
@@ -79,13 +79,13 @@ class EncoderModel(PreTrainedModel):
         return output if inputs.wants_dict(self.config) else output.to_tuple()
 
     def pool(self, encoded: Encoded) -> Tensor | None:
-        """The pooled [CLS] vectors, (B, H), or None without a pooler."""
+        """Returns the pooled [CLS] vectors, (B, H), or None without a pooler."""
         if self.pooler is None or encoded.pooled is not None:
             return encoded.pooled
         return hooks.call(self.pooler, encoded.batch, self.policy, encoded.last_hidden_state)
 
     def blocks(self) -> Iterator[Block]:
-        """Each layer as data."""
+        """Yields each layer as data."""
         raise NotImplementedError
 
     # Batches
@@ -93,7 +93,7 @@ class EncoderModel(PreTrainedModel):
     def encode(self, inputs: Inputs, batch: PackedBatch | None = None) -> Encoded:
         """Runs a padded batch and keeps the result packed, for heads, which work on packed tokens too.
 
-        batch: the packing of the attention_mask, where the caller has it already.
+        batch: the packing of the attention_mask, if the caller already has it.
         """
         tensors = inputs.tensors()
         device = self.device
@@ -161,8 +161,8 @@ class EncoderModel(PreTrainedModel):
     ) -> list[Tensor]:
         """Packed (T,) ids or (T, H) embeddings -> the last hidden state (T, H) as a list, or all L + 1 (keep_states).
 
-        Ids may be on the host though the model is on a GPU: they are then checked at once, and copied by the engine.
-        check=False skips the looks at the ids' values and at the weights, for callers who have checked and called
+        Ids of a model on a GPU may be on the host: they are then checked at once, and the engine copies them.
+        check=False skips the checks of ids and weights, for callers who have checked the ids and called
         `follow_weights`.
         """
         self._check_tensors(
@@ -181,7 +181,7 @@ class EncoderModel(PreTrainedModel):
         keep_states: bool,
         check: bool,
     ) -> list[Tensor]:
-        """Does what `encode_packed` does, with tensors of which it is known where they are."""
+        """Does the work of `encode_packed` with tensors whose devices are known."""
         n_tokens = batch.n_tokens
         shape = (n_tokens,)
         for name, tensor in (NAMES[0], input_ids), (NAMES[1], token_type_ids), (NAMES[2], position_ids):
@@ -204,7 +204,7 @@ class EncoderModel(PreTrainedModel):
     def _encode_traced(
         self, batch: PackedBatch, inputs: PackedInputs, keep_states: bool, transformed: str
     ) -> list[Tensor]:
-        """The hidden states of a `packing.in_place` batch. transformed: who traces, for the log."""
+        """Returns the hidden states of a `packing.in_place` batch. transformed: the name of the tracer, for the log."""
         tracing.note(type(self).__name__, transformed)
         if inputs.position_ids is None:
             inputs = inputs._replace(position_ids=batch.position_ids)
@@ -224,33 +224,33 @@ class EncoderModel(PreTrainedModel):
         return x if self.embeddings_project is None else dense(self.embeddings_project, x, self.policy, batch=batch)
 
     def run_layers(self, x: Tensor, batch: PackedBatch, keep_states: bool) -> list[Tensor]:
-        """The hidden states before the first layer and after each, or the last alone."""
+        """Returns the hidden states before the first layer and after each layer, or only the last."""
         if not listened(self.encoder):
             return self.encoder(x, batch, self.policy, keep_states)
         return hooks.states_of_encoder(self.encoder, batch, self.policy, x, keep_states)
 
     def run_padding(self, n_tokens: int) -> None:
-        """Runs a batch of n_tokens whose values do not matter, in texts of as many as the model reads."""
+        """Runs a batch of n_tokens with arbitrary ids, in texts of the greatest sequence length."""
         ids = torch.zeros(n_tokens, dtype=torch.int64, device=self.device)
         offsets = [*range(0, n_tokens, self.longest_text), n_tokens]
         self.forward_packed(ids, torch.tensor(offsets, dtype=torch.int32, device="cpu"))
 
     def follow_weights(self) -> None:
-        """Derives from the weights anew where they were written to without PyTorch's count.
+        """Updates derived tensors if weights were written to without PyTorch's count.
 
-        On a GPU, where this waits for it, callers of `encode_packed` with check=False call it once for all batches. On
-        a CPU it does nothing, since `encode_packed` looks.
+        On a GPU this waits for the device, so callers of `encode_packed` with check=False call it once for all
+        batches. On a CPU it does nothing, because `encode_packed` checks the weights.
         """
         self.engine.follow_weights(self)
 
     def all_in_eval_mode(self) -> bool:
-        """Tells whether every module is known to be in eval mode; False where that would have to be asked of each."""
+        """Tells whether every module is known to be in eval mode, without a check of each; False if it is not known."""
         pooler = self.pooler
         return not self.training and (pooler is None or not pooler.training) and self.engine.state.plain_modules(self)
 
     @property
     def strict_ids(self) -> bool:
-        """True where each call on a GPU waits until its ids are known to be in their tables; see `wait_for_checks`."""
+        """True if each call on a GPU waits for the check of its own ids; see `wait_for_checks`."""
         return self.engine.checks.strict
 
     @strict_ids.setter
@@ -259,9 +259,9 @@ class EncoderModel(PreTrainedModel):
         self.engine.graphs.clear()
 
     def wait_for_checks(self) -> None:
-        """Waits until all batches so far have run, and raises IndexError for one with ids beyond their table.
+        """Waits until all batches so far have run, and raises IndexError if a batch had ids outside their table.
 
-        On a GPU a call does not wait for a look at ids that are there already: the next call raises, or this one.
+        A call does not wait for the check of ids that are already on the GPU: the next call raises, or this method.
         """
         if self.engine.checks.active:
             packing.wait_for(self.device)
@@ -269,7 +269,7 @@ class EncoderModel(PreTrainedModel):
 
     @property
     def cuda_graphs(self) -> bool:
-        """True where short batches are launched as CUDA graphs, as by default; the results are the same to the bit."""
+        """True (the default) if short batches run as CUDA graphs; the results are the same to the bit."""
         return self.engine.graphs.enabled
 
     @cuda_graphs.setter
@@ -281,9 +281,9 @@ class EncoderModel(PreTrainedModel):
     # What ends what the engine keeps
 
     def renew(self, training: bool) -> None:
-        """Makes what is made of the weights anew when it is next used, or, for training, drops it.
+        """Marks the tensors derived from weights to be made again at their next use, or, for training, drops them.
 
-        `train` and `eval` do so as well, and set modes.
+        `train` and `eval` do this too, and set the mode.
         """
         self.engine.set_training(training)
         ops.forget_packed(self.parameters())
@@ -307,12 +307,12 @@ class EncoderModel(PreTrainedModel):
     # Checks
 
     def _check_ids(self, batch: PackedBatch, inputs: PackedInputs) -> None:
-        """Raises IndexError where an id is beyond its table."""
+        """Raises IndexError if an id is outside its table."""
         self._check_ids_on_host(batch, inputs)
         self.check_ids_on_device(batch, inputs)
 
     def _check_ids_on_host(self, batch: PackedBatch, inputs: PackedInputs) -> None:
-        """Looks at ids on the host, and at positions that the batch's lengths imply."""
+        """Checks ids on the host, and the positions that follow from the sequence lengths."""
         input_ids, token_type_ids, position_ids, _ = inputs
         sizes = self.table_sizes()
         if position_ids is None:
@@ -329,11 +329,11 @@ class EncoderModel(PreTrainedModel):
         self._check_in_tables(ids, sizes)
 
     def check_ids(self, input_ids: Tensor, token_type_ids: Tensor | None) -> None:
-        """Raises IndexError where one of them is beyond its table."""
+        """Raises IndexError if one of the ids is outside its table."""
         self._check_in_tables([input_ids, token_type_ids, None], self.table_sizes())
 
     def check_ids_on_device(self, batch: PackedBatch, inputs: PackedInputs) -> None:
-        """Looks at ids on the device, which on a GPU waits for it."""
+        """Checks ids on their device; on a GPU the host waits for the result."""
         ids = [None if x is None or packing.on_host(x.device) else x for x in inputs[:3]]
         self._check_in_tables(ids, self.table_sizes())
 
@@ -342,7 +342,7 @@ class EncoderModel(PreTrainedModel):
             ops.check_ids(**{name: (x, size) for name, x, size in zip(NAMES, ids, sizes, strict=True)})
 
     def table_sizes(self) -> tuple[int, int, int]:
-        """The rows of the tables of words, token types and positions."""
+        """Returns the numbers of rows in the tables of words, token types and positions."""
         embeddings: Any = self._modules["embeddings"]
         tables = embeddings._modules  # asked for directly, which a module's attributes are not
         words, positions = tables.get("word_embeddings"), tables.get("position_embeddings")
@@ -351,7 +351,7 @@ class EncoderModel(PreTrainedModel):
         return n_words, embeddings.n_token_types, ANY_POSITION if positions is None else positions.num_embeddings
 
     def kernels_note_ids(self) -> bool:
-        """Tells whether the kernel of the embeddings runs, which can note ids beyond their table."""
+        """Tells whether the embedding kernel runs, which checks ids on the GPU."""
         return self.embeddings.runs_in_kernel(self.policy)
 
     def _report_missing(self, missing: list[str], src: str) -> list[str]:

@@ -73,6 +73,14 @@ def project(module: Any, x: Tensor, policy: Policy, batch: PackedBatch | None) -
     return torch.cat([call(getattr(module, name), x, policy, batch) for name in module.projections], -1)
 
 
+def project_and_gate(module: Any, x: Tensor, activation: str, policy: Policy, batch: PackedBatch | None) -> Tensor:
+    """activation(first half) * second half of `project`, in one operation where nobody listens. (T, K) -> (T, I)"""
+    if fusible(module):
+        weight, bias = module.fused_qkv()
+        return ops.gated_linear(x, weight, bias, activation, policy=policy, keep=not module.training)
+    return ops.gated(project(module, x, policy, batch), activation, policy=policy)
+
+
 def addresses(module: Any) -> tuple[int, ...]:
     """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
     if not fusible(module):

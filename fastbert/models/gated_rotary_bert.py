@@ -171,7 +171,7 @@ class GatedRotaryMLP(nn.Module):
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
             return hooks.on_packed(GatedRotaryMLP.forward, self, x)
-        inner = ops.gated(fused.project(self, x, policy, batch), self.activation, policy=policy)  # (T, I)
+        inner = fused.project_and_gate(self, x, self.activation, policy, batch)  # (T, I)
         return project(self.down_proj, call_dropout(self.dropout, inner, batch, self.dropout_site), policy, batch)
 
 

@@ -1,4 +1,4 @@
-"""The arguments that the forwards of all models share, described and checked once."""
+"""This module describes and checks the arguments that the forwards of all models share."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastbert.ops.packing import PackedBatch
 HARMLESS = ("use_cache", "cache_position", "num_items_in_batch")
 REFUSED = {
     "past_key_values": "keys and values of earlier tokens, which prefix tuning and decoders pass, are not supported; "
-    "prompt tuning, LoRA and others are",
+    "prompt tuning, LoRA and others are supported",
     "head_mask": "masks of attention heads are not supported",
     "encoder_hidden_states": "cross-attention is not supported",
     "encoder_attention_mask": "cross-attention is not supported",
@@ -30,14 +30,14 @@ _THEIRS = frozenset((*HARMLESS, *REFUSED))
 
 @dataclass
 class Inputs:
-    """A padded batch, and what else the caller wants of it.
+    """An `Inputs` holds a padded batch and the options of the call.
 
     input_ids: (B, S) integers; or inputs_embeds: (B, S, H), in ELECTRA as wide as its embedding_size. attention_mask:
-    (B, S) or (1, S), nonzero at tokens, by default everywhere. token_type_ids: (B, S) or (1, S), 0 by default and in a
-    model without segments. position_ids: (B, S) or (1, S); by default the column index, and in RoBERTa's family the
-    padding id + 1 and up, counted over the ids that are not the padding id, or without ids over the columns.
-    output_attentions, output_hidden_states: whether the output has them; the config's by default. return_dict: whether
-    it is an output class, by default, or a tuple.
+    (B, S) or (1, S), nonzero at tokens, by default all ones. token_type_ids: (B, S) or (1, S), 0 by default and in a
+    model without segments. position_ids: (B, S) or (1, S). The default is the column index. In RoBERTa's family it is
+    the padding id + 1 and up, counted over the ids that are not the padding id, or without ids over the columns.
+    output_attentions, output_hidden_states: whether the output has them; the config's by default. return_dict: True for
+    an output class (the default), False for a tuple.
     """
 
     input_ids: Tensor | None = None
@@ -58,7 +58,7 @@ class Inputs:
         return self.input_ids, self.token_type_ids, self.position_ids, self.inputs_embeds
 
     def checked(self, model: Any) -> Inputs:
-        """The inputs with masks and ids of all B rows, and the positions of a family that counts them.
+        """Returns the inputs with masks and ids of all B rows, and with positions in a family that counts them.
 
         Raises ValueError for shapes that do not fit, TypeError for a dtype.
         """
@@ -82,8 +82,8 @@ class Inputs:
         if token_type_ids is not None and tracing.differ(token_type_ids.shape[0], shape[0]):
             token_type_ids = token_type_ids.expand(shape)
         if position_ids is not None:
-            came = tuple(position_ids.shape)
-            if tracing.differ(came, shape) and tracing.differ(came, (1, shape[1])):
+            positions_shape = tuple(position_ids.shape)
+            if tracing.differ(positions_shape, shape) and tracing.differ(positions_shape, (1, shape[1])):
                 raise ValueError(f"position_ids: expected shape {shape}, got {tuple(position_ids.shape)}")
             position_ids = position_ids.expand(shape)
         check_embeds(inputs_embeds, model)
@@ -105,17 +105,17 @@ class Inputs:
         return packing.without_padding(first.shape[0], first.shape[1], device)
 
     def flattened(self) -> Inputs:
-        """Choices as sequences of their own: (B, C, S) -> (B * C, S)."""
+        """Returns each choice as a sequence: (B, C, S) -> (B * C, S)."""
         names = [name for name in _POSITIONAL if getattr(self, name) is not None]
         return replace(self, **{name: getattr(self, name).flatten(0, 1) for name in names})
 
     def wants(self, name: str, config: BertConfig) -> bool:
-        """Tells whether output_attentions or output_hidden_states is wanted, by the argument or else by the config."""
+        """Tells whether output_attentions or output_hidden_states is set, in the argument or else in the config."""
         value = getattr(self, name)
         return bool(config.extra.get(name) if value is None else value)
 
     def wants_dict(self, config: BertConfig) -> bool:
-        """Tells whether to return an output class and no tuple."""
+        """Tells whether to return an output class or a tuple."""
         return config.use_return_dict if self.return_dict is None else self.return_dict
 
 
@@ -124,24 +124,24 @@ _POSITIONAL, _BY_NAME = _NAMES[:5], _NAMES[5:]  # in the order of transformers
 
 
 def check_embeds(embeds: Tensor | None, model: Any) -> None:
-    """Raises TypeError or ValueError for embeddings that are not the model's. embeds: (..., E) or None."""
+    """Raises TypeError or ValueError for embeddings of a wrong dtype or width. embeds: (..., E) or None."""
     if embeds is None:
         return
     if embeds.dtype != model.dtype:
         raise TypeError(f"inputs_embeds: expected the model's dtype {model.dtype}, got {embeds.dtype}")
     config = model.config
     if tracing.differ(embeds.shape[-1], config.embedding_width):
-        came, expected = tuple(embeds.shape), config.embedding_width
+        shape, expected = tuple(embeds.shape), config.embedding_width
         name = "hidden_size" if model.embeddings_project is None else "embedding_size"
-        raise ValueError(f"inputs_embeds: expected {expected} ({name}) in the last dimension, got {came}")
+        raise ValueError(f"inputs_embeds: expected {expected} ({name}) in the last dimension, got {shape}")
 
 
 def takes_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
     """Makes `forward(self, inputs: Inputs, labels=None, ...)` a forward with the arguments of transformers.
 
-    The five tensors come first, by position or by name, then what is the forward's own, and the rest by name alone.
-    Arguments of HARMLESS are dropped. Raises ValueError for one of REFUSED that asks for something, TypeError for one
-    that nobody knows.
+    The five tensors come first, by position or by name, then the forward's own arguments; the others by name only.
+    Arguments of HARMLESS are ignored. Raises ValueError for an argument of REFUSED that is set, and TypeError for an
+    unknown argument.
     """
     own = [each for each in inspect.signature(forward).parameters.values() if each.name not in ("self", "inputs")]
     positional = (*_POSITIONAL, *(each.name for each in own if each.kind is each.POSITIONAL_OR_KEYWORD))
@@ -162,7 +162,7 @@ def takes_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
             for name in HARMLESS:
                 arguments.pop(name, None)
         if len(args) > n_positional:
-            raise TypeError(f"forward() takes {n_positional} arguments by position, and {len(args)} were given")
+            raise TypeError(f"forward() takes {n_positional} positional arguments, got {len(args)}")
         for name in arguments:
             if name not in known:
                 raise TypeError(f"forward() got an unexpected keyword argument {name!r}")

@@ -153,10 +153,11 @@ class JinaCodeMLP(nn.Module):
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
             return hooks.on_packed(JinaCodeMLP.forward, self, x)
-        rows = fused.project(self, x, policy, batch)  # (T, 2I)
-        if not fused.fusible(self):
-            rows = _halves_swapped(rows, 1)
-        inner = ops.gated(rows, self.activation, policy=policy)  # (T, I)
+        if fused.fusible(self):
+            inner = fused.project_and_gate(self, x, self.activation, policy, batch)  # (T, I)
+        else:
+            rows = _halves_swapped(fused.project(self, x, policy, batch), 1)  # (T, 2I)
+            inner = ops.gated(rows, self.activation, policy=policy)
         return project(self.down_layer, call_dropout(self.dropout, inner, batch, self.dropout_site), policy, batch)
 
 

@@ -25,7 +25,7 @@ from fastbert.models.gated_rotary_bert import GatedRotaryEmbeddings
 from fastbert.models.layers import LayerStack
 from fastbert.models.modules import call_dropout, call_module, is_plain, is_plain_norm
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import project
+from fastbert.models.rotary import project, project_and_gate
 from fastbert.ops import Policy, recording, tracing
 from fastbert.ops.derived import Derived
 from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, INNER, site_of
@@ -117,7 +117,7 @@ class JinaBertGLUMLP(nn.Module):
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
             return hooks.on_packed(JinaBertGLUMLP.forward, self, x)
-        inner = ops.gated(project(self.gated_layers, x, policy, batch), self.activation, policy=policy)  # (T, I)
+        inner = project_and_gate(self.gated_layers, x, self.activation, policy, batch)  # (T, I)
         inner, norm = call_dropout(self.dropout, inner, batch, self.dropout_site), self.layernorm
         if not is_plain_norm(norm):
             return call_module(norm, project(self.wo, inner, policy, batch) + x, policy, batch)

@@ -23,7 +23,7 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.models.layers import LayerStack
 from fastbert.models.modules import call_dropout
 from fastbert.models.outputs import BaseModelOutputWithPooling
-from fastbert.models.rotary import embed, embeds_in_kernel, normalise, project
+from fastbert.models.rotary import embed, embeds_in_kernel, normalise, project, project_and_gate
 from fastbert.ops import Policy
 from fastbert.ops.angles import rotations_of
 from fastbert.ops.packing import PackedBatch
@@ -127,7 +127,7 @@ class ModernBertMLP(nn.Module):
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Tensor:  # (T, H) -> (T, H)
         if x.dim() == 3:
             return hooks.on_packed(ModernBertMLP.forward, self, x)
-        x = ops.gated(project(self.Wi, x, policy, batch), self.activation, policy=policy)  # (T, I)
+        x = project_and_gate(self.Wi, x, self.activation, policy, batch)  # (T, I)
         return project(self.Wo, call_dropout(self.drop, x, batch, self.dropout_site), policy, batch)
 
 

@@ -37,7 +37,7 @@ def call_module(module: nn.Module, x: Any, policy: Policy, batch: PackedBatch | 
     """
     if policy.batch_invariant:
         name = type(module).__name__
-        dispatch.refuse("", f"a {name} that is an adapter or has hooks, or no bias, cannot promise it")
+        dispatch.refuse("", f"a {name} that is an adapter, has hooks or has no bias does not support it")
     if recording.on and (output := recording.call(module, x)) is not None:
         return output
     return hooks.leaf(module, x, batch)

@@ -189,8 +189,8 @@ def _bucket_ids(device: torch.device) -> Tensor:
     if torch.compiler.is_compiling() or tracing.observed() is not None or device.type == "meta":
         return torch.tensor(_BUCKETS, device=device)
     with torch.inference_mode(False):  # or autograd could not keep it
-        _buckets_on[device] = made = torch.tensor(_BUCKETS, device=device)
-    return made
+        _buckets_on[device] = buckets = torch.tensor(_BUCKETS, device=device)
+    return buckets
 
 
 class MPNetEncoder(LayerStack):

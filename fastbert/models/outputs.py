@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 
 
 class Later:
-    """A `Later` stands in an output for a value that is made when somebody first asks for it.
+    """A `Later` is a value of an output that is computed at its first access.
 
-    make: makes it, with gradients and under autocast as they are where the `Later` is constructed.
+    make: computes the value, with the gradient mode and the autocast of the `Later`'s construction.
     """
 
     def __init__(self, make: Callable[[], Any], device: torch.device) -> None:
@@ -37,15 +37,15 @@ class Later:
 
 
 class ModelOutput(OrderedDict[str, Any]):
-    """Base of the output classes. A subclass is decorated with `@dataclass`, each field optional with default None.
+    """This is the base of the output classes. A subclass is a `@dataclass` whose fields are None by default.
 
     `out.logits`, `out["logits"]` and `out[0]` are the same value; `keys`, `values`, `items`, `len`, `in`, iteration
     (over keys), integers and slices see only the fields that are not None, in the order they were set, which after
-    construction is the order of the class. Setting a field by attribute or by key keeps both in step; None takes its
-    key away. Unpack with `to_tuple()`. Entries cannot be deleted: TypeError. A field may be given as a `Later`.
+    construction is the order of the class. Setting a field by attribute or by key changes both; None removes its key.
+    Unpack with `to_tuple()`. Deleting an entry raises TypeError. A field may be a `Later`.
 
-    A mapping or (name, value) pairs as the only argument are taken as the items, so `type(out)(dict(out))`, with
-    which DataParallel and accelerate rebuild outputs, works. Instances are pytrees of torch and can be pickled.
+    If the only argument is a mapping or (name, value) pairs, these are the items. So `type(out)(dict(out))` works, with
+    which DataParallel and accelerate rebuild outputs. Instances are pytrees of torch and can be pickled.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -140,14 +140,16 @@ class ModelOutput(OrderedDict[str, Any]):
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         self._refuse("update")
 
-    def _refuse(self, what: str) -> NoReturn:
-        raise TypeError(f"{type(self).__name__}: {what} is not supported; set fields one by one, to None to drop one")
+    def _refuse(self, operation: str) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__}: {operation} is not supported; set fields one by one, to None to drop one"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unflatten, (type(self), list(self.values()), list(self)), dict(self.__dict__)
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """The values that are not None, in order: what `return_dict=False` gives."""
+        """Returns the values that are not None, in order, as `return_dict=False` does."""
         return tuple(self.values())
 
 
@@ -190,8 +192,8 @@ class BaseModelOutputWithPooling(ModelOutput):
 
     last_hidden_state: (B, S, H).
     pooler_output: (B, H), tanh of a linear layer on the first valid token; None without a pooler.
-    hidden_states: tuple of L+1 tensors (B, S, H), the embeddings and then each layer; None unless asked for.
-    attentions: tuple of L tensors (B, N, S, S), probabilities; None unless asked for.
+    hidden_states: tuple of L+1 tensors (B, S, H), the embeddings and then each layer; None unless requested.
+    attentions: tuple of L tensors (B, N, S, S), probabilities; None unless requested.
     """
 
     last_hidden_state: Tensor | None = None
@@ -224,8 +226,8 @@ class BertForPreTrainingOutput(ModelOutput):
     loss: (), masked-language-model loss + next-sentence loss; None without both labels.
     prediction_logits: (B, S, V).
     seq_relationship_logits: (B, 2), logit 0 = the second sentence is next, logit 1 = it is random.
-    hidden_states: tuple of L+1 tensors (B, S, H); None unless asked for.
-    attentions: tuple of L tensors (B, N, S, S); None unless asked for.
+    hidden_states: tuple of L+1 tensors (B, S, H); None unless requested.
+    attentions: tuple of L tensors (B, N, S, S); None unless requested.
     """
 
     loss: Tensor | None = None
@@ -246,8 +248,8 @@ class MaskedLMOutput(ModelOutput):
 
     loss: (), cross entropy over the labelled tokens; None without labels.
     logits: (B, S, V).
-    hidden_states: tuple of L+1 tensors (B, S, H); None unless asked for.
-    attentions: tuple of L tensors (B, N, S, S); None unless asked for.
+    hidden_states: tuple of L+1 tensors (B, S, H); None unless requested.
+    attentions: tuple of L tensors (B, N, S, S); None unless requested.
     """
 
     loss: Tensor | None = None
@@ -262,8 +264,8 @@ class NextSentencePredictorOutput(ModelOutput):
 
     loss: (), cross entropy; None without labels.
     logits: (B, 2), logit 0 = the second sentence is next, logit 1 = it is random; `p_is_next` removes the doubt.
-    hidden_states: tuple of L+1 tensors (B, S, H); None unless asked for.
-    attentions: tuple of L tensors (B, N, S, S); None unless asked for.
+    hidden_states: tuple of L+1 tensors (B, S, H); None unless requested.
+    attentions: tuple of L tensors (B, N, S, S); None unless requested.
     """
 
     loss: Tensor | None = None
@@ -283,8 +285,8 @@ class SequenceClassifierOutput(ModelOutput):
 
     loss: (), by the configuration's problem type; None without labels.
     logits: (B, labels).
-    hidden_states: tuple of L+1 tensors (B, S, H); None unless asked for.
-    attentions: tuple of L tensors (B, N, S, S); None unless asked for.
+    hidden_states: tuple of L+1 tensors (B, S, H); None unless requested.
+    attentions: tuple of L tensors (B, N, S, S); None unless requested.
     """
 
     loss: Tensor | None = None
@@ -299,8 +301,8 @@ class MultipleChoiceModelOutput(ModelOutput):
 
     loss: (), cross entropy over the choices; None without labels.
     logits: (B, choices).
-    hidden_states: tuple of L+1 tensors (B * choices, S, H); None unless asked for.
-    attentions: tuple of L tensors (B * choices, N, S, S); None unless asked for.
+    hidden_states: tuple of L+1 tensors (B * choices, S, H); None unless requested.
+    attentions: tuple of L tensors (B * choices, N, S, S); None unless requested.
     """
 
     loss: Tensor | None = None
@@ -315,8 +317,8 @@ class TokenClassifierOutput(ModelOutput):
 
     loss: (), cross entropy over the labelled tokens; None without labels.
     logits: (B, S, labels).
-    hidden_states: tuple of L+1 tensors (B, S, H); None unless asked for.
-    attentions: tuple of L tensors (B, N, S, S); None unless asked for.
+    hidden_states: tuple of L+1 tensors (B, S, H); None unless requested.
+    attentions: tuple of L tensors (B, N, S, S); None unless requested.
     """
 
     loss: Tensor | None = None
@@ -332,8 +334,8 @@ class QuestionAnsweringModelOutput(ModelOutput):
     loss: (), mean of the cross entropies of start and end; None without both positions.
     start_logits: (B, S), for the first token of the answer.
     end_logits: (B, S), for the last token of the answer.
-    hidden_states: tuple of L+1 tensors (B, S, H); None unless asked for.
-    attentions: tuple of L tensors (B, N, S, S); None unless asked for.
+    hidden_states: tuple of L+1 tensors (B, S, H); None unless requested.
+    attentions: tuple of L tensors (B, N, S, S); None unless requested.
     """
 
     loss: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Loading, saving and settings, which BertModel and the models with heads share."""
+"""This module holds the loading, saving and settings that BertModel and the models with heads share."""
 
 from __future__ import annotations
 
@@ -30,15 +30,14 @@ Model = TypeVar("Model", bound="PreTrainedModel")
 
 
 class PreTrainedModel(ModelAccess):
-    """Loading, saving and settings that BertModel and the models with heads share.
+    """This class loads and saves BertModel and the models with heads, and holds their settings.
 
-    settings: the fields of `Options`, by name; `options` of a model is what it has now. `policy`: its backend, strict
-    and batch_invariant, as the operations take them. With a `precision`, the parameters, which are kept and saved as
-    they are, require no gradients. `missing_names`: the weights that from_pretrained did not find in the checkpoint and
-    started afresh.
+    settings: the fields of `Options`, by name. `options`: the present options of the model. `policy`: its backend,
+    strict and batch_invariant, for the operations. With a `precision`, the parameters require no gradients; they are
+    not changed, and are saved unchanged. `missing_names`: the weights that the checkpoint lacked, and that
+    from_pretrained initialised.
 
-    What a checkpoint of another family calls things is translated by its table (fastbert.checkpoint.families) when it
-    is read and when it is written.
+    The table of a family (fastbert.checkpoint.families) translates its names when files are read or written.
     """
 
     base_prefix = "bert."
@@ -61,7 +60,7 @@ class PreTrainedModel(ModelAccess):
 
     @property
     def options(self) -> Options:
-        """The choices about how the model runs."""
+        """The present options of the model."""
         policy = self.policy
         return Options(
             policy.backend, policy.strict, policy.batch_invariant, self.precision, self.cuda_graphs, self.strict_ids
@@ -77,16 +76,16 @@ class PreTrainedModel(ModelAccess):
 
     @property
     def longest_text(self) -> int:
-        """The tokens of the longest text that the model reads: its table's positions from a text's first one on."""
+        """Returns the greatest sequence length in tokens: the number of positions from that of the first token."""
         encoder: Any = self._modules.get("bert", self)
         table = encoder._modules["embeddings"]._modules.get("position_embeddings")
         n_positions: int = getattr(table, "num_embeddings", self.config.max_position_embeddings)  # not in an adapter
         return n_positions - self.config.position_offset
 
     def _check_tensors(self, device: torch.device, **tensors: Tensor | None) -> None:
-        """Raises TypeError for what is no tensor, ValueError for one that is not on the device, the model's own.
+        """Raises TypeError for an object that is not a tensor, ValueError for a tensor on a wrong device.
 
-        Ids and masks may be on the host: those of a model on a GPU are checked there, and copied together.
+        Ids and masks of a model on a GPU may be on the host: they are checked there, and copied in one transfer.
         """
         for name, tensor in tensors.items():
             if tensor is None:
@@ -102,28 +101,28 @@ class PreTrainedModel(ModelAccess):
                 raise ValueError(f"{name}: expected a tensor on the model's device {device}, got {tensor.device}")
 
     def blame_dtypes(self, error: RuntimeError) -> None:
-        """Raises TypeError if parameters of different dtypes may be what PyTorch stumbled over."""
+        """Raises TypeError if the parameters have different dtypes, a likely reason of PyTorch's error."""
         dtypes = {p.dtype: name for name, p in reversed(list(self.named_parameters()))}  # the first name of each
         if type(error) is RuntimeError and len(dtypes) > 1:
             names = ", ".join(f"{name} has {dtype}" for dtype, name in dtypes.items())
             raise TypeError(f"the model's parameters: expected one dtype, but {names}: {error}") from error
 
     def tie_weights(self) -> None:
-        """Makes parameters that the config ties the same tensor. Nothing to tie in a model without a decoder."""
+        """Makes the parameters that the config ties one tensor. A model without a decoder has no tied parameters."""
 
     def tied_pairs(self) -> dict[str, str]:
-        """State-dict names that are other names for a tied tensor, left out of files, and its own name."""
+        """Maps each further name of a tied tensor, which is left out of files, to the tensor's own name."""
         return {}
 
     def _settle_ties(self, matched: Match, src: str) -> None:
-        """Squares what the config ties with what a checkpoint holds. Nothing to settle in a model without a decoder."""
+        """Unties parameters that differ in the checkpoint. A model without a decoder has no tied parameters."""
 
     def train(self: Model, mode: bool = True) -> Model:
         ops.forget_packed(self.parameters())
         return super().train(mode)
 
     def init_weights(self) -> None:
-        """Fresh weights as in BERT: normal with standard deviation initializer_range, biases 0, LayerNorm 1 and 0."""
+        """Initialises weights as in BERT: normal with deviation initializer_range, biases 0, LayerNorm 1 and 0."""
         for name, parameter in self.named_parameters():
             parameter.data = self._fresh(name, parameter, parameter.dtype, parameter.device)
             if self.precision is not None:
@@ -157,14 +156,13 @@ class PreTrainedModel(ModelAccess):
     ) -> Model:
         """Loads a checkpoint in Hugging Face layout, from a local folder or a hub id; the model is in eval mode.
 
-        dtype: "auto" takes the checkpoint's. device: the CPU by default. batch_invariant: a text's output is the same
-        to the bit alone, in any batch and in any order; on the Triton kernels, and on CPUs without gradients where the
-        C++ kernels do all sums, in float32, bfloat16 and precision="int8"; and strict. precision: "fp8" (GPUs from
-        compute capability 8.9 on) or "int8" (from 8.0 on, and on CPUs with AVX-512 VNNI) lets the encoder's linears
-        multiply 8-bit operands, for inference; see fastbert.engine.quantized for what happens where there are no
-        kernels for it. cuda_graphs: on a GPU, launch short batches as CUDA graphs, which gives the same results.
-        strict_ids: on a GPU, a call waits until the ids that it got there are known to be in their tables, and raises
-        where one is not; else the next call does, or `fastbert.wait_for_checks`.
+        dtype: "auto" is the checkpoint's. device: the CPU by default. batch_invariant: the bits of a text's output do
+        not depend on the other texts of the batch; it needs the Triton kernels, or on CPUs the C++ kernels without
+        gradients (float32, bfloat16 and precision="int8"), and it never falls back. precision: "fp8" (GPUs of compute
+        capability 8.9 or newer) or "int8" (GPUs of 8.0 or newer, CPUs with AVX-512 VNNI) multiplies 8-bit operands in
+        the encoder's linear layers, for inference; without such kernels it falls back, see fastbert.engine.quantized.
+        cuda_graphs: on a GPU, run short batches as CUDA graphs; the results are the same. strict_ids: on a GPU, each
+        call waits for the check of its own ids; otherwise the next call, or `fastbert.wait_for_checks`, raises.
 
         arguments: fields of BertConfig and num_labels, which override the checkpoint's; and what from_pretrained of
         transformers takes (fastbert.checkpoint.loading_arguments): revision, subfolder, cache_dir, token,
@@ -172,43 +170,44 @@ class PreTrainedModel(ModelAccess):
         device), ignore_mismatched_sizes, output_loading_info (returns the model and a dict), add_pooling_layer
         (BertModel), key_mapping. What of theirs has no effect here is ignored and logged, the rest is refused by name.
 
-        Weights that a checkpoint lacks are reported by name in a warning: a pooler is left out of a BertModel
-        (pooler_output is None), a head starts with fresh weights (`missing_names` has their names). Raises
-        FileNotFoundError where there is no checkpoint, ValueError where it does not fit the config or lacks weights of
-        the encoder, TypeError for an argument that nobody knows, BackendError for batch_invariant where there are no
-        kernels for the device, the dtype or the sizes of the model.
+        A warning names the weights that the checkpoint lacks. Without a pooler in the checkpoint, a BertModel has none
+        (pooler_output is None). A missing head is initialised (`missing_names` has its weights).
+
+        Raises FileNotFoundError if there is no checkpoint, ValueError if it does not match the config or lacks weights
+        of the encoder, TypeError for an unknown argument, and BackendError for batch_invariant if there are no kernels
+        for the device, the dtype or the sizes of the model.
         """
         src = arguments.pop("pretrained_model_name_or_path", None) if src is None else src
-        asked = Arguments.of(arguments)
-        unknown = sorted(asked.model.keys() - cls._class_arguments)
+        parsed = Arguments.of(arguments)
+        unknown = sorted(parsed.model.keys() - cls._class_arguments)
         if unknown:
             raise TypeError(f"{unknown[0]}: {cls.__name__} has no choice of it, BertModel has")
-        if device is not None and asked.device not in (None, torch.device(device)):
-            raise ValueError(f"device_map: got {asked.device}, and device {device}; expected one of the two")
-        device = asked.device or torch.device("cpu" if device is None else device)
+        if device is not None and parsed.device not in (None, torch.device(device)):
+            raise ValueError(f"device_map: got {parsed.device}, and device {device}; expected one of the two")
+        device = parsed.device or torch.device("cpu" if device is None else device)
         options = Options(backend, strict, batch_invariant, precision, cuda_graphs, strict_ids)
         check_batch_invariant(options.policy, device, precision)
         folder = None
-        if src is not None or asked.config is None or asked.state_dict is None:
-            folder = resolve(src, weights=asked.state_dict is None, **asked.hub)
-        config = asked.read_config(folder or "")
-        state = asked.state_dict
+        if src is not None or parsed.config is None or parsed.state_dict is None:
+            folder = resolve(src, weights=parsed.state_dict is None, **parsed.hub)
+        config = parsed.read_config(folder or "")
+        state = parsed.state_dict
         if state is None:
             state = read_state_dict(
-                folder or "", use_safetensors=asked.hub.get("use_safetensors"), variant=asked.variant
+                folder or "", use_safetensors=parsed.hub.get("use_safetensors"), variant=parsed.variant
             )
-        state = asked.renamed(state)
-        dtype = resolve_dtype(asked.dtype if dtype == "auto" and asked.dtype is not None else dtype, config, state)
+        state = parsed.renamed(state)
+        dtype = resolve_dtype(parsed.dtype if dtype == "auto" and parsed.dtype is not None else dtype, config, state)
         if batch_invariant and device.type == "cpu" and backend != "triton":
             obstacle = cpu_encoder.invariant_obstacle(config, dtype)
             if obstacle is not None:
                 raise BackendError(f"batch_invariant: {obstacle}")
         config.name_or_path = "" if src is None else src
         with torch.device("meta"):
-            model = cls(config, **asked.model, options=options)
-        info = model._load(state, dtype, device, str(src), asked.ignore_mismatched_sizes)
+            model = cls(config, **parsed.model, options=options)
+        info = model._load(state, dtype, device, str(src), parsed.ignore_mismatched_sizes)
         model.eval()
-        return (model, info) if asked.output_loading_info else model  # type: ignore[return-value]
+        return (model, info) if parsed.output_loading_info else model  # type: ignore[return-value]
 
     def _load(
         self,
@@ -218,7 +217,7 @@ class PreTrainedModel(ModelAccess):
         src: str,
         ignore_mismatched: bool = False,
     ) -> dict[str, Any]:
-        """Takes over a checkpoint's tensors; returns what transformers' output_loading_info holds."""
+        """Loads a checkpoint's tensors; returns the dict of transformers' output_loading_info."""
         expected = self.state_dict()
         state, stored = self._translated(state)
         shapes = {name: t.shape for name, t in expected.items()}
@@ -247,7 +246,7 @@ class PreTrainedModel(ModelAccess):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Does what PyTorch's does; it also takes the family's names, and files that leave out a tied tensor."""
+        """Works as PyTorch's method; it also accepts the family's names, and a state dict without a tied tensor."""
         expected = self.state_dict().keys()
         names = {
             name: name if name in expected else self.config.family.state_to_ours(name, self.task) for name in state_dict
@@ -262,7 +261,7 @@ class PreTrainedModel(ModelAccess):
         return super().load_state_dict(state_dict, strict, assign)
 
     def _translated(self, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """A checkpoint's tensors under our names, and what they are stored as."""
+        """Returns a checkpoint's tensors under fastbert's names, and the names in the checkpoint."""
         stored: dict[str, str] = {}
         for name in state:
             ours = self.config.family.state_to_ours(name, self.task)
@@ -271,11 +270,11 @@ class PreTrainedModel(ModelAccess):
         return translated, {ours: stored.get(ours, ours) for ours in translated}
 
     def _stored_names(self, names: list[str]) -> list[str]:
-        """Returns what a checkpoint of the family calls these parameters of ours."""
+        """Returns the names of these parameters in a checkpoint of the family."""
         return [self.config.family.state_to_theirs(name, self.task) for name in names]
 
     def _report_missing(self, missing: list[str], src: str) -> list[str]:
-        """Raises for weights no model can do without, warns of the rest; returns the names to start afresh."""
+        """Raises for missing weights of the encoder, warns of the others; returns the names to initialise."""
         parts = "embeddings.", "embeddings_project.", "encoder."
         backbone = [name for name in missing if name.removeprefix("bert.").startswith(parts)]
         if backbone:
@@ -283,7 +282,7 @@ class PreTrainedModel(ModelAccess):
             raise ValueError(f"{src}: the checkpoint lacks {names}, which {type(self).__name__} needs")
         if missing:
             names = listed(self._stored_names(missing))
-            logger.warning("%s: the checkpoint lacks %s: freshly initialised, and to be trained before use", src, names)
+            logger.warning("%s: the checkpoint lacks %s: freshly initialised; train it before use", src, names)
         return missing
 
     def save_pretrained(
@@ -298,9 +297,9 @@ class PreTrainedModel(ModelAccess):
     ) -> None:
         """Writes config.json and safetensors that transformers and fastbert read, under the family's names.
 
-        is_main_process: False writes nothing. state_dict: other tensors under the model's names. max_shard_size: in
-        bytes, or as text ("5GB"). variant: "fp16" writes model.fp16.safetensors. Other arguments of transformers that
-        have no effect are ignored and logged; push_to_hub is refused.
+        is_main_process: False writes no file. state_dict: other tensors under the model's names. max_shard_size: bytes,
+        or text such as "5GB". variant: "fp16" writes model.fp16.safetensors. Arguments of transformers without an
+        effect are logged; push_to_hub is an error.
         """
         check_saving(arguments)
         limit = n_bytes(max_shard_size)
@@ -314,7 +313,7 @@ class PreTrainedModel(ModelAccess):
         write_state_dict(state, save_directory, max_shard_size=limit, variant=variant)
 
     def save_config(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json alone."""
+        """Writes only config.json."""
         self.config.architectures = [self.config.family.class_name(type(self).__name__)]
         self.config.dtype = str(self.dtype).removeprefix("torch.")
         self.config.save_pretrained(folder)
@@ -329,7 +328,7 @@ class PreTrainedModel(ModelAccess):
 
 
 def resolve_dtype(dtype: str | torch.dtype, config: BertConfig, state: Mapping[str, Tensor]) -> torch.dtype:
-    """The dtype an argument means: "auto" is the checkpoint's. Raises ValueError for one that no model has."""
+    """Returns the dtype of an argument; "auto" is the checkpoint's. Raises ValueError for an unsupported one."""
     resolved: Any
     if isinstance(dtype, torch.dtype):
         resolved = dtype
@@ -357,6 +356,6 @@ def any_in_training(module: nn.Module) -> bool:
 
 
 def listed(names: list[str], most: int = 10) -> str:
-    """The names in a row, for a message."""
+    """Joins names for a message."""
     shown = ", ".join(names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

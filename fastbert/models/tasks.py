@@ -1,9 +1,9 @@
 """The seven BERT models with heads: pre-training, masked LM, next sentence, classification, choice, tokens, answers.
 
-Where another family has the same head, or one that differs as its `Head` in fastbert.checkpoint.families says, the
-class is it. Arguments, outputs and losses are those of transformers, with two differences that follow from packing:
-per-token logits are zero at padding positions, and padding positions enter no loss. `Inputs` says what the arguments
-are that all forwards share.
+A class also serves the other families; the `Head` in fastbert.checkpoint.families says how a family's head differs.
+Arguments, outputs and losses are those of transformers, with two differences that follow from packing. Logits of tokens
+are zero at padding positions, and padding positions are not part of a loss. `Inputs` describes the arguments that all
+forwards share.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastbert.ops import packing
 
 
 class BertForPreTraining(ModelWithDecoder):
-    """Masked-token and next-sentence prediction together; in ALBERT the sentences' order in the place of the latter."""
+    """This model predicts masked tokens and the next sentence, or in ALBERT the order of sentences."""
 
     task = "PreTraining"
 
@@ -45,12 +45,12 @@ class BertForPreTraining(ModelWithDecoder):
         *,
         sentence_order_label: Tensor | None = None,
     ) -> outputs.BertForPreTrainingOutput | outputs.AlbertForPreTrainingOutput | tuple[Tensor, ...]:
-        """labels: (B, S) token ids, -100 where not asked; next_sentence_label: (B,), 0 = is next, 1 = random.
+        """labels: (B, S) token ids, -100 without a label; next_sentence_label: (B,), 0 = is next, 1 = random.
 
-        Returns prediction_logits (B, S, V) and seq_relationship_logits (B, 2); the loss is the sum of both, where both
-        labels are given. In training mode with labels, prediction_logits are computed when somebody asks for them.
+        Returns prediction_logits (B, S, V) and seq_relationship_logits (B, 2). With both labels, the loss is the sum
+        of both losses. In training mode with labels, prediction_logits are computed at the first access.
         ALBERT takes sentence_order_label, (B,), 0 = in order, 1 = exchanged, and returns sop_logits (B, num_labels).
-        Raises ValueError for the other one's label.
+        Raises ValueError for the label of the other family.
         """
         in_order = self._head.sentence_order
         pair_label, other = next_sentence_label, sentence_order_label
@@ -79,7 +79,7 @@ class BertForPreTraining(ModelWithDecoder):
 
 
 class BertForMaskedLM(ModelWithDecoder):
-    """Masked-token prediction."""
+    """This model predicts masked tokens."""
 
     task = "MaskedLM"
 
@@ -88,9 +88,9 @@ class BertForMaskedLM(ModelWithDecoder):
 
     @takes_inputs
     def forward(self, inputs: Inputs, labels: Tensor | None = None) -> outputs.MaskedLMOutput | tuple[Tensor, ...]:
-        """labels: (B, S) token ids, -100 where not asked. Returns logits (B, S, V).
+        """labels: (B, S) token ids, -100 for tokens without a label. Returns logits (B, S, V).
 
-        In training mode with labels, the logits are computed when somebody asks for them.
+        In training mode with labels, the logits are computed at the first access.
         """
         encoded = self._encode(inputs)
         head = functools.partial(hooks.call, self.cls, encoded.batch, self.policy, encoded.last_hidden_state)
@@ -126,7 +126,7 @@ class BertForNextSentencePrediction(ModelWithHead):
 
 
 class BertForSequenceClassification(ModelWithHead):
-    """Classification of, or regression on, a whole sequence."""
+    """This model gives a whole sequence a class, several labels, or a number."""
 
     task = "SequenceClassification"
 
@@ -140,9 +140,9 @@ class BertForSequenceClassification(ModelWithHead):
     def forward(
         self, inputs: Inputs, labels: Tensor | None = None
     ) -> outputs.SequenceClassifierOutput | tuple[Tensor, ...]:
-        """labels: (B,) classes, or (B, num_labels) floats; config.problem_type says which loss, or labels' form does.
+        """labels: (B,) classes, or (B, num_labels) floats. Returns logits (B, num_labels).
 
-        Returns logits (B, num_labels).
+        config.problem_type selects the loss; without it, the shape and dtype of the labels do.
         """
         encoded = self._encode(inputs)
         logits = self.classify(encoded)
@@ -151,7 +151,7 @@ class BertForSequenceClassification(ModelWithHead):
         return self._output(output, inputs)
 
     def classify(self, encoded: Encoded) -> Tensor:
-        """The logits (B, num_labels) of what the encoder made of packed tokens."""
+        """Returns the logits (B, num_labels) for the encoder's output on packed tokens."""
         if self._head.activation is not None:
             return hooks.call(self.classifier, encoded.batch, self.policy, encoded.last_hidden_state)
         return self._of_sequences(encoded)
@@ -172,8 +172,8 @@ class BertForMultipleChoice(ModelWithHead):
         """input_ids and the others: (B, C, S); inputs_embeds: (B, C, S, H); labels: (B,). Returns logits (B, C)."""
         choices = inputs.input_ids if inputs.inputs_embeds is None else inputs.inputs_embeds
         if choices is None or choices.dim() != (3 if inputs.inputs_embeds is None else 4):
-            came = None if choices is None else tuple(choices.shape)
-            raise ValueError(f"input_ids, inputs_embeds: expected shape (B, C, S) or (B, C, S, H), got {came}")
+            shape = None if choices is None else tuple(choices.shape)
+            raise ValueError(f"input_ids, inputs_embeds: expected shape (B, C, S) or (B, C, S, H), got {shape}")
         encoded = self._encode(inputs.flattened())
         logits = self._of_sequences(encoded).view(choices.shape[:2])
         output = outputs.MultipleChoiceModelOutput(loss=class_loss(logits, labels), logits=logits, **encoded.padded())
@@ -181,7 +181,7 @@ class BertForMultipleChoice(ModelWithHead):
 
 
 class BertForTokenClassification(ModelWithHead):
-    """A class for every token."""
+    """This model gives every token a class."""
 
     task = "TokenClassification"
 
@@ -192,7 +192,7 @@ class BertForTokenClassification(ModelWithHead):
     def forward(
         self, inputs: Inputs, labels: Tensor | None = None
     ) -> outputs.TokenClassifierOutput | tuple[Tensor, ...]:
-        """labels: (B, S) classes, -100 where not asked. Returns logits (B, S, num_labels)."""
+        """labels: (B, S) classes, -100 for tokens without a label. Returns logits (B, S, num_labels)."""
         encoded = self._encode(inputs)
         logits = self.classify_tokens(encoded)
         output = outputs.TokenClassifierOutput(
@@ -203,7 +203,7 @@ class BertForTokenClassification(ModelWithHead):
         return self._output(output, inputs)
 
     def classify_tokens(self, encoded: Encoded) -> Tensor:
-        """The logits (T, num_labels) of what the encoder made of packed tokens."""
+        """Returns the logits (T, num_labels) for the encoder's output on packed tokens."""
         return self._of_tokens(self.classifier, encoded)
 
 
@@ -214,7 +214,7 @@ class BertForQuestionAnswering(ModelWithHead):
 
     def add_head(self, config: BertConfig) -> None:
         if config.num_labels != 2:
-            raise ValueError(f"num_labels: question answering has 2 (start and end), got {config.num_labels}")
+            raise ValueError(f"num_labels: expected 2 for question answering (start and end), got {config.num_labels}")
         self._add_transform(config)
         self.dropout = self._dropout(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
@@ -223,7 +223,7 @@ class BertForQuestionAnswering(ModelWithHead):
     def forward(
         self, inputs: Inputs, start_positions: Tensor | None = None, end_positions: Tensor | None = None
     ) -> outputs.QuestionAnsweringModelOutput | tuple[Tensor, ...]:
-        """start_positions, end_positions: (B,) columns; those at padding or above S - 1 enter no loss.
+        """start_positions, end_positions: (B,) columns; the loss ignores columns at padding or above S - 1.
 
         Returns start_logits and end_logits (B, S). The losses are over the tokens of each row, not over its padding.
         """
@@ -243,5 +243,5 @@ class BertForQuestionAnswering(ModelWithHead):
         return self._output(output, inputs)
 
     def classify_tokens(self, encoded: Encoded) -> Tensor:
-        """The logits (T, 2), of starts and of ends, of what the encoder made of packed tokens."""
+        """Returns the logits (T, 2), of starts and of ends, for the encoder's output on packed tokens."""
         return self._of_tokens(self.qa_outputs, encoded)

@@ -32,7 +32,7 @@ logger = logging.getLogger("fastbert")
 
 
 class ModelWithHead(PreTrainedModel):
-    """The encoder of its family under `bert`, and a head beside it. settings: the fields of `Options` by name."""
+    """This model holds its family's encoder under `bert`, and a head. settings: the fields of `Options` by name."""
 
     task: str
     cls: Any
@@ -76,11 +76,11 @@ class ModelWithHead(PreTrainedModel):
         self.bert.wait_for_checks()
 
     def _encode(self, inputs: Inputs) -> Encoded:
-        """BertModel.encode; where somebody listens to the encoder, it is called as a module."""
+        """Runs BertModel.encode; an encoder with hooks is called as a module."""
         return encode_by_call(self.bert, inputs) if listened(self.bert) else self.bert.encode(inputs)
 
     def _of_tokens(self, module: nn.Module, encoded: Encoded) -> Tensor:
-        """module(dropout(x)) of each token, (T, H) -> (T, n), where the head has a transform of that."""
+        """Computes module(dropout(x)) for each token, (T, H) -> (T, n), with the head's transform if it has one."""
         x, transform = encoded.last_hidden_state, self._modules.get("head")
         if transform is not None:
             x = hooks.call(transform, encoded.batch, self.policy, x)
@@ -88,7 +88,7 @@ class ModelWithHead(PreTrainedModel):
         return dense(module, x, self.policy, batch=encoded.batch)
 
     def _of_sequences(self, encoded: Encoded) -> Tensor:
-        """The classifier of the pooled vectors, (B, n): of the encoder's pooler, or of the head's own transform."""
+        """Applies the classifier to the pooled vectors, (B, n), of the encoder's pooler or the head's transform."""
         transform, pooler = self._modules.get("head"), self._modules.get("pooler")
         if pooler is not None:
             pooled = hooks.call(pooler, encoded.batch, self.policy, encoded.last_hidden_state)
@@ -132,10 +132,10 @@ TIED = {
 
 
 class ModelWithDecoder(ModelWithHead):
-    """A model whose head predicts tokens, with the word embeddings as its weight where the config ties them.
+    """This model has a head that predicts tokens. Its weight is the word embeddings, if the config ties them.
 
-    As in transformers: without the tie the decoder has a bias of its own, and `cls.predictions.bias` is not used; and
-    what a checkpoint holds under both names, with different numbers, is not tied whatever the config says.
+    As in transformers, without the tie the decoder has its own bias, and `cls.predictions.bias` is not used. If a
+    checkpoint has different numbers under both names, they are not tied, even if the config ties them.
     """
 
     _untied: frozenset[str] = frozenset()
@@ -160,13 +160,15 @@ class ModelWithDecoder(ModelWithHead):
                 state[other] = mine
                 matched.missing.remove(other)
             elif mine is not None and others is not None and not torch.equal(mine, others):
-                logger.warning("%s: %s and %s differ, so they are not tied, whatever the config says", src, name, other)
+                logger.warning(
+                    "%s: %s and %s differ, so they are not tied, although the config ties them", src, name, other
+                )
                 self._untied |= {name}
 
     def _sees_labelled_alone(self, encoded: Encoded, labels: Tensor | None) -> bool:
-        """Tells whether the head may leave out the tokens without a label, so that logits are made when asked for.
+        """Tells whether the head may skip the tokens without a label, and compute logits at the first access.
 
-        It does in training mode, but where somebody sees what the head does, or values cannot be read.
+        It does in training mode, except if the head has hooks, or if values cannot be read.
         """
         if labels is None or not self.training or self.policy.batch_invariant or not is_plain_head(self.cls):
             return False
@@ -176,7 +178,7 @@ class ModelWithDecoder(ModelWithHead):
         return labelled_loss(self.cls.predictions, encoded.last_hidden_state, labels, encoded.batch, self.policy)
 
     def _later(self, encoded: Encoded, head: Callable[[], Tensor]) -> outputs.Later:
-        """Stands for the padded logits of a head that gives (T, V)."""
+        """Returns a `Later` for the padded logits of a head with logits (T, V)."""
         return outputs.Later(lambda: packing.pad(head(), encoded.batch), encoded.batch.device)
 
     def get_output_embeddings(self) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The fused operations of a BERT encoder on packed tokens: one function each, whatever backend runs it."""
+"""This package holds the fused operations of an encoder on packed tokens: one function for all backends of each."""
 
 from fastbert.ops import quantized, quantized_parts
 from fastbert.ops.attention import prepare as prepare_attention
@@ -10,6 +10,7 @@ from fastbert.ops.dropout import of_batch as dropout_of
 from fastbert.ops.elementwise import elementwise
 from fastbert.ops.embedding import check_ids, embedding_layer_norm, seen_within
 from fastbert.ops.gated import gated
+from fastbert.ops.gated_linear import gated_linear
 from fastbert.ops.gelu import ACTIVATIONS, bias_gelu
 from fastbert.ops.labels import IGNORED, check_labels, labelled_rows, mean_cross_entropy, readable
 from fastbert.ops.layer_norm import bias_residual_layer_norm, norm_queries_and_keys
@@ -35,6 +36,7 @@ __all__ = [
     "embedding_layer_norm",
     "forget_packed",
     "gated",
+    "gated_linear",
     "labelled_rows",
     "linear",
     "linear_cross_entropy",

@@ -38,5 +38,5 @@ class Rotations:
 
 def rotations_of(batch: PackedBatch) -> Rotations:
     """The rotations of a batch, by its columns where nobody has set other positions."""
-    found: Rotations = batch.plan(PLAN, lambda: Rotations(batch.position_ids))
-    return found
+    rotations: Rotations = batch.plan(PLAN, lambda: Rotations(batch.position_ids))
+    return rotations

@@ -166,7 +166,7 @@ def cpu_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> s
     if qkv.dtype not in (torch.float32, torch.bfloat16):
         return f"there is no C++ kernel for {qkv.dtype}"
     if head_size % 16 or head_size > 256:
-        return f"head size {head_size} is no multiple of 16 up to 256"
+        return f"head size {head_size} is not a multiple of 16 up to 256"
     if dropout_p > 0.0:
         return "dropout"
     if (transformed := tracing.transformed(qkv)) is not None:
@@ -219,7 +219,7 @@ def varlen_attention(
     if table is not None:
         check_bias(table, num_heads, qkv)
     if batch.valid is not None:
-        in_place = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
+        in_place = tracing.transformed(qkv) or "the batch holds rows of padding"
         dispatch.choose("attention", policy.backend, policy.strict, qkv.device, in_place)
         dispatch.check_invariant("attention", policy, "cpu", in_place)
         return attend_in_place(qkv, batch, num_heads, scale, probability_of(dropout), table, window)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from fastbert.ops import masked
 from fastbert.ops.dispatch import Policy
 from fastbert.ops.kernel_modules import dense_rows, kernels_of
 from fastbert.ops.masked import SHORT_BATCH, SHORT_TEXTS
 from fastbert.ops.packing import PackedBatch, to_device
+from fastbert_kernels import cpu
 
 if TYPE_CHECKING:
     from fastbert_kernels.work_list import WorkList
@@ -37,6 +37,63 @@ LONGEST_IS_BOUND = "longest is a bound"  # the plan of a batch whose lengths on 
 TILES = "tiles"  # the plan of a batch in the rows of a bucket that `tiles_of` cuts
 
 
+class TileSizes(NamedTuple):
+    """A `TileSizes` holds the rows of attention's tiles, and whether neighbours can share them.
+
+    small_q is 0 where there is no small tile. choice: what makes a batch take the small one.
+    """
+
+    block_q: int
+    share: bool
+    small_q: int
+    share_small: bool
+    choice: cpu.TileChoice
+
+
+def circumstances() -> tuple[bool, int]:
+    """Returns what the sizes of tiles depend on beside the device, the dtype and the size of a head."""
+    return kernels_of("launch").recorded is not None, kernels_of("tables").generation
+
+
+def tile_sizes(dtype: torch.dtype, head_size: int, device: torch.device) -> TileSizes:
+    """Returns the sizes of attention's tiles where neighbours may share one."""
+    launch = kernels_of("launch")
+    n_multiprocessors = launch.n_multiprocessors(device)
+    return _tile_sizes(dtype, head_size, launch.arch(device), n_multiprocessors, *circumstances())
+
+
+@functools.lru_cache(64)
+def _tile_sizes(
+    dtype: torch.dtype, head_size: int, arch: int, n_multiprocessors: int, shipped_only: bool, generation: int
+) -> TileSizes:
+    from fastbert_kernels import configs
+
+    large = configs.attention_config(dtype, head_size, arch).block_sizes
+    small_config = configs.small_attention_config(dtype, head_size, arch)
+    small = {"BLOCK_Q": 0} if small_config is None else small_config.block_sizes
+    shares = [not sizes.get("WARP_SPECIALIZE") for sizes in (large, small)]
+    tiles = large["BLOCK_Q"], shares[0], small["BLOCK_Q"], shares[1]
+    return TileSizes(*tiles, cpu.TileChoice(*tiles, SHORT_BATCH * n_multiprocessors, SHORT_TEXTS))
+
+
+def cuttings(dtype: torch.dtype, head_size: int, device: torch.device, share: bool, small: bool) -> list[cpu.Cutting]:
+    """Says how sequences are cut: all in one list, or long ones and short ones where neighbours do not share a tile."""
+    from fastbert_kernels import configs, launch
+
+    sizes = tile_sizes(dtype, head_size, device)
+    if share:
+        return [cpu.Cutting(sizes.small_q, sizes.share_small) if small else cpu.Cutting(sizes.block_q, sizes.share)]
+    block_q = sizes.small_q if small else sizes.block_q
+    short = configs.short_attention_config(dtype, head_size, launch.arch(device))
+    if short is None:
+        return [cpu.Cutting(block_q, False)]
+    longest = short.block_sizes["BLOCK_K"]
+    return [
+        cpu.Cutting(block_q, False, longer_than=longest),
+        cpu.Cutting(short.block_sizes["BLOCK_Q"], False, up_to=longest),
+    ]
+
+
 def lists_of(
     cu_seqlens_cpu: torch.Tensor,
     dtype: torch.dtype,
@@ -46,18 +103,11 @@ def lists_of(
     small: bool = False,
 ) -> tuple[WorkList, WorkList | None]:
     """Returns the work lists of a batch on the CPU: of all sequences, or of the long ones and of the short ones."""
-    from fastbert_kernels import configs, launch
     from fastbert_kernels.work_list import build_work_list
 
-    offsets, arch = cu_seqlens_cpu.numpy(), launch.arch(device)
-    sizes = configs.attention_config(dtype, head_size, arch, small).block_sizes
-    block_q = sizes["BLOCK_Q"]
-    short = None if share else configs.short_attention_config(dtype, head_size, arch)
-    if short is None:
-        return build_work_list(offsets, block_q, share and not sizes.get("WARP_SPECIALIZE")), None
-    longest = short.block_sizes["BLOCK_K"]
-    long_list = build_work_list(offsets, block_q, False, longer_than=longest)
-    return long_list, build_work_list(offsets, short.block_sizes["BLOCK_Q"], False, up_to=longest)
+    offsets = cu_seqlens_cpu.numpy()
+    lists = [build_work_list(offsets, *cutting) for cutting in cuttings(dtype, head_size, device, share, small)]
+    return lists[0], lists[1] if len(lists) > 1 else None
 
 
 def launch_arguments(
@@ -88,18 +138,23 @@ def takes_small_tiles(batch: PackedBatch, dtype: torch.dtype, head_size: int, po
     """
     if policy.batch_invariant:
         return False
-    return _small_tiles_suit(batch.cu_seqlens_cpu.numpy(), dtype, head_size, batch.device)
+    return suitable_tiles(batch, tile_sizes(dtype, head_size, batch.device), dtype, head_size, policy)[0]
 
 
-def _small_tiles_suit(offsets: np.ndarray, dtype: torch.dtype, head_size: int, device: torch.device) -> bool:
-    from fastbert_kernels import configs, launch
-
-    if configs.small_attention_config(dtype, head_size, launch.arch(device)) is None:
-        return False
-    if offsets[-1] <= SHORT_BATCH * launch.n_multiprocessors(device):
-        return True
-    lengths = (offsets[1:] - offsets[:-1]).astype(np.int64)
-    return int(lengths @ lengths) <= SHORT_TEXTS * int(offsets[-1])
+def suitable_tiles(
+    batch: PackedBatch, sizes: TileSizes, dtype: torch.dtype, head_size: int, policy: Policy
+) -> tuple[bool, int]:
+    """Tells whether small tiles suit the batch, and how many tiles it has, where neighbours may share one."""
+    if cpu.obstacle() is None:
+        n_tiles = cpu.suitable_tiles(batch.cu_seqlens_cpu, sizes.choice)
+        return bool(n_tiles & 1), n_tiles >> 1
+    offsets = batch.cu_seqlens_cpu.numpy()
+    n_tokens = int(offsets[-1])
+    small = sizes.small_q > 0 and n_tokens <= sizes.choice.few_tokens
+    if sizes.small_q > 0 and not small:
+        lengths = (offsets[1:] - offsets[:-1]).astype(np.int64)
+        small = int(lengths @ lengths) <= sizes.choice.short_texts * n_tokens
+    return small, host_work_lists(batch, dtype, head_size, policy, small)[0].tiles.shape[0]
 
 
 def plan_key(dtype: torch.dtype, head_size: int, policy: Policy) -> tuple[Any, ...]:
@@ -191,189 +246,6 @@ def host_work_lists(
     share = not policy.batch_invariant
     key = "work lists", qkv_dtype, head_size, share, small
     return batch.plan(key, lambda: lists_of(batch.cu_seqlens_cpu, qkv_dtype, head_size, batch.device, share, small))
-
-
-class Kind(NamedTuple):
-    """A `Kind` of static lists serves a kind of batch.
-
-    small: of smaller tiles. dense: of three tiles in the rows of two full ones, and not of as many as there can be, so
-    that few programs of a graph find nothing to do. holes: with the column and the sequence of each row, for layers
-    that read them where masks have holes.
-    """
-
-    small: bool = False
-    dense: bool = False
-    holes: bool = False
-
-
-ANY_BATCH, HOLES = Kind(), Kind(holes=True)
-
-
-def max_tiles(
-    n_tokens: int,
-    qkv_dtype: torch.dtype,
-    head_size: int,
-    device: torch.device,
-    policy: Policy,
-    kind: Kind = ANY_BATCH,
-) -> tuple[int, int | None]:
-    """Tells how long static work lists for n_tokens tokens are; None where there is no list of short sequences.
-
-    No batch needs a longer one where neighbours share tiles, unless the list is dense. Where they share none, ones of a
-    few tokens each may.
-    """
-    from fastbert_kernels import configs, launch, work_list
-
-    arch = launch.arch(device)
-    block_q = configs.attention_config(qkv_dtype, head_size, arch, kind.small).block_sizes["BLOCK_Q"]
-    most = work_list.max_tiles(n_tokens, block_q)
-    if kind.dense:
-        most = min(most, work_list.dense_tiles(n_tokens, block_q))
-    short = configs.short_attention_config(qkv_dtype, head_size, arch) if policy.batch_invariant else None
-    return most, None if short is None else work_list.max_short_tiles(n_tokens)
-
-
-class StaticPlan:
-    """A `StaticPlan` says how the integers of attention lie in static memory, for batches in the rows of a bucket.
-
-    They are int32, each part 16-byte aligned. A smaller bucket needs no more of them than a larger one of its kind.
-    Where all are 0, there are no tiles. n_tiles: how long the lists are, by default as `max_tiles` says.
-    """
-
-    def __init__(
-        self,
-        bucket: int,
-        qkv_dtype: torch.dtype,
-        head_size: int,
-        device: torch.device,
-        policy: Policy,
-        kind: Kind = ANY_BATCH,
-        n_tiles: tuple[int, int | None] | None = None,
-    ) -> None:
-        from fastbert_kernels import configs, launch
-        from fastbert_kernels.work_list import N_COLUMNS
-
-        sizes_of = configs.attention_config(qkv_dtype, head_size, launch.arch(device), kind.small).block_sizes
-        shared = not policy.batch_invariant and not sizes_of.get("WARP_SPECIALIZE")
-        self.bucket, self.policy, self.kind, self.block_q = bucket, policy, kind, sizes_of["BLOCK_Q"]
-        self._qkv, self._n_columns = (qkv_dtype, head_size), N_COLUMNS
-        lengths = max_tiles(bucket, qkv_dtype, head_size, device, policy, kind) if n_tiles is None else n_tiles
-        self._n_tiles = [length for length in lengths if length is not None]
-        # Work lists, one after the other, row_spans, cu_seqlens, and the columns and sequences of rows.
-        sizes = [*(N_COLUMNS * length for length in self._n_tiles), bucket if shared else 0, bucket + 1]
-        sizes += [bucket, bucket] if kind.holes else [0, 0]
-        starts = [sum(map(_aligned, sizes[:i])) for i in range(len(sizes) + 1)]
-        self._parts = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
-        self.n_integers = starts[-1]
-        self.columns = self._parts[-2]  # which differ between batches of the same lengths
-        self._masks: dict[tuple[int, int], bool] = {}  # by B and S, whether lists fit any such mask
-
-    def split(self, integers: torch.Tensor) -> tuple[torch.Tensor, Plan]:
-        """Returns cu_seqlens (T' + 1,) and the plan of the bucket, views of static memory (at least n_integers,)."""
-        *lists, row_spans, cu_seqlens, _, _ = (integers[part] for part in self._parts)
-        tiles = [part.view(-1, self._n_columns) for part in lists]
-        return cu_seqlens, Plan(row_spans, tiles[0], tiles[1] if len(tiles) > 1 else None, self.kind.small)
-
-    def split_columns(self, integers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Returns the columns and the sequences of rows, (T',) each, views of static memory; None without them."""
-        columns, seq_ids = (integers[part] for part in self._parts[-2:])
-        return (columns, seq_ids) if self.kind.holes else None
-
-    def fits(self, batch: PackedBatch) -> bool:
-        """Tells whether `write` would write the batch, or, where lengths stay on the device, any such batch."""
-        if batch.mask is None:
-            return self.write(batch, np.empty(self.n_integers, np.int32))
-        shape = batch.batch_size, batch.padded_length
-        if shape not in self._masks:
-            most = masked.most_tiles(*shape, *self._qkv, batch.device, self.policy, self.kind.small)
-            self._masks[shape] = all(n is None or n <= room for n, room in zip(most, self._n_tiles, strict=False))
-        return self._masks[shape]
-
-    def write(self, batch: PackedBatch, out: np.ndarray) -> bool:
-        """Writes a batch of at most `bucket` tokens and sequences to out, (n_integers,) int32 on the host.
-
-        Returns False, with nothing written, where a list does not fit.
-        """
-        lists = host_work_lists(batch, *self._qkv, self.policy, self.kind.small)
-        rows = [made.tiles.numpy().reshape(-1) for made in lists if made is not None]
-        *parts, row_spans, cu_seqlens, _, seq_ids = (out[part] for part in self._parts)
-        if any(tiles.shape[0] > part.shape[0] for tiles, part in zip(rows, parts, strict=True)):
-            return False
-        for part, tiles in zip(parts, rows, strict=True):
-            part[: tiles.shape[0]] = tiles
-            part[tiles.shape[0] :] = 0
-        spans = lists[0].row_spans.numpy()
-        row_spans[: spans.shape[0]] = spans
-        offsets = batch.cu_seqlens_cpu.numpy()
-        cu_seqlens[: offsets.shape[0]] = offsets
-        cu_seqlens[offsets.shape[0] :] = offsets[-1]  # the other sequences are empty
-        if self.kind.holes:
-            seq_ids[: offsets[-1]] = np.arange(offsets.shape[0] - 1, dtype=np.int32).repeat(np.diff(offsets))
-            seq_ids[offsets[-1] :] = self.bucket
-        return True
-
-
-def kind_of(batch: PackedBatch, bucket: int, qkv_dtype: torch.dtype, head_size: int, policy: Policy) -> Kind:
-    """Returns the kind of static lists that the batch takes in the rows of a bucket.
-
-    It is remembered for the lengths that came last.
-    """
-    offsets, padded, holes = batch.form
-    if policy.batch_invariant:
-        return HOLES if holes else ANY_BATCH
-    device = batch.device
-    key = offsets, padded, bucket, qkv_dtype, head_size, device, policy, holes, *circumstances()
-    kind = _kinds.get(key)
-    if kind is None:
-        if padded is not None:
-            small = masked.small_tiles_suit(*padded, qkv_dtype, head_size, device)
-            n_tiles = masked.most_tiles(*padded, qkv_dtype, head_size, device, policy, small)[0]
-        else:
-            small = takes_small_tiles(batch, qkv_dtype, head_size, policy)
-            n_tiles = host_work_lists(batch, qkv_dtype, head_size, policy, small)[0].tiles.shape[0]
-        dense = max_tiles(bucket, qkv_dtype, head_size, device, policy, Kind(small, True))[0]
-        if len(_kinds) >= MAX_KINDS:
-            _kinds.clear()
-        kind = _kinds[key] = Kind(small, n_tiles <= dense, holes)
-    return kind
-
-
-_kinds: dict[tuple[Any, ...], Kind] = {}
-MAX_KINDS = 64  # forms of batches whose kind is remembered
-
-
-def circumstances() -> tuple[bool, int]:
-    """Returns what `kind_of` depends on beside its arguments."""
-    return kernels_of("launch").recorded is not None, kernels_of("tables").generation
-
-
-def kinds(
-    qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy, holes: bool = False
-) -> list[Kind]:
-    """Lists every kind of static lists that batches may take. holes: whether layers read columns."""
-    from fastbert_kernels import configs, launch
-
-    whole = (False, True) if holes else (False,)
-    if policy.batch_invariant:
-        return [ANY_BATCH._replace(holes=each) for each in whole]
-    small = configs.small_attention_config(qkv_dtype, head_size, launch.arch(device)) is not None
-    return [Kind(*of) for of in itertools.product((False, True) if small else (False,), (False, True), whole)]
-
-
-def kinds_in(
-    bucket: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy, holes: bool = False
-) -> list[Kind]:
-    """Lists the kinds of static lists that batches of at most as many tokens as the bucket has rows may take there."""
-    from fastbert_kernels import launch
-
-    every = kinds(qkv_dtype, head_size, device, policy, holes)
-    small = [kind for kind in every if kind.small]
-    return small if small and bucket <= SHORT_BATCH * launch.n_multiprocessors(device) else every
-
-
-def _aligned(n_integers: int) -> int:
-    """Rounds up to whole 16 bytes."""
-    return -(-n_integers // 4) * 4
 
 
 def gradient_plan(

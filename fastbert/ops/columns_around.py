@@ -39,8 +39,8 @@ def _rows_around(batch: PackedBatch, n_rows: int, size: int) -> Tensor:
     width = batch.padded_length + size
     place = torch.where(rows[:, 0] < last, sequences * width + columns + half, sequences * width + width * n_rows)
     wanted = place[:, None] + offsets
-    found = torch.searchsorted(place, wanted.contiguous()).clamp(max=n_rows - 1)
-    return torch.where(place[found.flatten()].view(found.shape) == wanted, found, n_rows)
+    row = torch.searchsorted(place, wanted.contiguous()).clamp(max=n_rows - 1)
+    return torch.where(place[row.flatten()].view(row.shape) == wanted, row, n_rows)
 
 
 def ranges_of(batch: PackedBatch, window: int) -> Tensor | None:
@@ -55,5 +55,5 @@ def ranges_of(batch: PackedBatch, window: int) -> Tensor | None:
         starts = torch.searchsorted(places, torch.maximum(places - window, first))
         return torch.stack([starts, torch.searchsorted(places, places + window, right=True)], 1).int()
 
-    made: Tensor = batch.plan(("window", window), make)
-    return made
+    ranges: Tensor = batch.plan(("window", window), make)
+    return ranges

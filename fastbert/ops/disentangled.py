@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastbert.ops import dispatch, recording, tracing
+from fastbert.ops.disentangled_gradients import gradients_by_lengths
 from fastbert.ops.dispatch import AUTO, Policy
 from fastbert.ops.distances import (
     Positions,
@@ -33,6 +34,7 @@ from fastbert.ops.rotary import cpu_obstacle as rows_obstacle
 from fastbert.ops.training import choose
 from fastbert.ops.training import disentangled as training
 from fastbert_kernels import cpu
+from fastbert_kernels.masks import Dropout, threshold_of
 
 __all__ = ["KERNELS", "Positions", "bias", "cpu_obstacle", "disentangled_attention", "rows_of_distances",
            "triton_obstacle"]  # fmt: skip
@@ -44,12 +46,48 @@ KERNELS = {
 }
 _WHOLE_BATCH = "gradients of disentangled attention go through a whole batch"
 
+
+def _drawn(seed: Tensor | None, p: float) -> Dropout | None:
+    return None if seed is None else Dropout(threshold_of(p), int(seed), 0)
+
+
+def _forward(*arguments: Any) -> Any:
+    run: Any = attend_by_lengths
+    return run(*arguments[:-2], _drawn(*arguments[-2:]))
+
+
+def _gradients(*arguments: Any) -> Any:
+    run: Any = gradients_by_lengths
+    return run(*arguments[:-2], _drawn(*arguments[-2:]))
+
+
+def _backward(grad: Tensor, qkv: Tensor, keys: Any, queries: Any, *rest: Any) -> tuple[Tensor | None, ...]:
+    # The operation has no derivative of its own; what it computes has, where one is wanted (create_graph=True).
+    run = _gradients if torch.is_grad_enabled() else torch.ops.fastbert.disentangled_attention_backward
+    d_qkv, d_keys, d_queries = run(grad, qkv, keys, queries, *rest)
+    return d_qkv, None if keys is None else d_keys, None if queries is None else d_queries, *(None,) * len(rest)
+
+
+# The lengths are looked at when the program runs, and the mask of dropout is drawn of a seed, as in both passes.
+_OPERANDS = (
+    "Tensor qkv, Tensor? keys, Tensor? queries, Tensor cu_seqlens_cpu, int n_buckets, int max_distance, int num_heads, "
+    "float scale, Tensor? columns, Tensor? seed, float dropout"
+)
 register(
-    "disentangled_attention(Tensor qkv, Tensor? keys, Tensor? queries, Tensor cu_seqlens_cpu, int n_buckets, "
-    "int max_distance, int num_heads, float scale, Tensor? columns) -> Tensor",
-    kernel=attend_by_lengths,
-    eager=attend_by_lengths,
+    f"disentangled_attention({_OPERANDS}) -> Tensor",
+    kernel=_forward,
+    eager=_forward,
     fake=lambda qkv, *rest: qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3),
+    backward=_backward,
+)
+register(
+    f"disentangled_attention_backward(Tensor grad, {_OPERANDS}) -> (Tensor, Tensor, Tensor)",
+    kernel=_gradients,
+    eager=_gradients,
+    fake=lambda grad, qkv, keys, queries, *rest: (
+        torch.empty_like(qkv, memory_format=torch.contiguous_format),
+        *(qkv.new_empty(()) if t is None else t.new_empty(t.shape) for t in (keys, queries)),
+    ),
 )
 
 
@@ -74,7 +112,7 @@ def cpu_obstacle(
     """Tells why the cpu backend takes PyTorch's operations and not the C++ kernels, or None."""
     head_size = qkv.shape[1] // (3 * num_heads)
     if head_size % 16 or head_size > 256:
-        return f"head size {head_size} is no multiple of 16 up to 256"
+        return f"head size {head_size} is not a multiple of 16 up to 256"
     if trained:
         return _mixed_dtypes(qkv, positions) or choose.cpu_obstacle(qkv.dtype, head_size=head_size)
     if dropout is not None:
@@ -131,7 +169,7 @@ def disentangled_attention(
             expected = qkv.shape[1] // 3
             raise ValueError(f"positions.{name}: expected rows of {expected} numbers, got {tuple(tensor.shape)}")
     if batch.valid is not None:
-        in_place = tracing.transformed(qkv) or "the batch keeps the rows of its padding"
+        in_place = tracing.transformed(qkv) or "the batch holds rows of padding"
         dispatch.choose("attention", policy.backend, policy.strict, qkv.device, in_place)
         dispatch.check_invariant("attention", policy, "cpu", in_place)
         return attend_in_place(qkv, batch, num_heads, positions, scale, probability_of(dropout))
@@ -171,6 +209,9 @@ def disentangled_attention(
         return cpu.disentangled_attention_forward(
             qkv, positions.keys, positions.queries, rows_of, batch.cu_seqlens_cpu, num_heads, scale, batch.columns
         )
-    if torch.compiler.is_compiling() and dropout is None:  # lengths are looked at when it runs
-        return torch.ops.fastbert.disentangled_attention(*arguments)
+    if torch.compiler.is_compiling():
+        p, seed = probability_of(dropout), None
+        if p > 0.0:  # a tensor, and so drawn anew at each call of the program
+            seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
+        return torch.ops.fastbert.disentangled_attention(*arguments, seed, p)
     return attend_by_lengths(*arguments, dropout)

@@ -92,19 +92,19 @@ def _decided(wanted: str, device: torch.device, obstacle: str | None) -> tuple[s
 @constant
 def choose(op: str, backend: str, strict: bool, device: torch.device, obstacle: str | None) -> str:
     """`decide`, with the fallback logged once, or raised as BackendError under strict. Returns the backend's name."""
-    taken, reason = _decided(backend, device, obstacle)
+    chosen, reason = _decided(backend, device, obstacle)
     if recording.on and recording.note_reason(op, reason, strict):
-        return taken
+        return chosen
     if reason is not None:
         if strict:
             raise BackendError(f"{op}: the backend {backend!r} cannot run it, and strict=True: {reason}")
-        _log_once(op, backend, taken, reason)
-    return taken
+        _log_once(op, backend, chosen, reason)
+    return chosen
 
 
 @functools.cache
-def _log_once(op: str, wanted: str, taken: str, reason: str) -> None:
-    logger.warning("%s: backend %r falls back to %r: %s", op, wanted, taken, reason)
+def _log_once(op: str, wanted: str, chosen: str, reason: str) -> None:
+    logger.warning("%s: backend %r falls back to %r: %s", op, wanted, chosen, reason)
 
 
 def check_batch_invariant(policy: Policy, device: torch.device, precision: str | None = None) -> None:
@@ -116,9 +116,9 @@ def check_batch_invariant(policy: Policy, device: torch.device, precision: str |
         if reason is None and precision is not None:
             reason = cpu.int8_obstacle()
     elif precision is not None:
-        kernels, reason = "C++ kernels for CPUs", f"of those in 8 bits no others promise it, and the device is {device}"
+        kernels, reason = "C++ kernels for CPUs", f"no other 8-bit kernels support it, and the device is {device}"
     elif policy.backend == "cpu":
-        kernels, reason = "Triton kernels", f"backend 'cpu' was asked for, and the device is {device}"
+        kernels, reason = "Triton kernels", f"backend 'cpu' is set, but the device is {device}"
     else:
         kernels, reason = "Triton kernels", triton_obstacle(device)
     if reason is not None:
@@ -134,9 +134,9 @@ def check_invariant(op: str, policy: Policy, backend: str, obstacle: str | None 
     obstacle: why the C++ kernels cannot run this call, or PyTorch where it promises it too; or None.
     """
     if policy.batch_invariant:
-        reason = obstacle if backend == "cpu" else "the tensors are on no GPU and no CPU"
+        reason = obstacle if backend == "cpu" else "the tensors are neither on a GPU nor on a CPU"
         if torch.compiler.is_compiling():
-            reason = "torch.compile and torch.export would make operations of their own of it"
+            reason = "torch.compile and torch.export would replace it by their own operations"
         elif reason is None:
             reason = tracing.observed()
         if reason is not None:
@@ -220,7 +220,7 @@ def dropout_obstacle(dropout_p: float) -> str | None:
 
 def training_obstacle(dropout_p: float) -> str | None:
     """Tells why a batch-invariant policy refuses to drop out, or None."""
-    return f"dropout (p = {dropout_p:.4g}) is drawn for a whole batch" if dropout_p > 0.0 else None
+    return f"dropout (p = {dropout_p:.4g}) is drawn for the whole batch" if dropout_p > 0.0 else None
 
 
 def direct(x: torch.Tensor) -> bool:

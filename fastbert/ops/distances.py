@@ -92,8 +92,8 @@ def _on(numbers: Any, buckets: tuple[int, int], device: torch.device, dtype: tor
     if torch.compiler.is_compiling() or tracing.observed() is not None or device.type == "meta":
         return torch.tensor(values, device=device, dtype=dtype)
     with torch.inference_mode(False):  # or autograd could not keep it
-        _kept_on[key] = made = torch.tensor(values, device=device, dtype=dtype)
-    return made
+        _kept_on[key] = tensor = torch.tensor(values, device=device, dtype=dtype)
+    return tensor
 
 
 def bias(q: Tensor, k: Tensor, positions: Positions, columns: Tensor, scale: float) -> Tensor:
@@ -101,11 +101,7 @@ def bias(q: Tensor, k: Tensor, positions: Positions, columns: Tensor, scale: flo
 
     columns: (S,) or (B, S), of the tokens.
     """
-    table = rows_on(positions.buckets, q.device)
-    radius, n_heads = table.shape[0] // 2, q.shape[1]
-    apart = (columns[..., :, None] - columns[..., None, :]).long().clamp(-radius, radius) + radius
-    rows = table.index_select(0, apart.flatten()).view(apart.shape)  # (S, S) or (B, S, S)
-    rows = rows[None, None] if columns.dim() == 1 else rows[:, None]
+    rows, n_heads = places_of(positions.buckets, columns), q.shape[1]
     shape = q.shape[0], n_heads, q.shape[2], q.shape[2]
     total: Any = 0
     for part, other, places in ((q, positions.keys, rows), (k, positions.queries, rows.transpose(-1, -2))):
@@ -115,6 +111,15 @@ def bias(q: Tensor, k: Tensor, positions: Positions, columns: Tensor, scale: flo
             term = term.to(torch.promote_types(term.dtype, torch.float32))
             total = total + (term if part is q else term.transpose(-1, -2))
     return (total * scale).to(q.dtype)
+
+
+def places_of(buckets: tuple[int, int], columns: Tensor) -> Tensor:
+    """Returns the row of distances of each pair of tokens, (1 or B, 1, S, S). columns: (S,) or (B, S)."""
+    table = rows_on(buckets, columns.device)
+    radius = table.shape[0] // 2
+    apart = (columns[..., :, None] - columns[..., None, :]).long().clamp(-radius, radius) + radius
+    rows = table.index_select(0, apart.flatten()).view(apart.shape)  # (S, S) or (B, S, S)
+    return rows[None, None] if columns.dim() == 1 else rows[:, None]
 
 
 def attend(

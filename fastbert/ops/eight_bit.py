@@ -37,7 +37,7 @@ def run(op: str, precision: str, policy: Policy, obstacle: str | None, functions
     check_precision(precision)
     if policy.batch_invariant:
         raise dispatch.BackendError(
-            f"batch_invariant: {op}: neither the kernels in {precision} nor their twins promise it"
+            f"batch_invariant: {op}: neither the kernels in {precision} nor their emulation support it"
         )
     tensors = [a for a in args if isinstance(a, Tensor)]
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -97,8 +97,8 @@ def check_operands(x: Quantized, weight: Quantized, bias: Tensor | None) -> None
             expected = f"({n}, {-(-k // max(q.group, 1))}) in float32 for groups of {q.group}"
             raise ValueError(f"{name}.scale: expected {expected}, got {tuple(q.scale.shape)} in {q.scale.dtype}")
     if x.data.dtype != weight.data.dtype or x.data.shape[1] != weight.data.shape[1] or weight.scale.shape[1] != 1:
-        came = f"{tuple(x.data.shape)} in {x.data.dtype} and {tuple(weight.data.shape)} in {weight.data.dtype}"
-        raise ValueError(f"x, weight: expected (T, K) and (M, K) of one dtype, one scale a row of weight, got {came}")
+        shapes = f"{tuple(x.data.shape)} in {x.data.dtype} and {tuple(weight.data.shape)} in {weight.data.dtype}"
+        raise ValueError(f"x, weight: expected (T, K) and (M, K) of one dtype, one scale a row of weight, got {shapes}")
     if bias is not None and bias.shape != (weight.data.shape[0],):
         raise ValueError(f"bias: expected shape ({weight.data.shape[0]},), got {tuple(bias.shape)}")
 

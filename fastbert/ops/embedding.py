@@ -125,11 +125,11 @@ def embedding_layer_norm(
         raise ValueError("input_ids, inputs_embeds: expected exactly one of the two")
     if (position is None) != (position_ids is None):
         raise ValueError("position, position_ids: expected both or neither")
-    given: Any = next(t for t in (position_ids, input_ids, inputs_embeds) if t is not None)
-    n_tokens = given.shape[0]
+    first: Any = next(t for t in (position_ids, input_ids, inputs_embeds) if t is not None)
+    n_tokens = first.shape[0]
     if inputs_embeds is not None and tracing.differ(inputs_embeds.shape, (n_tokens, hidden_size)):
-        came, expected = tuple(inputs_embeds.shape), (n_tokens, hidden_size)
-        raise ValueError(f"inputs_embeds: expected shape {expected}, got {came}")
+        shape, expected = tuple(inputs_embeds.shape), (n_tokens, hidden_size)
+        raise ValueError(f"inputs_embeds: expected shape {expected}, got {shape}")
     words = word if inputs_embeds is None else inputs_embeds
     trained = choose.wanted(policy, dropout, words, token_type, position, weight, ln_bias)
     trained = trained and all(p is None or p.dtype == words.dtype for p in (position, weight, ln_bias))

@@ -32,20 +32,21 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _named(activation: str) -> str:
+def kernel_name(activation: str) -> str:
+    """Returns what the Triton kernels call an activation."""
     return "silu" if activation == "swish" else activation
 
 
 def _kernel(x: Tensor, activation: str) -> Tensor:
     from fastbert_kernels.gated import gated_forward
 
-    return gated_forward(_rows(x), _named(activation))
+    return gated_forward(_rows(x), kernel_name(activation))
 
 
 def _backward_kernel(grad: Tensor, x: Tensor, activation: str) -> Tensor:
     from fastbert_kernels.gated import gated_backward
 
-    return gated_backward(_rows(grad), _rows(x), _named(activation))
+    return gated_backward(_rows(grad), _rows(x), kernel_name(activation))
 
 
 def _eager_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:

@@ -22,9 +22,10 @@ def gemm_kernel(
 ) -> tuple[str, str]:
     """Tells which GEMM the triton backend takes, "fastbert" (with its epilogue) or "cublas", and why.
 
-    shape: (K, M). residual: whether one is added after the GEMM. The tables of arch know what was timed for the shape;
-    the rest is heuristic: an activation in the epilogue saves a pass over (T, I) in memory; without one cuBLAS has
-    nothing to lose, and in float32 its IEEE GEMM is the faster one: Triton has only scalar multiply-adds for it.
+    activation: "gated" for a product with its gate. shape: (K, M). residual: whether one is added after the GEMM. The
+    tables of arch know what was timed for the shape; the rest is heuristic: an activation or a gate in the epilogue
+    saves a pass over (T, I) in memory; without one cuBLAS has nothing to lose, and in float32 its IEEE GEMM is the
+    faster one: Triton has only scalar multiply-adds for it.
     """
     if batch_invariant:
         return "fastbert", "batch_invariant: cuBLAS chooses its algorithm by the number of rows"
@@ -38,6 +39,8 @@ def gemm_kernel(
         return "cublas", "heuristic: IEEE float32 has no tensor cores"
     if activation == "none":
         return "cublas", "heuristic: no activation to fuse"
+    if activation == "gated":
+        return "fastbert", "heuristic: the gate is in the epilogue"
     return "fastbert", "heuristic: the activation is in the epilogue"
 
 

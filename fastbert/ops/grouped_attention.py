@@ -82,10 +82,13 @@ def attend_in_place(
     bias, seen, columns = None, valid[:, None, None, :], torch.arange(batch.padded_length, device=qkv.device)
     if table is not None:
         bias = expand(table, columns)[None]
-    if window is not None:  # a query at padding without a key in reach sees itself
+    if window is None:
+        out = _attend(q, k, v, seen, scale, dropout_p, bias)
+    else:  # A query at padding without a key in reach sees itself, and gets zeros, as with transformers and SDPA.
         seen = seen & near(columns, columns, window)
-        seen = seen | near(columns, columns, 0) & ~seen.any(-1, keepdim=True)
-    out = _attend(q, k, v, seen, scale, dropout_p, bias)
+        reached = seen.any(-1, keepdim=True)
+        out = _attend(q, k, v, seen | near(columns, columns, 0) & ~reached, scale, dropout_p, bias)
+        out = torch.where(reached, out, 0.0)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 

@@ -16,6 +16,7 @@ from fastbert.ops.attention_plan import Plan
 from fastbert.ops.columns_around import ranges_of
 from fastbert.ops.disentangled import by_kernel as disentangled_kernel
 from fastbert.ops.gated import _kernel as gated_kernel
+from fastbert.ops.gated_linear import _kernel as gated_linear_kernel
 from fastbert.ops.gelu import _kernel as gelu_kernel
 from fastbert.ops.layer_norm import _kernel as layer_norm_kernel
 from fastbert.ops.linear import _kernel as linear_kernel
@@ -89,6 +90,13 @@ def norm_queries_and_keys(
 
 # activation(first half) * second half, (T, 2 I) -> (T, I): see `fastbert.ops.gated`.
 gated = gated_kernel
+
+
+def gated_linear(x: Tensor, product: Product) -> Tensor:
+    """activation(first half) * second half of x @ weight^T + bias, (T, K) -> (T, I), where the GEMM is ours."""
+    return gated_linear_kernel(x, product.weight, product.bias, product.activation, product.by_rows)
+
+
 # Disentangled attention within each sequence, (T, 3H) -> (T, H): see `fastbert.ops.disentangled_attention`.
 disentangled_attention = disentangled_kernel
 

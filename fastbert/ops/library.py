@@ -48,8 +48,10 @@ def register(
         with torch.enable_grad():
             output = eager(*inputs)
         grads: list[torch.Tensor | None] = [None] * len(inputs)
-        given = torch.autograd.grad(output, [inputs[i] for i in wanted], grad, allow_unused=True, create_graph=again)
-        for i, g in zip(wanted, given, strict=True):
+        gradients = torch.autograd.grad(
+            output, [inputs[i] for i in wanted], grad, allow_unused=True, create_graph=again
+        )
+        for i, g in zip(wanted, gradients, strict=True):
             grads[i] = g
         return tuple(grads)
 

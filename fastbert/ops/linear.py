@@ -155,7 +155,7 @@ def linear(
     whether a packed copy of the weight may be kept, which a module in training mode does not want. Returns (T, M) in
     x's dtype. Raises ValueError for shapes that do not fit, BackendError under a strict policy.
     """
-    _check(x, weight, bias)
+    check_shapes(x, weight, bias)
     if activation in OTHERS:
         return gelu.bias_gelu(linear(x, weight, bias, policy=policy, keep=keep), None, activation, policy=policy)
     if (
@@ -252,7 +252,7 @@ def linear_residual_layer_norm(
     GEMM is ours, or the weight packed, it adds bias and residual; where only the LayerNorm kernel runs, that does;
     elsewhere the GEMM adds the bias.
     """
-    _check(x, weight, bias)
+    check_shapes(x, weight, bias)
     may_train = choose.perhaps(dropout, torch.compiler.is_compiling())
     if may_train and choose.wanted(policy, dropout, x, weight, bias, residual, ln_weight, ln_bias):
         y = linear(x, weight, bias, policy=policy, keep=keep)
@@ -307,7 +307,8 @@ def _with_gradients(
     return None if kernels is None else functions.linear(x, weight, bias, activation, kernels, to)
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def check_shapes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """Raises ValueError for tensors that no linear can multiply."""
     known = tracing.has_sizes()
     if x.dim() != 2 or weight.dim() != 2 or (known and x.shape[1] != weight.shape[1]):
         raise ValueError(f"x, weight: expected (T, K) and (M, K), got {tuple(x.shape)} and {tuple(weight.shape)}")

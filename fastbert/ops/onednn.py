@@ -35,7 +35,7 @@ def _operations_obstacle() -> str | None:
             out = torch.ops.mkldnn._linear_pointwise.binary(x, first, weight, None, "add")
     except (AttributeError, RuntimeError, NotImplementedError) as error:
         return f"this PyTorch has no torch.ops.mkldnn._linear_pointwise: {error}"
-    return None if bool((out == 8).all()) else "torch.ops.mkldnn._linear_pointwise does something else here"
+    return None if bool((out == 8).all()) else "torch.ops.mkldnn._linear_pointwise gives another result in this PyTorch"
 
 
 def packing_obstacle(dtype: torch.dtype) -> str | None:

@@ -71,13 +71,10 @@ class PackedBatch:
         make: dict[str, Callable[[PackedBatch], Any]], n_tokens: int, device: torch.device, **fields: Any
     ) -> dict[str, Any]:
         """Returns what `of_fields` makes such a batch of, for many batches."""
-        every: dict[str, Any] = {
-            "valid": None, "first_column": True, "last_position": None, "counted": False, "host_columns": None,
-            "host_indices": None, "n_tokens": n_tokens, "device": device, "_make": make,
-        }  # fmt: skip
-        if "indices" not in make:
-            every["indices"] = None
-        return {**every, **fields}
+        every = {**_FIELDS, "n_tokens": n_tokens, "device": device, "_make": make, **fields}
+        if "indices" in make:
+            del every["indices"]
+        return every
 
     @classmethod
     def of_fields(cls, fields: dict[str, Any]) -> PackedBatch:
@@ -140,6 +137,12 @@ class PackedBatch:
         return key in self._plans
 
 
+_FIELDS: dict[str, Any] = {
+    "valid": None, "first_column": True, "last_position": None, "counted": False, "host_columns": None,
+    "host_indices": None, "indices": None,
+}  # fmt: skip
+
+
 def sequence_ids(cu_seqlens: torch.Tensor, n_tokens: int) -> torch.Tensor:
     """(T,) int32: the sequence of each token, from (B + 1,) offsets on the same device."""
     sequences = torch.arange(cu_seqlens.shape[0] - 1, dtype=torch.int32, device=cu_seqlens.device)
@@ -166,26 +169,29 @@ def count_positions(offsets: np.ndarray) -> np.ndarray:
     return positions
 
 
-def checked_offsets(cu_seqlens: torch.Tensor, n_tokens: int) -> tuple[np.ndarray, int]:
-    """Returns a copy of the offsets, on the host, that the caller does not change, and the length of the longest one.
+def counted_positions(batch: PackedBatch) -> torch.Tensor:
+    """(T,) int64: positions that count from 0 in each sequence, made on the batch's device."""
+    rows = torch.arange(batch.n_tokens, device=batch.device)
+    return rows if batch.batch_size < 2 else within_sequences(rows, batch.cu_seqlens, batch.seq_ids)
 
-    Raises ValueError where they are wrong.
-    """
-    offsets, longest = cu_seqlens.numpy(), _longest(cu_seqlens, n_tokens)
+
+def longest_sequence(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
+    """Returns the length of the longest sequence, from offsets on the host. Raises ValueError where they are wrong."""
+    if cpu.obstacle() is None and cu_seqlens.is_contiguous():
+        longest = cpu.longest_of(cu_seqlens, n_tokens)
+    else:
+        longest = _longest(cu_seqlens.numpy(), n_tokens)
     if longest < 0:
-        values = offsets.tolist()
+        values = cu_seqlens.tolist()
         raise ValueError(
             f"cu_seqlens: expected offsets that start at 0, never decrease and end at T = {n_tokens}, "
             f"got {values if len(values) <= 9 else f'{values[:4]} ...'}"
         )
-    return offsets.astype(np.int32), longest
+    return longest
 
 
-def _longest(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
-    """Returns the length of the longest sequence, or -1 where the offsets, on the host, are wrong."""
-    if cpu.obstacle() is None and cu_seqlens.is_contiguous():
-        return cpu.longest_of(cu_seqlens, n_tokens)
-    offsets = cu_seqlens.numpy()
+def _longest(offsets: np.ndarray, n_tokens: int) -> int:
+    """Returns the length of the longest sequence, or -1 where the offsets are wrong."""
     lengths = (offsets[1:] - offsets[:-1]).view(_UNSIGNED[offsets.itemsize])  # in which a negative one is very long
     longest = int(_most(lengths)) if len(lengths) else 0
     return longest if offsets[0] == 0 and offsets[-1] == n_tokens and longest <= n_tokens else -1

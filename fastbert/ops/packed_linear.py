@@ -36,7 +36,7 @@ def operands_obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tens
     if x.shape[0] < LEAST_ROWS:
         return f"fewer than {LEAST_ROWS} rows"
     if weight.is_inference():
-        return "the weight is no plain tensor, whose changes are counted"
+        return "the weight is not a plain tensor, so its changes are not counted"
     return packing_obstacle(x.dtype)
 
 
@@ -51,7 +51,7 @@ def _tensors_obstacle(x: torch.Tensor, weight: torch.Tensor, others: tuple[torch
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return "gradients are needed (torch.no_grad or torch.inference_mode turns them off)"
     if any(type(t) not in tracing.PLAIN for t in tensors):
-        return "the weight is no plain tensor, whose changes are counted"
+        return "the weight is not a plain tensor, so its changes are not counted"
     return None
 
 

@@ -16,7 +16,7 @@ import torch
 
 from fastbert.ops import masked, tracing
 from fastbert.ops.packed_batch import PackedBatch as PackedBatch
-from fastbert.ops.packed_batch import checked_offsets, count_positions, offsets_of
+from fastbert.ops.packed_batch import count_positions, counted_positions, longest_sequence, offsets_of
 from fastbert.ops.packed_batch import sequence_ids as sequence_ids
 from fastbert.ops.packed_batch import within_sequences as within_sequences
 from fastbert.ops.tracing import untraced
@@ -218,7 +218,8 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
     if makes_later(device):
         inference = torch.is_inference_mode_enabled()  # whose tensors nobody may use outside of it
         return PackedBatch.of_fields(_fields_of(on_cpu.numpy().tobytes(), on_cpu.dtype, n_tokens, device, inference))
-    return from_offsets(*checked_offsets(on_cpu, n_tokens), device)
+    longest = longest_sequence(on_cpu, n_tokens)
+    return from_offsets(on_cpu.numpy().astype(np.int32), longest, device)  # a copy, which the caller does not change
 
 
 def makes_later(device: torch.device) -> bool:
@@ -235,8 +236,12 @@ def _fields_of(
     They are kept for the lengths that came last, since many programs run batches of a few forms. inference: whether
     inference mode is on, so that none of its tensors is kept for others.
     """
-    offsets, longest = checked_offsets(torch.frombuffer(bytearray(numbers), dtype=dtype), n_tokens)
-    return _fields_on_a_gpu(offsets, device, longest)
+    cu_seqlens = torch.frombuffer(bytearray(numbers), dtype=dtype)
+    longest = longest_sequence(cu_seqlens, n_tokens)
+    if dtype != torch.int32:
+        cu_seqlens = cu_seqlens.int()
+        numbers = cu_seqlens.numpy().tobytes()
+    return _fields_on_a_gpu(cu_seqlens, numbers, n_tokens, device, longest)
 
 
 @untraced
@@ -272,16 +277,14 @@ def find_holes(batch: PackedBatch) -> None:
 def _refuse_recording(name: str, values: torch.Tensor) -> None:
     if tracing.recorded(values) and not torch.compiler.is_compiling():
         raise RuntimeError(
-            f"{name}: a batch is packed by its values, which a tracer would keep for every later batch; give a model "
+            f"{name}: a batch is packed by its values, which a tracer would store as constants; give a model "
             "the padded batch (forward), which it traces without packing, or use torch.export or torch.compile"
         )
 
 
 def from_lengths(lengths: Sequence[int], device: torch.device) -> PackedBatch:
     """Returns the packing of sequences of these lengths, none of them negative; positions count from 0 in each."""
-    offsets = np.zeros(len(lengths) + 1, np.int32)
-    np.add.accumulate(lengths, out=offsets[1:])
-    return from_offsets(offsets, max(lengths, default=0), torch.device(device))
+    return from_offsets(offsets_of(lengths), max(lengths, default=0), torch.device(device))
 
 
 def from_offsets(offsets: np.ndarray, longest: int, device: torch.device) -> PackedBatch:
@@ -289,9 +292,9 @@ def from_offsets(offsets: np.ndarray, longest: int, device: torch.device) -> Pac
 
     longest: the length of the longest one.
     """
-    if makes_later(device):
-        return PackedBatch.of_fields(_fields_on_a_gpu(offsets, device, longest))
     cu_seqlens = torch.from_numpy(offsets)
+    if makes_later(device):
+        return PackedBatch.of_fields(_fields_on_a_gpu(cu_seqlens, offsets.tobytes(), int(offsets[-1]), device, longest))
     return PackedBatch(
         cu_seqlens=cu_seqlens,
         cu_seqlens_cpu=cu_seqlens,
@@ -303,25 +306,30 @@ def from_offsets(offsets: np.ndarray, longest: int, device: torch.device) -> Pac
     )
 
 
-def _fields_on_a_gpu(offsets: np.ndarray, device: torch.device, longest: int) -> dict[str, Any]:
-    """Returns the fields of a batch whose tensors on the device are made when somebody first asks for them."""
-    n_tokens = int(offsets[-1])
+def _fields_on_a_gpu(
+    cu_seqlens: torch.Tensor, numbers: bytes, n_tokens: int, device: torch.device, longest: int
+) -> dict[str, Any]:
+    """Returns the fields of a batch whose tensors on the device are made when somebody first asks for them.
 
-    def position_ids(batch: PackedBatch) -> torch.Tensor:
-        rows = torch.arange(n_tokens, device=device)
-        return rows if batch.batch_size < 2 else within_sequences(rows, batch.cu_seqlens, batch.seq_ids)
-
+    cu_seqlens: (B + 1,) int32 on the host; numbers: their bytes.
+    """
     return PackedBatch.fields_later(
-        {"cu_seqlens": lambda batch: to_device(batch.cu_seqlens_cpu, device), "position_ids": position_ids},
+        _MADE_LATER,
         n_tokens,
         device,
-        cu_seqlens_cpu=torch.from_numpy(offsets),
-        batch_size=len(offsets) - 1,
+        cu_seqlens_cpu=cu_seqlens,
+        batch_size=cu_seqlens.shape[0] - 1,
         padded_length=longest,
         last_position=longest - 1,
         counted=True,
-        _offsets=offsets.tobytes(),
+        _offsets=numbers,
     )
+
+
+_MADE_LATER: dict[str, Any] = {
+    "cu_seqlens": lambda batch: to_device(batch.cu_seqlens_cpu, batch.device),
+    "position_ids": counted_positions,
+}
 
 
 def positions_after_padding(input_ids: torch.Tensor, pad_id: int, batch: PackedBatch | None = None) -> torch.Tensor:

@@ -204,7 +204,7 @@ def invariant_obstacle(hidden: torch.Tensor, mode: str, normalize: bool) -> str 
     if mode in EXACT and not normalize:
         return None
     obstacle = cpu_obstacle(hidden.dtype)
-    return obstacle or (None if dispatch.direct(hidden) else "gradients are needed, or somebody watches the operations")
+    return obstacle or (None if dispatch.direct(hidden) else "gradients are needed, or a mode observes the operations")
 
 
 def _rows(hidden: torch.Tensor) -> torch.Tensor:

@@ -56,7 +56,8 @@ def for_kernel(table: Tensor | None, columns: Tensor | None) -> Any:
         return None
     from fastbert_kernels.attention_bias import PositionBias
 
-    return PositionBias(table.detach().contiguous(), columns)
+    table = table.detach() if table.requires_grad else table
+    return PositionBias(table if table.is_contiguous() else table.contiguous(), columns)
 
 
 def check(table: Tensor, num_heads: int, head_input: Tensor) -> None:

@@ -47,9 +47,9 @@ def model_obstacle(hidden_size: int, intermediate_size: int, head_size: int, act
     """Tells why a model of these sizes has no 8-bit kernels, on any GPU, or None."""
     for name, size in (("hidden size", hidden_size), ("intermediate size", intermediate_size)):
         if size % ROTATION:
-            return f"{name} {size} is no multiple of {ROTATION}"
+            return f"{name} {size} is not a multiple of {ROTATION}"
     if head_size % 16:
-        return f"head size {head_size} is no multiple of 16"
+        return f"head size {head_size} is not a multiple of 16"
     like = torch.empty(0, dtype=dtype, device="meta" if device.type == "meta" else "cpu")
     obstacle = attention.triton_obstacle(head_size, like) or dispatch.hidden_size_obstacle(hidden_size)
     if obstacle is None and torch.is_autocast_enabled(device.type):

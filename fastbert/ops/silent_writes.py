@@ -86,12 +86,12 @@ class Samples:
     def digest(self) -> Any:
         """Returns a value that differs where one of the numbers does. For tensors on a GPU this waits for it."""
         if self._compiled:
-            found: list[Any] = [cpu.digest(*call) for call in self._calls]
+            digests: list[Any] = [cpu.digest(*call) for call in self._calls]
         else:
-            found = [word.numpy().flat[_places(word)].tobytes() for word in self._words]
+            digests = [word.numpy().flat[_places(word)].tobytes() for word in self._words]
         for parts in self._elsewhere.values():
-            found.append(torch.cat(parts).cpu().numpy().tobytes())
-        return found
+            digests.append(torch.cat(parts).cpu().numpy().tobytes())
+        return digests
 
 
 class LateSamples:

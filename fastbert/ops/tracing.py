@@ -32,7 +32,7 @@ Function = TypeVar("Function", bound=Callable)
 
 # The tensors whose numbers are where their address says, and what stands for one.
 PLAIN = (torch.Tensor, torch.nn.Parameter, StandIn)
-_TRANSFORM = "a transform of torch.func (grad, jvp, vmap ...) is at work"
+_TRANSFORM = "a transform of torch.func (grad, jvp, vmap ...) is active"
 # The modes of PyTorch's own that run a program on something else than numbers.
 _INFRA = tuple(
     key
@@ -174,7 +174,7 @@ def _reason(modes: bool, tensors: tuple[Any, ...]) -> str | None:
         if type(tensor) not in PLAIN:
             if not isinstance(tensor, (torch.Tensor, torch.fx.Proxy)):
                 continue
-            return f"the inputs are no plain tensors ({type(tensor).__name__})"
+            return f"the inputs are not plain tensors ({type(tensor).__name__})"
         if tensor.is_meta:
             return "the inputs are on the meta device, without numbers"
     return None
@@ -193,7 +193,7 @@ def _at_work(modes: bool, n_modes: int, n_function_modes: int) -> str | None:
     if not modes:
         return None
     if n_modes:
-        return "a dispatch mode watches every operation"
+        return "a dispatch mode observes every operation"
     for i in range(n_function_modes):
         mode = torch._C._get_function_stack_at(i)
         if type(mode) is not torch.utils._device.DeviceContext:  # torch.device(...) and torch.set_default_device
@@ -209,12 +209,12 @@ def _infra_mode() -> str | None:
     return None
 
 
-def note(what: str, reason: str) -> None:
+def note(subject: str, reason: str) -> None:
     """Logs once that `what` takes plain operations of PyTorch on padded rows."""
     if not torch.compiler.is_compiling():
-        _note_once(what, reason)
+        _note_once(subject, reason)
 
 
 @functools.cache
-def _note_once(what: str, reason: str) -> None:
-    logger.warning("%s: runs in plain operations of PyTorch, on padded rows: %s", what, reason)
+def _note_once(subject: str, reason: str) -> None:
+    logger.warning("%s: runs in plain operations of PyTorch, on padded rows: %s", subject, reason)

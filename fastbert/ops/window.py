@@ -68,7 +68,7 @@ def attention(
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, no_kernel)
     obstacle = cpu_obstacle(qkv, num_heads, dropout_p) if backend == "cpu" else None
     if backend != "triton":
-        with_gradients = None if dispatch.direct(qkv) else "gradients within a window go through a whole batch"
+        with_gradients = None if dispatch.direct(qkv) else "gradients within a window depend on the whole batch"
         dispatch.check_invariant("attention", policy, backend, obstacle or with_gradients)
     if recording.on:
         shape = qkv.shape[0], qkv.shape[1] // 3
@@ -119,7 +119,7 @@ def triton_obstacle(qkv: Tensor, num_heads: int, dropout_p: float) -> str | None
     if not 16 <= head_size <= 128:
         return f"head size {head_size} is not from 16 to 128"
     if _with_gradients(qkv):
-        return "gradients of attention within a window that a tracer or a transform watches"
+        return "a tracer or a transform observes the gradients of attention within a window"
     return dispatch.dtype_obstacle(qkv) or dispatch.dropout_obstacle(dropout_p)
 
 
@@ -127,7 +127,7 @@ def cpu_obstacle(qkv: Tensor, num_heads: int, dropout_p: float) -> str | None:
     """Tells why the cpu backend takes PyTorch's operations within a window, or None where it has a C++ kernel."""
     head_size = qkv.shape[1] // (3 * num_heads)
     if head_size % 16 or head_size > 256:
-        return f"head size {head_size} is no multiple of 16 up to 256"
+        return f"head size {head_size} is not a multiple of 16 up to 256"
     return "dropout" if dropout_p > 0.0 else rows_obstacle(qkv)
 
 

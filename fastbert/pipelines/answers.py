@@ -1,4 +1,4 @@
-"""A QuestionAnswerer finds answers to questions in contexts of any length: exact pieces of the context."""
+"""A QuestionAnswerer finds the answers to questions as exact pieces of contexts of any length."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Answer = dict[str, Any]
 
 @dataclass
 class _Window:
-    """A window of a context: its numbers and the places of its tokens."""
+    """A `_Window` holds a window of a context: its numbers and the positions of its tokens."""
 
     start: np.ndarray  # (n,) logits of the context's tokens
     end: np.ndarray
@@ -38,16 +38,17 @@ class _Window:
 class QuestionAnswerer:
     """A QuestionAnswerer is a model for extractive question answering and its tokenizer.
 
-    top_k: answers to a question, at most. no_answer: whether "" is an answer as well, as in SQuAD 2. threshold: with
-    it, "" comes first where its logits exceed those of the best answer by more, as SQuAD 2 has it; without it "" has
-    its place among the answers by its score, as in transformers' pipeline. max_answer_length: in tokens. whole_words:
-    answers begin and end where words do. max_length: most tokens of a window, question and special tokens included, by
-    default 384 or fewer if the model reads fewer. stride: tokens that two windows share, by default 128, and at most
-    half of max_length. token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU.
+    top_k: the greatest number of answers to a question. no_answer: whether "" is also an answer, as in SQuAD 2.
+    threshold: "" comes first if its logits exceed those of the best answer by more than this, as in SQuAD 2. Without a
+    threshold, "" is sorted by its score like the other answers, as in transformers' pipeline. max_answer_length: in
+    tokens. whole_words: answers begin and end at the borders of words. max_length: the greatest number of tokens in a
+    window, with the question and special tokens, by default 384 or the model's limit. stride: the overlap of two
+    windows, by default 128, and at most half of max_length. token_budget: tokens in a batch, by default 16384 on a GPU
+    and 2048 on a CPU.
 
-    The numbers are those of the pipeline "question-answering" of transformers 4. A score is the product of two
-    probabilities, of a start and of an end among the tokens of the window. Answers of the same text are one: its score
-    is the sum of those in one window. Of several windows the highest counts, and not their sum, which may exceed 1.
+    The scores are those of the pipeline "question-answering" of transformers 4. A score is the product of two
+    probabilities, of a start and of an end among the tokens of the window. Answers with the same text are joined: in
+    one window their scores are added. The score over several windows is the highest one, because a sum could exceed 1.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class QuestionAnswerer:
     ) -> QuestionAnswerer:
         """Loads a folder or hub id. device: by default the GPU if there is one. options: as for the model.
 
-        Raises what BertForQuestionAnswering.from_pretrained raises, and ValueError for a checkpoint without the head.
+        Raises the errors of BertForQuestionAnswering.from_pretrained, and ValueError for a checkpoint without the head.
         """
         model, tokenizer = load_head(BertForQuestionAnswering, "question-answering", src, device, revision, options)
         return cls(
@@ -103,17 +104,17 @@ class QuestionAnswerer:
         )  # fmt: skip
 
     def __call__(self, questions: str | Iterable[str], contexts: str | Iterable[str]) -> list[Any]:
-        """Returns the answers to a question, the best first; or a list of these for as many questions as contexts.
+        """Returns the answers to a question, the best first; for lists of questions and contexts, a list of such lists.
 
         An answer is a dict: "answer" (exactly context[start:end]), "score" (float), "start", "end" (characters). ""
-        with 0 and 0 is no answer. A context without tokens has none, or "" alone.
+        with 0 and 0 means that the context has no answer. A context without tokens has no answers, or only "".
 
         Raises TypeError for an item that is not a str. Raises ValueError for different numbers of questions and
         contexts, and for a question that leaves no room for the context.
         """
         if isinstance(questions, str) != isinstance(contexts, str):
-            kinds = f"{type(questions).__name__} and {type(contexts).__name__}"
-            raise TypeError(f"questions, contexts: got {kinds}, expected two of str or two of iterables")
+            type_names = f"{type(questions).__name__} and {type(contexts).__name__}"
+            raise TypeError(f"questions, contexts: got {type_names}, expected two of str or two of iterables")
         if isinstance(questions, str):
             return next(self.stream([(questions, contexts)]))  # type: ignore[list-item]
         questions, contexts = list(questions), list(contexts)
@@ -122,7 +123,7 @@ class QuestionAnswerer:
         return list(self.stream(zip(questions, contexts, strict=True)))
 
     def stream(self, pairs: Iterable[tuple[str, str]]) -> Iterator[list[Answer]]:
-        """Yields the answers to each (question, context), in their order; a few pairs are in memory at once."""
+        """Yields the answers to each (question, context), in order; a few pairs are in memory at once."""
         source = iter(pairs)
         n = 0
         while chunk := list(islice(source, PAIRS)):
@@ -186,22 +187,23 @@ class QuestionAnswerer:
             for key, answer in sums.items():
                 if key not in answers or answers[key]["score"] < answer["score"]:
                     answers[key] = answer
-        found = sorted(answers.values(), key=lambda answer: -answer["score"])
+        ranked = sorted(answers.values(), key=lambda answer: -answer["score"])
         if self.no_answer:
             nothing = {"score": null_score, "start": 0, "end": 0, "answer": ""}
             if self.threshold is None:
-                found = sorted([*found, nothing], key=lambda answer: -answer["score"])
+                ranked = sorted([*ranked, nothing], key=lambda answer: -answer["score"])
             elif null_logits - best_logits > self.threshold:
-                found = [nothing, *found]
+                ranked = [nothing, *ranked]
             else:
-                found = [*found, nothing]
-        return found[: self.top_k]
+                ranked = [*ranked, nothing]
+        return ranked[: self.top_k]
 
 
 def best_spans(start: np.ndarray, end: np.ndarray, longest: int, n: int) -> list[tuple[int, int]]:
     """Returns the (first, last) tokens, both included, of the spans with the highest start * end, the highest first.
 
-    start, end: (n,) probabilities of the tokens of a context. longest: tokens of a span, at most. n: spans, at most.
+    start, end: (n,) probabilities of the tokens of a context. longest: the greatest number of tokens in a span. n: the
+    greatest number of spans.
     """
     if not len(start):
         return []
@@ -216,7 +218,7 @@ def best_spans(start: np.ndarray, end: np.ndarray, longest: int, n: int) -> list
 
 
 def places_of_words(tokens: offsets.TokenizedText) -> np.ndarray:
-    """Returns (n, 2) characters: for each token where its word begins and ends. One in no word keeps its own place."""
+    """Returns (n, 2) characters: the start and end of each token's word, or of a token outside words."""
     if not tokens.ids:
         return tokens.offsets
     starts = tokens.starts_of_words()

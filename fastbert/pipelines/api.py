@@ -1,6 +1,6 @@
 """SentenceEncoder and CrossEncoder share a part of the interface of sentence-transformers' models.
 
-A name of that interface is followed, or refused with what to do instead.
+A name of that interface works here, or raises an error that says what to do instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TWO_PROMPTS = (
     "Provide either a `prompt`, a `prompt_name`, or neither, but not both. "
     "Ignoring the `prompt_name` in favor of `prompt`."
 )
-_TRAIN = "train sentence-transformers' own model, which fastbert.accelerate makes faster"
+_TRAIN = "train a model of sentence-transformers; fastbert.accelerate makes it faster"
 _HUB = "save_pretrained writes a folder, which huggingface_hub.upload_folder uploads"
 _PARTS = "its parts are encoder.model, encoder.tokenizer, and of a SentenceEncoder encoder.pooling and encoder.tail"
 _PEFT = "give encoder.model to PEFT"
@@ -45,18 +45,18 @@ MISSING = {
     **dict.fromkeys(("append", "extend", "insert", "pop"), _PARTS),
     **dict.fromkeys(("check_peft_compatible_model", "has_peft_compatible_model"), _PEFT),
     "smart_batching_collate_text_only": _TRAIN,
-    "get_default_activation_fn": "activation_fn is what from_pretrained took from the folder",
+    "get_default_activation_fn": "from_pretrained reads activation_fn from the folder",
     "clear_placement_cache": "to(device) moves the whole encoder",
     "load": "from_pretrained loads a folder",
     "merge": "merge sentence-transformers' own models, and load what they save",
     "gradient_checkpointing_enable": _TRAIN,
-    "module_kwargs": "encode takes no arguments of modules",
+    "module_kwargs": "encode takes no arguments for modules",
     "set_keep_in_fp32_modules": "from_pretrained takes a dtype",
 }  # fmt: skip
 
 
 class Evaluations:
-    """Evaluations keep the numbers of sentence-transformers' evaluators, in the place of its model card.
+    """An `Evaluations` keeps the numbers of sentence-transformers' evaluators, instead of a model card.
 
     metrics: (class of the evaluator, numbers by name, epoch, step) of each evaluation, in order.
     """
@@ -72,14 +72,14 @@ class Evaluations:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"model_card_data has no {name!r}: fastbert keeps evaluations alone, and writes no model card"
+            f"model_card_data has no {name!r}: fastbert keeps only evaluations, and writes no model card"
         )
 
 
 class SentenceTransformersApi(nn.Module):
     """This class gives a model and its tokenizer the interface of sentence-transformers' models.
 
-    A name that sentence-transformers has and this class has not raises an AttributeError that says what to do instead.
+    Any other name of sentence-transformers raises an AttributeError that says what to do instead.
     """
 
     model: Any
@@ -104,7 +104,7 @@ class SentenceTransformersApi(nn.Module):
         return True
 
     def __getitem__(self, index: Any) -> Any:
-        raise TypeError(f"{type(self).__name__} is no sequence of modules: {_PARTS}")
+        raise TypeError(f"{type(self).__name__} is not a sequence of modules: {_PARTS}")
 
     @property
     def device(self) -> torch.device:
@@ -112,15 +112,15 @@ class SentenceTransformersApi(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Returns the dtype of the model. Vectors and scores are float32 also where this is bfloat16 or float16."""
+        """Returns the dtype of the model. Vectors and scores are float32 even if this is bfloat16 or float16."""
         return self.model.dtype
 
     @property
     def max_seq_length(self) -> int:
-        """Bounds the tokens of a text or a pair that are read, special tokens included.
+        """Returns the greatest sequence length of a text or a pair, with special tokens.
 
-        It may be set, to at most the number of the model's positions; None stands for all of them. Raises ValueError
-        for more.
+        It may be set, to at most the number of the model's positions; None means all of them. Raises ValueError for
+        more.
         """
         model: Any = self._modules["model"]
         limit, positions = self.tokenizer.model_max_length, model.longest_text
@@ -151,14 +151,14 @@ class SentenceTransformersApi(nn.Module):
         return modality == "text"
 
     def is_singular_input(self, inputs: Any) -> bool:
-        """Tells whether `encode` takes the inputs for one text: a str, or a dict of one."""
+        """Tells whether the inputs of `encode` are a single text: a str, or a dict with one."""
         if isinstance(inputs, np.ndarray):
             return inputs.ndim == 0
         return isinstance(inputs, (str, dict)) or not isinstance(inputs, Iterable)
 
     @property
     def model_card_data(self) -> Evaluations:
-        """Returns the place where evaluators leave their numbers."""
+        """Returns the `Evaluations`, to which evaluators write their numbers."""
         return self.__dict__.setdefault("_evaluations", Evaluations())
 
     def get_backend(self) -> str:
@@ -173,13 +173,13 @@ class SentenceTransformersApi(nn.Module):
         return self.max_seq_length
 
     def evaluate(self, evaluator: Any, output_path: str | None = None) -> Any:
-        """Returns what an evaluator of sentence-transformers says of this model. It may write to `output_path`."""
+        """Returns the result of an evaluator of sentence-transformers for this model. It may write to `output_path`."""
         if output_path is not None:
             os.makedirs(output_path, exist_ok=True)
         return evaluator(self, output_path)
 
     def save(self, path: str | os.PathLike[str] | None, *args: Any, **kwargs: Any) -> None:
-        """Calls `save_pretrained`, of which this is another name."""
+        """Saves the model: another name of `save_pretrained`."""
         if path is not None:
             self.save_pretrained(path, *args, **kwargs)
 
@@ -191,10 +191,10 @@ class SentenceTransformersApi(nn.Module):
         task: str | None = None,
         processing_kwargs: Any = None,
     ) -> dict[str, Any]:
-        """Makes the padded batch that `forward` takes, on the CPU, of texts or of pairs of texts.
+        """Makes the padded batch for `forward` from texts or pairs of texts, on the CPU.
 
         Returns input_ids, token_type_ids and attention_mask, (B, S) int64, and modality, "text". With a prompt it also
-        returns prompt_length, the number of tokens that pooling may leave out. task has no effect.
+        returns prompt_length, the number of prompt tokens, which pooling may leave out. task has no effect.
         """
         items, single = as_texts(inputs, "inputs")
         texts: list[str] = list(items)
@@ -204,7 +204,7 @@ class SentenceTransformersApi(nn.Module):
             return {}
         pairs = [text.second for text in texts if isinstance(text, Pair)]
         if pairs and len(pairs) != len(texts):
-            raise TypeError("inputs: got pairs and single texts, expected one of them")
+            raise TypeError("inputs: got pairs and single texts, expected only one of the two")
         firsts, limit = [(prompt or "") + str(text) for text in texts], self._limit(processing_kwargs)
         encoding = self.tokenizer(firsts, pairs or None, padding=True, max_length=limit, return_tensors="pt")
         features: dict[str, Any] = {**encoding, "modality": "text"}
@@ -213,16 +213,16 @@ class SentenceTransformersApi(nn.Module):
         return features
 
     def tokenize(self, texts: Sequence[Any], **kwargs: Any) -> dict[str, Any]:
-        """Calls `preprocess`, whose name this was before sentence-transformers 5.4."""
+        """Calls `preprocess`. This is the name before sentence-transformers 5.4."""
         return self.preprocess(texts, **kwargs)
 
     def start_multi_process_pool(self, target_devices: Sequence[str] | None = None) -> Pool:
-        """Starts a process on each device, which `encode` and `predict` take as `pool`.
+        """Starts a process on each device, and returns the pool for the argument `pool` of `encode` and `predict`.
 
-        target_devices: of one type, such as ["cuda:0", "cuda:1"] or ["cpu"] * 4; by default all GPUs, or four times
-        the CPU. The processes share the threads of this one, and have the weights as they are now. The pool is a
-        context manager, which stops it. Raises ValueError for an empty list and for GPUs beside CPUs, and what goes
-        wrong in a process.
+        target_devices: devices of one type, such as ["cuda:0", "cuda:1"] or ["cpu"] * 4; by default all GPUs, or four
+        processes on the CPU. The processes share the threads of this one, and keep the present weights. The pool is a
+        context manager, which stops it. Raises ValueError for an empty list and for GPUs and CPUs together, and the
+        error of a process.
         """
         devices = default_devices() if target_devices is None else list(target_devices)
         return Pool(devices, self._work(), self).start()
@@ -233,11 +233,11 @@ class SentenceTransformersApi(nn.Module):
         pool.stop()
 
     def _work(self) -> Work:
-        """Returns what the processes of a pool do."""
+        """Returns the work of a pool's processes."""
         raise NotImplementedError
 
     def _pool(self, pool: Any, device: Any, workers: int | None, chunk_size: int | None) -> tuple[Pool, bool]:
-        """Returns the pool of a call, and whether it is for this call alone. The arguments are those of `encode`."""
+        """Returns the pool of a call, and whether it is only for this call. The arguments are those of `encode`."""
         positive_or_none("chunk_size", chunk_size)
         if workers is not None:
             expect(pool is None and device in (None, "cpu"), "workers, beside device or pool", workers, "one of them")
@@ -247,7 +247,7 @@ class SentenceTransformersApi(nn.Module):
             return Pool(["cpu"] * positive("workers", workers), self._work(), self), True
         if pool is None:
             return Pool(device, self._work(), self), True
-        expect(isinstance(pool, Pool), "pool", type(pool).__name__, "what start_multi_process_pool returns")
+        expect(isinstance(pool, Pool), "pool", type(pool).__name__, "the result of start_multi_process_pool")
         expect(pool.owner() is self, "pool", "one of another model", "one that this model started")
         return pool, False
 
@@ -256,7 +256,7 @@ class SentenceTransformersApi(nn.Module):
         logger.warning("compile: has no effect on %s, which runs fastbert's own kernels", type(self).__name__)
 
     def _limit(self, processing_kwargs: Any) -> int:
-        """Returns the most tokens of a text in one call."""
+        """Returns the greatest sequence length of a text in one call."""
         limit = processing_limit("processing_kwargs", processing_kwargs) or self.max_seq_length
         return self._within_positions("max_length", limit)
 
@@ -272,7 +272,7 @@ class SentenceTransformersApi(nn.Module):
         self.prompts, self.default_prompt_name = prompts, default_prompt_name
 
     def _prompt(self, prompt: str | None, prompt_name: str | None) -> str:
-        """Returns the prompt, or the one of that name, or the default one, or an empty text."""
+        """Returns the prompt, the prompt with that name, the default prompt, or an empty text."""
         if prompt is None:
             name = self.default_prompt_name if prompt_name is None else prompt_name
             if name is None:
@@ -287,7 +287,7 @@ class SentenceTransformersApi(nn.Module):
 
 
 def log_unused(**arguments: Any) -> None:
-    """Logs the arguments of sentence-transformers' save_pretrained that came and have no effect."""
+    """Logs the arguments of sentence-transformers' save_pretrained that are set but have no effect."""
     named = sorted(name for name, value in arguments.items() if value)
     if named:
         logger.info("save_pretrained: %s has no effect: safetensors, and no model card, are written", ", ".join(named))

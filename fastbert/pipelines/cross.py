@@ -1,4 +1,4 @@
-"""A CrossEncoder scores pairs of texts, without a padded batch anywhere."""
+"""A CrossEncoder scores pairs of texts, on packed tokens without padding."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ _DIMS = {"LogSoftmax": 1, "Softmax": 1, "Softmin": 1}  # which PyTorch would gue
 class CrossEncoder(SentenceTransformersApi):
     """A CrossEncoder is a model with a head that scores pairs of texts, and its tokenizer.
 
-    activation_fn: is applied to the logits in float32, (B, num_labels), or with a batch-invariant model on a CPU to
-    those of each pair alone; by default a sigmoid for one label, and nothing for several. prompts: texts by name, to
-    stand in front of first texts. token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU.
+    activation_fn: a function of the logits in float32, (B, num_labels), or with a batch-invariant model on a CPU of
+    the logits of each pair. The default is a sigmoid for one label, and none for several. prompts: texts by name, which
+    are put in front of first texts. token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU.
     """
 
     model: BertForSequenceClassification
@@ -92,14 +92,14 @@ class CrossEncoder(SentenceTransformersApi):
     ) -> CrossEncoder:
         """Loads a folder or hub id with a classification head, saved by sentence-transformers or transformers.
 
-        A name without an owner, such as "ms-marco-MiniLM-L6-v2", is one of the owner "cross-encoder", as in
-        sentence-transformers. activation_fn: by default the one that the checkpoint names, if it is one of
-        `ACTIVATION_CLASSES`; a name outside torch is left aside with a warning. device: by default the GPU if there is
-        one, else the CPU. dtype, options: as for SentenceEncoder.from_pretrained, and the arguments of
+        A name without an owner, such as "ms-marco-MiniLM-L6-v2", has the owner "cross-encoder", as in
+        sentence-transformers. activation_fn: by default the function of the checkpoint, if `ACTIVATION_CLASSES` has it;
+        a name outside torch is ignored with a warning. device: by default the GPU if there is one, else the CPU. dtype,
+        options: as for SentenceEncoder.from_pretrained, and the arguments of
         BertForSequenceClassification.from_pretrained.
 
-        Raises what that raises. An argument that is not supported is a TypeError; a checkpoint without the head, or
-        with a module or setting that is not supported, is a ValueError.
+        Raises the errors of that function. An argument that is not supported is a TypeError; a checkpoint without the
+        head, or with a module or setting that is not supported, is a ValueError.
         """
         if activation_fn is None:
             activation_fn = options.pop("default_activation_function", None)
@@ -129,8 +129,8 @@ class CrossEncoder(SentenceTransformersApi):
         """Writes a folder that sentence-transformers and fastbert load to the same scores.
 
         The other arguments are those of CrossEncoder.save_pretrained, and have no effect. Raises ValueError for an
-        activation function that is not one of `ACTIVATION_CLASSES`, or is made with arguments of its own. Raises it for
-        prompts as well: a folder that all versions of sentence-transformers read has no place for them.
+        activation function that is not in `ACTIVATION_CLASSES` or has arguments. Raises it for prompts too, because a
+        folder that all versions of sentence-transformers read cannot hold them.
         """
         log_unused(create_model_card=create_model_card, safe_serialization=not safe_serialization)
         kind = type(self.activation_fn)
@@ -139,9 +139,9 @@ class CrossEncoder(SentenceTransformersApi):
                 f"activation_fn: got {kind.__name__}, expected one of {', '.join(ACTIVATION_CLASSES)} of torch.nn"
             )
         if str(self.activation_fn) not in (str(kind()), str(_activation(kind.__name__))):
-            raise ValueError(f"activation_fn: got {self.activation_fn}, whose arguments could not be saved")
+            raise ValueError(f"activation_fn: got {self.activation_fn}, whose arguments cannot be saved")
         if self.prompts:
-            raise ValueError(f"prompts: expected none, got {list(self.prompts)}, which could not be saved")
+            raise ValueError(f"prompts: expected none, got {list(self.prompts)}, which cannot be saved")
         extra = self.model.config.extra
         extra["sentence_transformers"] = {
             **extra.get("sentence_transformers", {}),
@@ -164,7 +164,7 @@ class CrossEncoder(SentenceTransformersApi):
 
     @property
     def default_activation_function(self) -> Activation:
-        """Returns `activation_fn`. Before sentence-transformers 4 this was its name."""
+        """Returns `activation_fn`. This is the name before sentence-transformers 4."""
         return self.activation_fn
 
     max_length = SentenceTransformersApi.max_seq_length  # its name in sentence-transformers before 6.0
@@ -210,18 +210,19 @@ class CrossEncoder(SentenceTransformersApi):
     ) -> Any:
         """Returns the scores of pairs of texts. Arguments and results are those of CrossEncoder.predict.
 
-        inputs (or `sentences`, its name before sentence-transformers 6): a pair, or an iterable of pairs. Where a pair
-        is too long, the longer text is cut. batch_size: most pairs in a batch; the token budget bounds it anyway.
-        apply_softmax: over several labels. device: moves the model there. A list of devices, workers=n and pool mean
-        what they mean in SentenceEncoder.encode. processing_kwargs: {"text": {"max_length": int}}, the most tokens of a
-        pair in this call. chunk_size, task and num_workers have no effect.
+        inputs (or `sentences`, its name before sentence-transformers 6): a pair, or an iterable of pairs. In a pair
+        that is too long, the longer text is truncated. batch_size: the greatest number of pairs in a batch, in addition
+        to the token budget. apply_softmax: over several labels. device: moves the model to this device. A list of
+        devices, workers=n and pool are the same as in SentenceEncoder.encode. processing_kwargs: {"text":
+        {"max_length": int}}, the greatest length of a pair in this call. chunk_size, task and num_workers have no
+        effect.
 
         The scores are float32, (n,) for one label and (n, num_labels) for several, without the n for a single pair.
         They are an array, or with convert_to_tensor a tensor on the model's device, or with convert_to_numpy=False a
         list of tensors. For no pairs the shape is (0,), as in sentence-transformers.
 
-        Raises TypeError for an input that is no pair of texts, with its index, and ValueError for an argument that is
-        not supported.
+        Raises TypeError for an input that is not a pair of texts, with its index, and ValueError for an argument that
+        is not supported.
         """
         if (inputs is None) == (sentences is None):
             raise TypeError("inputs: expected a pair of texts or an iterable of pairs")
@@ -292,10 +293,10 @@ class CrossEncoder(SentenceTransformersApi):
         pool: Pool | None = None,
         chunk_size: int | None = None,
     ) -> list[dict[str, Any]]:
-        """Ranks documents by their score beside the query, best first, as sentence-transformers does.
+        """Ranks documents by their scores for the query, best first, as sentence-transformers does.
 
         Returns [{"corpus_id": int, "score": float}, ...] for top_k documents or for all, with the "text" of each if
-        return_documents. Raises what `predict` raises, and ValueError for a model with several labels.
+        return_documents. Raises the errors of `predict`, and ValueError for a model with several labels.
         """
         if self.num_labels != 1:
             raise ValueError(f"rank: expected a model with one label, got {self.num_labels}; predict scores pairs")
@@ -310,7 +311,7 @@ class CrossEncoder(SentenceTransformersApi):
         return sorted(hits, key=lambda hit: hit["score"], reverse=True)[:top_k]
 
     def is_singular_input(self, inputs: Any) -> bool:
-        """Tells whether `predict` takes the inputs for one pair."""
+        """Tells whether the inputs of `predict` are a single pair."""
         if isinstance(inputs, np.ndarray):
             return inputs.size > 0 and inputs.ndim < 2
         if isinstance(inputs, (list, tuple)):
@@ -323,7 +324,7 @@ def _activation_at(path: str | None, src: Any) -> Activation | None:
     if path is None:
         return None
     if str(path).split(".")[0] != "torch":
-        logger.warning("%s: the activation function %r is not one of torch's: taking the default", src, path)
+        logger.warning("%s: the activation function %r is not one of torch's: using the default", src, path)
         return None
     name = activation_name(str(path))
     if name is None or name not in ACTIVATION_CLASSES:
@@ -338,7 +339,7 @@ def _activation(name: str) -> nn.Module:
 
 
 def _as_pairs(inputs: Any) -> tuple[list[Any], bool]:
-    """Returns the pairs as a list, and whether a single one came."""
+    """Returns the pairs as a list, and whether the input was a single pair."""
     if isinstance(inputs, np.ndarray):
         inputs = inputs.tolist()
     if isinstance(inputs, (str, bytes, dict)) or not isinstance(inputs, Iterable):

@@ -1,4 +1,4 @@
-"""An EntityRecognizer finds entities in texts of any length, with their places in the text."""
+"""An EntityRecognizer finds entities in texts of any length, with their positions in the text."""
 
 from __future__ import annotations
 
@@ -40,14 +40,15 @@ class WindowedText(NamedTuple):
 class EntityRecognizer:
     """An EntityRecognizer is a token classifier and its tokenizer.
 
-    strategy: how tokens become entities, as in transformers' pipeline; `group` says how. By default it is "simple", and
-    "first" where the labels are tags (`are_tags`), as NOUN and VERB: then each word is an entity, and its group is its
-    tag. ignore_labels: labels, or entity groups, that are left out. max_length: most tokens of a window, special tokens
-    included, by default as many as the model reads. stride: tokens that two windows of a longer text share, by default
-    128, and at most half of a window. token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU.
+    strategy: the rule that joins tokens to entities, as in transformers' pipeline; `group` describes it. The default is
+    "simple", or "first" if the labels are plain tags (`are_tags`), such as NOUN and VERB: then each word is an entity,
+    and its group is its tag. ignore_labels: labels, or entity groups, to leave out. max_length: the greatest number of
+    tokens in a window, with special tokens, by default the model's limit. stride: the overlap of two windows of a long
+    text, by default 128, and at most half a window. token_budget: tokens in a batch, by default 16384 on a GPU and 2048
+    on a CPU.
 
-    A longer text is read in windows that begin and end between words. Each word counts in the window where it has most
-    context, and entities are put together afterwards, so that none is cut, lost or doubled at the end of a window.
+    A longer text is read in windows that begin and end between words. The scores of a word come from the window in
+    which it has most context. Entities are joined after that, so none is cut, lost or doubled at the end of a window.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class EntityRecognizer:
         stride: int | None = None,
         token_budget: int | None = None,
     ) -> None:
-        """Raises ValueError for an unknown strategy, and for a window or a stride that the model leaves no room for."""
+        """Raises ValueError for an unknown strategy, and for a window or a stride that the model cannot have."""
         self.model, self.tokenizer = model, tokenizer
         self.has_tags = are_tags(model.config.id2label.values())
         default = "first" if self.has_tags else "simple"
@@ -89,7 +90,8 @@ class EntityRecognizer:
     ) -> EntityRecognizer:
         """Loads a folder or hub id. device: by default the GPU if there is one. options: as for the model.
 
-        Raises what BertForTokenClassification.from_pretrained raises, and ValueError for a checkpoint without the head.
+        Raises the errors of BertForTokenClassification.from_pretrained, and ValueError for a checkpoint without the
+        head.
         """
         model, tokenizer = load_head(BertForTokenClassification, "token-classification", src, device, revision, options)
         return cls(
@@ -98,7 +100,7 @@ class EntityRecognizer:
         )  # fmt: skip
 
     def __call__(self, texts: str | Iterable[str]) -> list[Any]:
-        """Returns the entities of a text, a list of dicts, or a list of these for an iterable of texts.
+        """Returns the entities of a text as a list of dicts, or for an iterable of texts a list of such lists.
 
         An entity has "entity_group" (its label without B- or I-), "score" (float), "word" (its exact text), "start" and
         "end" (characters). With the strategy "none" it is a token: "entity" (its label), "score", "index" (its column
@@ -111,7 +113,7 @@ class EntityRecognizer:
         return list(self.stream(texts))
 
     def stream(self, texts: Iterable[str]) -> Iterator[list[Entity]]:
-        """Yields the entities of each text, in their order; a few hundred texts are in memory at once."""
+        """Yields the entities of each text, in the order of the texts; a few hundred texts are in memory at once."""
         chunk: list[str] = []
         n_characters = 0
         for i, text in enumerate(texts):
@@ -162,9 +164,9 @@ class EntityRecognizer:
         return self._entities(text.text, text.tokens, text.starts, softmax(scores), before)
 
     def _starts(self, tokens: offsets.TokenizedText, text: str) -> np.ndarray:
-        """Returns (n,) bool: whether a token begins a word, as `strategy` understands words.
+        """Returns (n,) bool: whether a token begins a word of `strategy`.
 
-        They are the pre-tokenizer's where the tokenizer marks what goes on with a word, as WordPiece does. Otherwise a
+        The pre-tokenizer determines the words if tokens mark the continuation of a word, as in WordPiece. Otherwise a
         word begins after white space, and an unknown token is a word, as in transformers.
         """
         if self.tokenizer.marks_continuations:
@@ -193,18 +195,18 @@ class EntityRecognizer:
                 for i, (label, (start, end)) in enumerate(zip(best.tolist(), tokens.offsets.tolist(), strict=True))
                 if labels[label] not in self.ignore_labels
             ]  # fmt: skip
-        found = group(scores, tokens.offsets, starts, labels, self.strategy, has_tags=self.has_tags)
+        entities = group(scores, tokens.offsets, starts, labels, self.strategy, has_tags=self.has_tags)
         return [
             {**entity, "word": text[entity["start"] : entity["end"]]}
-            for entity in found
+            for entity in entities
             if entity["entity_group"] not in self.ignore_labels
         ]
 
 
 def are_tags(labels: Iterable[str]) -> bool:
-    """Tells whether labels are tags of words, as NOUN and VERB, and make no spans.
+    """Tells whether labels are plain tags of words, such as NOUN and VERB, and not labels of spans.
 
-    None is O, and none begins with B- or I-, or with LABEL_, which says nothing of a label.
+    No plain tag is O, begins with B- or I-, or has a default name with LABEL_.
     """
     return not any(name == "O" or name.startswith(("B-", "I-", "LABEL_")) for name in labels)
 
@@ -214,11 +216,12 @@ def group(
 ) -> list[Entity]:
     """Returns all entities of a text, those of the label "O" among them: entity_group, score, start, end.
 
-    scores: (n, C) probabilities of each token. places: (n, 2) characters. starts: (n,) bool, where words begin. labels:
-    the name of each class. strategy: "simple" takes each token by its own best label. The others give all tokens of a
-    word one label: that of its "first" token, the best of the "average" of its tokens' scores, or the best of the token
-    with the highest score ("max"). Neighbours of the same group make one entity, unless a B- begins a new one; its
-    score is the mean of its words' scores, or tokens'. has_tags: labels are whole, and entities end with their words.
+    scores: (n, C) probabilities of each token. places: (n, 2) characters. starts: (n,) bool, the beginnings of words.
+    labels: the name of each class. strategy: "simple" gives each token its own best label. The others give all tokens
+    of a word one label: that of its "first" token, the best label of the "average" of its tokens' scores, or the label
+    of the token with the highest score ("max"). Neighbours of the same group make one entity, unless a B- begins a new
+    one; its score is the mean of the scores of its words, or tokens. has_tags: labels are plain tags, and each word is
+    an entity.
     """
     ends = starts if has_tags else np.zeros(len(starts), bool)
     if strategy != "simple":
@@ -241,7 +244,7 @@ def group(
 
 
 def _words(scores: np.ndarray, places: np.ndarray, firsts: np.ndarray, strategy: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns a row of scores and a place for each word. The first token is the start of one in any case."""
+    """Returns a row of scores and a position for each word. The first token always begins a word."""
     if len(scores) == 0:
         return scores, places
     firsts = firsts if len(firsts) and firsts[0] == 0 else np.concatenate([[0], firsts])

@@ -62,7 +62,7 @@ def _encode_unseen(model: Any, batch: PackedBatch, ids: Tensor, types: Tensor, s
     No engine packs such attention: the layers run here as plain PyTorch, on padded rows of a few short queries.
     """
     if model.policy.batch_invariant:
-        raise ops.BackendError("query expansion with attend=False: cannot promise batch invariance")
+        raise ops.BackendError("query expansion with attend=False: does not support batch invariance")
     positions = batch.position_ids
     if model.counted_from is not None:
         positions = packing.positions_after_padding(ids, model.counted_from, batch)
@@ -77,11 +77,6 @@ def _encode_unseen(model: Any, batch: PackedBatch, ids: Tensor, types: Tensor, s
     features = {each for block in blocks for each in block.features()}
     if features & _NO_ROWS_UNSEEN:
         raise ValueError(f"query expansion with attend=False: not for layers with {', '.join(sorted(features))}")
-    reach = min((block.window for block in blocks if block.window is not None), default=longest)
-    if reach < longest - 1:  # a token may reach none of the query's own
-        raise ValueError(
-            f"query expansion with attend=False: got {longest} tokens, but attention reaches {reach} columns"
-        )
     if features:
         rows = packing.in_place(mask, mask)
         inputs = PackedInputs(padded(ids), padded(types), padded(positions))

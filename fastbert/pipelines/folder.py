@@ -145,7 +145,7 @@ def read_modules(file: Path) -> list[tuple[str, Path]]:
             raise ValueError(f"{file}: path {path!r} leads out of the folder")
         check_keys(file, entry, MODULES_KEYS)
         if entry.get("kwargs"):
-            logger.warning("%s: %s takes no %s of a call here", file, kind, ", ".join(map(str, entry["kwargs"])))
+            logger.warning("%s: %s ignores the argument %s of a call", file, kind, ", ".join(map(str, entry["kwargs"])))
         modules.append((kind, file.parent / path))
     return modules
 

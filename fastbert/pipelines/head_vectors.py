@@ -50,7 +50,7 @@ class HeadVectors(SentenceTransformersApi):
         if output not in self.outputs:
             hint = "; from_pretrained(..., output='sparse') reads a masked-language model as a SPLADE"
             raise ValueError(
-                f"output: got {output!r}, but this model makes {' and '.join(self.outputs)} vectors"
+                f"output: got {output!r}, but this model has {' and '.join(self.outputs)} vectors"
                 f"{hint if output == 'sparse' else ''}"
             )
         return output

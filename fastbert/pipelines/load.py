@@ -55,7 +55,7 @@ class Arguments:
         for name, names in _ALIASES.items():
             used = [other for other in names if options.get(other) is not None]
             if len(used) > 1:
-                raise TypeError(f"{used[0]}: got {' and '.join(used)}, which are names of one argument")
+                raise TypeError(f"{used[0]}: got {' and '.join(used)}, which are two names of one argument")
             known[name] = options[used[0]] if used else None
             for other in names:
                 options.pop(other, None)
@@ -74,7 +74,7 @@ class Arguments:
             "subfolder": options.pop("subfolder", None) or "",
         }
         if options.pop("output_loading_info", False):
-            raise TypeError("output_loading_info: got True, but one object is returned here")
+            raise TypeError("output_loading_info: got True, expected False: from_pretrained returns one object")
         model, tokenizer, config = (
             dict(known[name] or {}) for name in ("model_kwargs", "processor_kwargs", "config_kwargs")
         )
@@ -147,7 +147,7 @@ def _load_tokenizer(layout: Layout, arguments: Arguments, src: Any, positions: i
         tokenizer = lowercasing(tokenizer, layout.transformer)
     if limit is not None:
         if limit > positions:
-            logger.warning("%s: max_seq_length is %d, the model has %d positions: taking %d", src, limit, positions,
+            logger.warning("%s: max_seq_length is %d, the model has %d positions: using %d", src, limit, positions,
                            positions)  # fmt: skip
         tokenizer.model_max_length = limit
     if tokenizer.padding_side == "left":

@@ -167,5 +167,5 @@ def apply(module: Callable[[Tensor], Tensor], x: Tensor, policy: Policy) -> Tens
     if isinstance(module, Normalize):
         one_row_each = torch.arange(x.shape[0] + 1, out=x.new_empty(x.shape[0] + 1, dtype=torch.int32))
         return ops.pool(x, one_row_each, "cls", normalize=True, policy=policy)
-    dispatch.refuse("", f"a module {type(module).__name__} after the pooling cannot promise it")
+    dispatch.refuse("", f"a module {type(module).__name__} after the pooling does not support it")
     return module(x)

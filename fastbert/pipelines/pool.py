@@ -1,7 +1,7 @@
-"""A Pool runs one function on several devices, in a process each, and gives back what it returns.
+"""A Pool runs one function on several devices, with one process for each, and returns the results.
 
-The function and the weights that it holds are written to a file once, which every process maps: what they read of it
-lies in memory once. Each process has a pipe of its own, and a thread here that sends work and waits for results.
+The function and its weights are written to a file once, and every process maps this file, so memory holds the weights
+once. Each process has its own pipe, and a thread in the calling process that sends jobs and waits for results.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STOP_SECONDS = 5.0  # until a process that does not end is killed
 
 
 class Work(Protocol):
-    """A Work is what the processes of a pool do. It can be pickled."""
+    """A `Work` is the function that the processes of a pool run. It can be pickled."""
 
     def to(self, device: torch.device) -> Any:
         """Moves the weights to the device of a process."""
@@ -44,11 +44,11 @@ class Work(Protocol):
 
 
 class WorkerDied(RuntimeError):
-    """A WorkerDied says that a process of a pool ended without being asked to. The pool is of no more use."""
+    """A `WorkerDied` says that a process of a pool ended by itself or was killed. The pool cannot be used any more."""
 
 
 class RemoteTraceback(Exception):
-    """A RemoteTraceback is the cause of an error of another process, with the traceback that it had there."""
+    """A `RemoteTraceback` is the cause of an error from another process, and holds its traceback."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -59,24 +59,31 @@ class RemoteTraceback(Exception):
 
 
 def default_devices() -> list[str]:
-    """Names every GPU, or without one four times the CPU, as sentence-transformers does."""
+    """Returns every GPU, or without a GPU the CPU four times, as sentence-transformers does."""
     return [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else ["cpu"] * 4
 
 
 def as_devices(name: str, devices: Any) -> list[torch.device]:
-    """Returns the devices of a list. Raises ValueError for none, for no list, and for GPUs beside CPUs."""
+    """Returns the devices of a list.
+
+    Raises ValueError for an empty list, for GPUs and CPUs together, and for a GPU that this machine does not have.
+    """
     expect(isinstance(devices, (list, tuple)) and len(devices) > 0, name, devices, "a list of at least one device")
     parsed = [torch.device(device) for device in devices]
     types = sorted({device.type for device in parsed})
     expect(len(types) == 1, name, [str(device) for device in parsed], "devices of one type: others compute other bits")
+    if types == ["cuda"]:  # found out here, and not by a process that has started for it
+        n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        for device in parsed:
+            expect((device.index or 0) < n_gpus, name, str(device), f"one of the {n_gpus} GPUs that PyTorch finds here")
     return parsed
 
 
 def shares(n_workers: int) -> list[tuple[int, set[int] | None]]:
     """Returns the number of threads of each process, and the processors that it is pinned to, None for all.
 
-    They share the threads that this process has, within `processor_limit`. Processes are pinned where each has
-    processors of its own, and not where a quota of time is the limit: that one says not which processors are free.
+    They share the threads of this process, within `processor_limit`. Processes are pinned if each can have its own
+    processors. If a quota of processor time is the limit, they are not pinned, because it does not name processors.
     """
     limit = processor_limit().n_processors
     n_threads = min(torch.get_num_threads(), limit)
@@ -91,8 +98,9 @@ def shares(n_workers: int) -> list[tuple[int, set[int] | None]]:
 class Pool:
     """A Pool has a process for each of its devices. It is a context manager, which stops them at the end.
 
-    devices: of one type; the CPU may stand in the list several times. owner: whose work it does. Processes start with
-    `start`, or at the beginning of a `with` statement. They end with the pool, and with the process that started them.
+    devices: devices of one type; the list may hold the CPU several times. owner: the object whose work it does.
+    Processes start with `start`, or at the beginning of a `with` statement. They end with the pool, and with the
+    process that started them.
     """
 
     def __init__(self, devices: Sequence[Any], work: Work, owner: object) -> None:
@@ -107,7 +115,7 @@ class Pool:
         return self.devices[0]
 
     def start(self) -> Pool:
-        """Starts the processes and waits until each has the weights. Raises what goes wrong in one of them."""
+        """Starts the processes and waits until each has the weights. Raises the error of a process."""
         if self._crew is None:
             expect(self._work is not None, "pool", "a stopped one", "one that runs: start another")
             logger.info("pool: starting processes on %s", ", ".join(map(str, self.devices)))
@@ -122,13 +130,13 @@ class Pool:
         return self
 
     def stop(self) -> None:
-        """Ends the processes. What they have not answered raises WorkerDied. A stopped pool may be stopped again."""
+        """Ends the processes. Jobs without an answer raise WorkerDied. A stopped pool may be stopped again."""
         self._work = None
         if self._crew is not None:
             self._crew.stop()
 
     def submit(self, job: Any) -> Future[Any]:
-        """Gives a job to the process that is free first. Raises WorkerDied where a process has ended."""
+        """Gives a job to the first free process. Raises WorkerDied if a process has ended."""
         assert self._crew is not None, "start() comes first"
         return self._crew.submit(job)
 
@@ -141,12 +149,12 @@ class Pool:
     def __getitem__(self, key: str) -> Any:
         """Returns the processes for "processes", as the pools of sentence-transformers do, which are dicts."""
         if key != "processes":
-            raise KeyError(f"{key!r}: a pool of fastbert has 'processes' alone; encode(pool=...) gives it work")
+            raise KeyError(f"{key!r}: a pool of fastbert has only the key 'processes'; encode(pool=...) uses it")
         return [] if self._crew is None else list(self._crew.processes)
 
 
 class _Crew:
-    """A _Crew holds the processes of a pool, and a thread for each of them. Threads know it, and not the pool."""
+    """A `_Crew` holds the processes of a pool, and a thread for each. Threads refer to it, and not to the pool."""
 
     def __init__(self, devices: list[torch.device]) -> None:
         self.devices = devices
@@ -164,7 +172,7 @@ class _Crew:
             try:
                 torch.save(work, path)
             except (pickle.PicklingError, AttributeError, TypeError) as error:
-                raise TypeError(f"pool: the model cannot be sent to other processes: {error}") from error
+                raise TypeError(f"pool: the model cannot be pickled for other processes: {error}") from error
             for device, (n_threads, processors) in zip(self.devices, shares(len(self.devices)), strict=True):
                 ours, its = context.Pipe()
                 pinned = processors if device.type == "cpu" else None
@@ -188,7 +196,7 @@ class _Crew:
         return future
 
     def stop(self) -> None:
-        self.failure = self.failure or WorkerDied("pool: was stopped")
+        self.failure = self.failure or WorkerDied("pool: it was stopped")
         self.stopped = True
         for process in self.processes:
             if process.is_alive():
@@ -267,14 +275,15 @@ class _Crew:
         process = self.processes[i]
         process.join(STOP_SECONDS)
         code = process.exitcode
-        how = "was closed" if code is None else f"ended with exit code {code}"
+        ending = "was closed" if code is None else f"ended with exit code {code}"
         if code is not None and code < 0:
-            how = f"was ended by {signal.Signals(-code).name}"
+            ending = f"was ended by {signal.Signals(-code).name}"
         hint = "stop the pool and start another"
         if starting:
-            hint = "a script that starts processes needs a line `if __name__ == '__main__':` around what it does"
+            line = "if __name__ == '__main__':"
+            hint = f"a script that starts processes must be a file, and needs the line `{line}` around its main code"
         return WorkerDied(
-            f"pool: process {i} of {len(self.processes)} ({self.devices[i]}, pid {process.pid}) {how}; {hint}"
+            f"pool: process {i} of {len(self.processes)} ({self.devices[i]}, pid {process.pid}) {ending}; {hint}"
         )
 
     def _refuse(self) -> None:

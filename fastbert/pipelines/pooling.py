@@ -26,7 +26,7 @@ def sentence_vectors(
     module does so, after truncate_dim has cut the vectors.
     """
     pooling, tail = pipeline.pooling, pipeline.tail
-    assert pooling is not None, "a pipeline with a head gives no vectors"
+    assert pooling is not None, "a pipeline with a head has no vectors"
     cu_seqlens = batch.cu_seqlens
     if n_prompt_tokens:
         lengths = (batch.cu_seqlens_cpu.diff() - n_prompt_tokens).clamp(min=0)

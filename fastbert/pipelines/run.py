@@ -285,7 +285,7 @@ class Run:
 def logits(pipeline: Pipeline, tokens: PackedEncoding, batch_size: int | None, progress: Progress | None) -> Tensor:
     """Returns what the head of a pipeline gives for inputs: (n, num_labels), in float32 at least, in their order."""
     bert, device, n_pairs = pipeline.model, pipeline.device, tokens.cu_seqlens.shape[0] - 1
-    assert pipeline.head is not None, "a pipeline without a head gives no logits"
+    assert pipeline.head is not None, "a pipeline without a head has no logits"
     bert.check_ids(tokens.input_ids, tokens.token_type_ids)
     bert.follow_weights()
     dtype = torch.promote_types(bert.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""A SentenceEncoder makes vectors of texts, without a padded batch anywhere."""
+"""A SentenceEncoder computes vectors of texts, on packed tokens without padding."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class SentenceEncoder(HeadVectors):
 
     pooling: one mode or several, whose vectors are concatenated. The modes are those of sentence-transformers: "mean",
     "cls", "max", "mean_sqrt_len_tokens", "weightedmean" and "lasttoken". tail: modules on sentence vectors. prompts:
-    texts by name, to stand in front of an input. truncate_dim: how many numbers of a vector are kept. token_budget:
-    tokens in a batch, by default 16384 on a GPU and 2048 on a CPU. Vectors are float32 whatever the model's dtype, but
-    float64 for a model in float64. last_timings: where the time of the last call went, and what its bottleneck was; the
-    logger "fastbert" says the same at INFO. heads: by output, "sparse" and "multi", for sparse vectors and for vectors
-    of tokens (`fastbert.pipelines.token_heads`). has_dense: whether there are dense vectors, too. max_active_dims: most
-    numbers of a sparse vector that are not zero.
+    texts by name, which are put in front of an input. truncate_dim: the number of values that a vector keeps.
+    token_budget: tokens in a batch, by default 16384 on a GPU and 2048 on a CPU. Vectors are float32, or float64 for a
+    model in float64. last_timings: the times of the parts of the last call, and its bottleneck; the logger "fastbert"
+    has the same at INFO. heads: by output, "sparse" and "multi", for sparse vectors and for vectors of tokens
+    (`fastbert.pipelines.token_heads`). has_dense: whether there are dense vectors too. max_active_dims: the greatest
+    number of nonzero values in a sparse vector.
     """
 
     model: BertModel
@@ -110,16 +110,16 @@ class SentenceEncoder(HeadVectors):
     ) -> SentenceEncoder:
         """Loads a sentence-transformers folder or hub id, or a plain BERT checkpoint, which gets mean pooling.
 
-        A name without an owner, such as "all-MiniLM-L6-v2", is one of sentence-transformers' own models. device: by
-        default the GPU if there is one, else the CPU. dtype: "auto" is the checkpoint's, but bfloat16 for float32 on a
-        CPU that has it in hardware. prompts, default_prompt_name, similarity_fn_name, truncate_dim: these count before
-        the folder's. output: what `encode` makes by default; "sparse" reads a plain masked-language model as a SPLADE.
-        Folders of SparseEncoder, MultiVectorEncoder, PyLate and ColBERT, and bge-m3, say which vectors they have.
+        A name without an owner, such as "all-MiniLM-L6-v2", is a model of sentence-transformers. device: by default the
+        GPU if there is one, else the CPU. dtype: "auto" is the checkpoint's, but bfloat16 instead of float32 on a CPU
+        that multiplies it faster. prompts, default_prompt_name, similarity_fn_name, truncate_dim: these replace the
+        values of the folder. output: the default output of `encode`; "sparse" reads a plain masked-language model as a
+        SPLADE. Folders of SparseEncoder, MultiVectorEncoder, PyLate and ColBERT, and bge-m3, determine their outputs.
 
         options: those of SentenceTransformer(...), which are cache_folder, token, local_files_only, model_kwargs,
         processor_kwargs (or tokenizer_kwargs) and config_kwargs, and the other arguments of BertModel.from_pretrained:
         backend, strict, batch_invariant, precision, cuda_graphs and more.
-        Of model_kwargs a dtype and one device are followed. trust_remote_code and model_card_data have no effect.
+        model_kwargs may hold a dtype and one device. trust_remote_code and model_card_data have no effect.
 
         Raises what BertModel.from_pretrained raises. An argument that is not supported is a TypeError; a module or a
         setting of the folder that is not supported is a ValueError.
@@ -128,7 +128,7 @@ class SentenceEncoder(HeadVectors):
         folder = arguments.folder(src, SENTENCE_TRANSFORMERS)
         layout = read_any_layout(folder, output)
         if layout is None:
-            logger.warning("%s: no %s, so mean pooling without normalisation", src, MODULES)
+            logger.warning("%s: no %s, so mean pooling without normalisation is used", src, MODULES)
             layout = Layout(folder)
         heads: dict[str, nn.Module] = {}
         model: BertModel
@@ -167,8 +167,8 @@ class SentenceEncoder(HeadVectors):
     ) -> None:  # fmt: skip
         """Writes a folder that sentence-transformers and fastbert load to the same vectors.
 
-        The other arguments are those of SentenceTransformer.save_pretrained, and have no effect: the weights are
-        written as safetensors, and no model card is.
+        The other arguments are those of SentenceTransformer.save_pretrained, and have no effect: weights are written as
+        safetensors, without a model card.
         """
         log_unused(create_model_card=create_model_card, safe_serialization=not safe_serialization)
         folder = Path(path)
@@ -220,7 +220,7 @@ class SentenceEncoder(HeadVectors):
         return self._dimension if self.truncate_dim is None else min(self._dimension, self.truncate_dim)
 
     def get_sentence_embedding_dimension(self) -> int:
-        """Returns the length of a vector. Before sentence-transformers 5.0 this was its name."""
+        """Returns the length of a vector. This is the name before sentence-transformers 5.0."""
         return self.get_embedding_dimension()
 
     def encode(
@@ -254,14 +254,14 @@ class SentenceEncoder(HeadVectors):
         """Returns the vectors of texts. Arguments and results are those of SentenceTransformer.encode.
 
         sentences (or `inputs`, its name in sentence-transformers 6): a str, or any iterable of str. A text may also be
-        a pair of str in a list or a tuple, which is read as one input, or {"text": str}. prompt, or the prompt of the
-        name prompt_name, goes in front of each text. batch_size: most texts in a batch; the token budget bounds it
-        anyway. show_progress_bar: None shows it where the logger "fastbert" is at INFO. device: moves the encoder
-        there. processing_kwargs: {"text": {"max_length": int}}, the most tokens of a text in this call. task: "query"
-        or "document", which vectors of tokens may depend on. chunk_size has no effect.
+        a pair of str in a list or a tuple, which is read as one input, or {"text": str}. prompt, or the prompt with the
+        name prompt_name, is put in front of each text. batch_size: the greatest number of texts in a batch, in addition
+        to the token budget. show_progress_bar: None shows it if the logger "fastbert" is at INFO. device: moves the
+        encoder to this device. processing_kwargs: {"text": {"max_length": int}}, the greatest sequence length in this
+        call. task: "query" or "document", for vectors of tokens that differ between them. chunk_size has no effect.
 
-        A list of devices, or workers=n for a model on the CPU, starts a process on each for this call; pool is one of
-        `start_multi_process_pool`. Batches are those of one process, and results come on the host.
+        A list of devices, or workers=n for a model on the CPU, starts a process on each for this call; pool is a pool
+        of `start_multi_process_pool`. Batches are those of one process, and results are on the host.
 
         The result is a vector (dim,) for a str, else (n, dim), in float32: an array, or with convert_to_tensor a tensor
         on the model's device, or with convert_to_numpy=False a list of vectors. With precision "int8", "uint8",
@@ -271,13 +271,13 @@ class SentenceEncoder(HeadVectors):
         texts it is an array of shape (0,), as in sentence-transformers.
 
         output: "dense", "sparse" or "multi", by default `default_output`. "sparse" gives a sparse COO tensor
-        (n, V) on the model's device, (V,) for a str, or with convert_to_numpy=False a list; of each vector the
-        max_active_dims largest numbers. convert_to_sparse_tensor=False makes it dense. "multi" gives a list of (tokens,
-        dim) tensors, or with convert_to_numpy=True arrays. save_to_cpu: whether both come on the host.
+        (n, V) on the model's device, (V,) for a str, or with convert_to_numpy=False a list; each vector has the
+        max_active_dims largest values. convert_to_sparse_tensor=False makes it dense. "multi" gives a list of (tokens,
+        dim) tensors, or with convert_to_numpy=True arrays. save_to_cpu: whether both are on the host.
 
-        Texts longer than max_seq_length are cut, and one warning counts texts and tokens. Raises TypeError for an input
-        that is no text and ValueError for a lone surrogate, both with the index. Raises ValueError for an argument that
-        is not supported.
+        Texts longer than max_seq_length are truncated, and one warning counts texts and tokens. Raises TypeError for an
+        input that is not a text and ValueError for a lone surrogate, both with the index. Raises ValueError for an
+        argument that is not supported.
         """
         if (sentences is None) == (inputs is None):
             raise TypeError("sentences: expected a str or an iterable of str")
@@ -346,10 +346,10 @@ class SentenceEncoder(HeadVectors):
     ) -> Iterator[np.ndarray]:
         """Yields the vectors of more texts than fit in memory: (n, dim) arrays, in order.
 
-        Each array is of 16,384 texts but the last, or of fewer texts that together have 8 million characters. With a
-        GPU, texts are taken from the iterable up to three windows ahead of the array that is returned. progress is
-        called with the number of texts of each batch. pool: of `start_multi_process_pool`.
-        Truncation is counted and warned of at the end. Errors are those of `encode`.
+        Each array except the last has 16,384 texts, or fewer texts with 8 million characters together. With a GPU,
+        texts are read from the iterable up to three windows before their array is returned. progress is called with the
+        number of texts of each batch. pool: a pool of `start_multi_process_pool`. A warning at the end counts truncated
+        texts. Errors are those of `encode`.
         """
         self._output("dense")
         truncate_dim = self.truncate_dim if truncate_dim is None else positive_or_none("truncate_dim", truncate_dim)
@@ -366,7 +366,7 @@ class SentenceEncoder(HeadVectors):
             yield window.clone().numpy() if window.is_pinned() else window.numpy()
 
     def forward(self, input: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        """Adds token_embeddings and sentence_embedding to what `preprocess` gives, on the model's device.
+        """Adds token_embeddings and sentence_embedding to the result of `preprocess`, on the model's device.
 
         token_embeddings: (B, S, H), rows of zeros at padding. sentence_embedding: (B, dim) in float32 at least, through
         all modules, not truncated. Gradients flow where they are enabled. `encode` is faster: it does not pad.
@@ -380,7 +380,7 @@ class SentenceEncoder(HeadVectors):
         return {**input, "token_embeddings": hidden, "sentence_embedding": vectors}
 
     def set_pooling_include_prompt(self, include_prompt: bool) -> None:
-        """Sets whether pooling takes the tokens of the prompt too. INSTRUCTOR models leave them out."""
+        """Sets whether pooling includes the tokens of the prompt. INSTRUCTOR models leave them out."""
         self.pooling = replace(self.pooling, include_prompt=include_prompt)
 
     def _work(self) -> SentenceWork:

@@ -69,8 +69,10 @@ def _read_splade(folder: Path, entries: list[tuple[str, Path]]) -> Layout:
 def _read_multi(folder: Path, transformer: Path, modules: list[tuple[str, Path]]) -> Layout:
     layout = Layout(transformer, settings=read_transformer(transformer, has_tasks=True))
     stored = read_json(folder / SETTINGS) if (folder / SETTINGS).is_file() else {}
-    is_pylate = stored.get("model_type") == "ColBERT"
-    read_settings(layout, folder / SETTINGS, "ColBERT" if is_pylate else "MultiVectorEncoder")
+    # PyLate named no model_type before sentence-transformers 5, and has never written a mask and a Normalize.
+    model_type = stored.get("model_type", "SentenceTransformer")
+    is_pylate = model_type in ("ColBERT", "SentenceTransformer")
+    read_settings(layout, folder / SETTINGS, model_type if is_pylate else "MultiVectorEncoder")
     mask: dict[str, Any] = {}
     for kind, path in modules:
         if kind == "MultiVectorMask":
@@ -91,11 +93,14 @@ def _read_multi(folder: Path, transformer: Path, modules: list[tuple[str, Path]]
             layout.prompts[name] = prefix + layout.prompts.get(name, "").removeprefix(prefix)
     if layout.similarity_fn_name not in TOKEN_SIMILARITIES:  # PyLate writes "cosine", of single vectors
         layout.similarity_fn_name = None
-    words = mask.get("skiplist_words")
+    words = mask.get("skiplist_words") or []
     if is_pylate:
-        words = stored.get("skiplist_words", list(string.punctuation))
+        skipped = stored.get("skiplist_words")
+        if skipped is None and (model_type == "ColBERT" or any(f"{name}_prefix" in stored for name in prefixes)):
+            skipped = list(string.punctuation)
+        words = [*words, *(skipped or [])]
         layout.tail.append(Normalize())
-    layout.tokens = {**tasks, "words": words or [], "word_tasks": mask.get("skiplist_tasks"), "prefixes": prefixes}
+    layout.tokens = {**tasks, "words": words, "word_tasks": mask.get("skiplist_tasks"), "prefixes": prefixes}
     return layout
 
 
@@ -113,7 +118,7 @@ def _read_stanford(folder: Path) -> Layout:
     metadata = read_json(folder / METADATA) if (folder / METADATA).is_file() else {}
     weight = read_state_dict(folder).get("linear.weight")
     if weight is None:
-        raise ValueError(f"{folder}: the weights lack linear.weight, which {_STANFORD} has")
+        raise ValueError(f"{folder}: the weights lack linear.weight, which {_STANFORD} needs")
     dense = Dense(weight.shape[1], weight.shape[0], False, "Identity")
     dense.linear.weight = nn.Parameter(weight.to(torch.promote_types(weight.dtype, torch.float32)))
     names = {"query": "query_token_id", "document": "doc_token_id"}
@@ -145,7 +150,10 @@ def token_vectors(layout: Layout, tokenizer: Tokenizer, positions: int) -> Token
         settings = {key: wanted[key] for key in ("attend", "strategy") if key in wanted}
         expansion = QueryExpansion(wanted["length"], token_id, **settings)
         if expansion.length > positions:
-            raise ValueError(f"{layout.transformer}: query_expansion: {expansion.length} tokens, of {positions}")
+            raise ValueError(
+                f"{layout.transformer}: query_expansion: "
+                f"{expansion.length} tokens, but the model has {positions} positions"
+            )
     skip_tasks = tokens.get("word_tasks") or ["document"]
     return TokenVectors(
         layout.tail,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -18,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from fastbert.serving import openapi, routes
-from fastbert.serving.answers import dump
+from fastbert.serving.answers import dump, dump_in_pieces
 from fastbert.serving.batcher import log_exception
 from fastbert.serving.calls import Call
 from fastbert.serving.errors import ApiError, ClientGone
@@ -30,6 +31,7 @@ from fastbert.serving.service import Service
 Handler = Callable[[Call], Awaitable[Any]]
 
 GONE = 499  # for the log and the metrics: nobody reads this status
+FEW_TEXTS, FEW_TOKENS = 16, 512  # of which the answer takes less time to write than a thread does to begin
 _ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _JSON = (b"content-type", b"application/json")
 
@@ -54,6 +56,7 @@ ENDPOINTS = (
     Endpoint("POST", "/predict", routes.predict),
     Endpoint("POST", "/entities", routes.entities),
     Endpoint("POST", "/tokenize", routes.tokenize),
+    Endpoint("POST", "/decode", routes.decode),
     Endpoint("POST", "/", routes.root),
     Endpoint("GET", "/info", routes.info),
 )
@@ -65,19 +68,19 @@ def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) ->
     on_failure: is called where a model cannot be loaded; `service.error` has the reason.
     """
 
+    def load() -> None:
+        try:
+            service.load()
+        except BaseException:
+            on_failure()
+
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        async def load() -> None:
-            try:
-                await asyncio.to_thread(service.load)
-            except Exception:
-                on_failure()
-
-        loading = asyncio.create_task(load())
+        # Nobody waits for a daemon thread: a stop while a model is being loaded leaves it alone.
+        threading.Thread(target=load, name="fastbert-load", daemon=True).start()
         try:
             yield
         finally:
-            await loading
             await asyncio.to_thread(service.close)
 
     first = next(iter(service.loaders), openapi.MODEL)
@@ -194,7 +197,7 @@ async def _respond(call: Call, endpoint: Endpoint) -> Reply:
             call.fields = Fields(await read_json(call.headers, call.receive, service.settings.limits))
             is_read = True
         answer = await endpoint.handler(call)
-        status, body = 200, await _to_json(answer, call.n_texts)
+        status, body = 200, await _to_json(answer, call)
     except ApiError as raised:
         error = raised
     except ClientGone:
@@ -213,8 +216,10 @@ async def _respond(call: Call, endpoint: Endpoint) -> Reply:
     return Reply(status, body, headers)
 
 
-async def _to_json(answer: Any, n_texts: int) -> bytes:
-    return dump(answer) if n_texts <= 16 else await asyncio.to_thread(dump, answer)
+async def _to_json(answer: Any, call: Call) -> bytes:
+    if call.n_texts <= FEW_TEXTS and call.n_tokens <= FEW_TOKENS:
+        return dump(answer)
+    return await asyncio.to_thread(dump_in_pieces, answer)
 
 
 def _error_response(error: ApiError) -> Response:

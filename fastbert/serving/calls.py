@@ -55,13 +55,13 @@ class Call:
     def _name(self) -> str | None:
         query = self.scope.get("query_string")
         names = parse_qs(query.decode("latin-1")).get("model") if query else None
-        return names[-1] if names else self.headers.get(b"x-model", b"").decode("latin-1") or None
+        return names[-1] if names else self.headers.get(b"x-model", b"").decode("utf-8", "replace") or None
 
     def lane(self, task: str, fields: Fields | None = None, **options: Any) -> Lane:
         """Returns the lane of a task, with the prompt that the fields name, or the model's default."""
         fields = fields or self.fields
-        fields.check_truncation()
         assert self.model is not None
+        options["side"] = fields.truncation_side()
         encoder, name = self.model.model, fields.get("prompt_name", str)
         if not isinstance(self.model, ServedEncoder):
             return Lane(task, **options)

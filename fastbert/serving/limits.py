@@ -24,7 +24,8 @@ class Limits:
 
     body_bytes: of one request. texts: of one request. tokens: of one request, special tokens included. numbers: in an
     answer with vectors of tokens, or sparse ones. queue_tokens: waiting and running for one model; more are refused
-    with 429. body_seconds: until a body has arrived. seconds: from then on until the answer.
+    with 429. body_seconds: until the headers have arrived, again until the body has, and in which a client reads
+    something of a long answer. seconds: from the body on until the answer.
     """
 
     body_bytes: int = 16 * 2**20

@@ -38,7 +38,7 @@ def _optional(schema: dict[str, Any], description: str) -> dict[str, Any]:
 
 _TRUNCATE = _optional(_FLAG, "true cuts longer texts, false refuses them; null is the server's choice")
 _PROMPT = _optional(_STRING, "name of a prompt of the model, which stands before each text")
-_DIRECTION = _optional({"type": "string", "enum": ["right", "Right"]}, "the end that is cut")
+_DIRECTION = _optional({"type": "string", "enum": ["right", "left", "Right", "Left"]}, "the end that is cut")
 _NORMALIZE = _optional(_FLAG, "whether vectors get length 1; true where nothing is said")
 _DIMENSIONS = _optional({"type": "integer", "minimum": 1}, "how many numbers of a vector are kept")
 _CUT = {"truncate": _TRUNCATE, "truncation_direction": _DIRECTION}
@@ -46,6 +46,7 @@ _PROMPTED = {"prompt_name": _PROMPT, **_CUT}
 _OPTIONS = {**_PROMPTED, "normalize": _NORMALIZE, "dimensions": _DIMENSIONS, "encoding_format": _FORMAT}
 _RAW = _optional(_FLAG, "whether scores are logits")
 _TEXTS = _optional(_FLAG, "whether the answer has the texts, too")
+_SKIP = _optional(_FLAG, "whether special tokens are left out; true where nothing is said")
 _SPECIAL = _optional(_FLAG, "whether special tokens are listed; true where nothing is said")
 
 _ENTITY = _object(
@@ -143,6 +144,12 @@ _ROUTES: dict[tuple[str, str], tuple[str, Any, Any, Any]] = {
         _object("inputs", inputs=_TEXT_OR_TEXTS, add_special_tokens=_SPECIAL, prompt_name=_PROMPT),
         _array(_array(_TOKEN)),
         {"inputs": "A text."},
+    ),
+    ("post", "/decode"): (
+        "The texts of token ids",
+        _object("ids", ids={"anyOf": [_IDS, _array(_IDS) | {"minItems": 1}]}, skip_special_tokens=_SKIP),
+        _array(_STRING),
+        {"ids": [101, 1037, 3793, 102]},
     ),
     ("get", "/info"): ("A model, and the limits of the server", None, {"type": "object"}, None),
     ("get", "/health"): ("Whether the process can go on", None, _object("status", status=_STRING), None),

@@ -96,7 +96,12 @@ def read_request(body: bytes) -> tuple[list[str], bool]:
 
 
 def answer(model: str, vectors: np.ndarray, texts: Texts, as_base64: bool) -> dict[str, Any]:
-    """Returns what OpenAI's `/v1/embeddings` answers, and how many texts were truncated."""
+    """Returns what OpenAI's `/v1/embeddings` answers, and how many texts were truncated.
+
+    Raises ApiError where vectors have NaN or infinity, which JSON cannot hold.
+    """
+    if not np.isfinite(vectors).all():
+        raise ApiError(500, "not_finite", "the model gave NaN or infinity for a text of this request")
     return answers.embeddings(model, vectors, texts.n_tokens, texts.n_truncated, as_base64)
 
 
@@ -133,14 +138,15 @@ class Embeddings:
 
     async def __call__(self, request: Any) -> Any:
         """Answers a request of HTTP."""
-        from starlette.responses import JSONResponse
+        from starlette.responses import Response
 
         try:
             texts, as_base64 = read_request(await request.body())
+            counted = await asyncio.to_thread(self._count, texts)
+            body, status = answer(self.arguments.model, await self._batched(counted), counted, as_base64), 200
         except ApiError as error:
-            return JSONResponse(error.body, error.status)
-        counted = await asyncio.to_thread(self._count, texts)
-        return JSONResponse(answer(self.arguments.model, await self._batched(counted), counted, as_base64))
+            body, status = error.body, error.status
+        return Response(await asyncio.to_thread(answers.dump_in_pieces, body), status, media_type="application/json")
 
     def _count(self, texts: list[str]) -> Texts:
         texts = [self.prompt + text for text in texts]

@@ -57,7 +57,7 @@ async def embed(call: Call) -> Any:
     vectors, _ = await _vectors(call, "inputs")
     if call.fields.as_base64():
         return [answers.encoded(vector) for vector in vectors]
-    return [vector.tolist() for vector in vectors]
+    return list(map(answers.numbers, vectors))
 
 
 async def _vectors(call: Call, name: str) -> tuple[list[np.ndarray], bool]:
@@ -86,7 +86,7 @@ async def embed_all(call: Call) -> Any:
     call.choose_model("embed_all")
     texts, _ = _inputs(call, "inputs")
     answer = await call.compute(call.lane("embed_all"), texts, call.fields.get("truncate", bool))
-    return [vectors.tolist() for vectors in answer.results]
+    return list(map(answers.numbers, answer.results))
 
 
 async def embed_sparse(call: Call) -> Any:
@@ -205,18 +205,29 @@ def _tokens(model: Served, texts: list[str], special: bool) -> list[list[dict[st
     return rows
 
 
+async def decode(call: Call) -> Any:
+    """Makes a text of each row of token ids."""
+    model, fields = call.any_model(), call.fields
+    limits, vocab_size = call.service.settings.limits, model.bert.config.vocab_size
+    rows = schemas.rows("ids", fields.required("ids"), limits, min(vocab_size, model.tokenizer.vocab_size))
+    call.n_texts, call.n_tokens = len(rows), sum(map(len, rows))
+    skip = fields.flag("skip_special_tokens", True)
+    return await call.service.in_thread(lambda: model.tokenizer.decode_batch(rows, skip_special_tokens=skip))
+
+
 async def info(call: Call) -> Any:
     """Describes a model and the limits of the server."""
     service, model = call.service, call.any_model()
     limits, config = service.settings.limits, model.bert.config
     labels = {"id2label": config.id2label, "label2id": config.label2id}
-    details = {"pooling": "+".join(model.model.pooling.modes)} if isinstance(model, ServedEncoder) else labels
+    details = {"pooling": model.pooling} if isinstance(model, ServedEncoder) else labels
     return {
         "model_id": model.name,
+        "served_model_name": model.name,
         "model_sha": None,
         "model_dtype": str(model.bert.dtype).removeprefix("torch."),
         "model_type": {model.kind: details},
-        "max_concurrent_requests": None,
+        "max_concurrent_requests": limits.queue_tokens,  # each has a token at least
         "max_queue_tokens": limits.queue_tokens,
         "max_input_length": model.limit or model.model.max_length,
         "max_batch_tokens": model.token_budget,
@@ -234,13 +245,15 @@ async def info(call: Call) -> Any:
 
 
 async def root(call: Call) -> Any:
-    """Answers as /embed, /rerank, /predict or /entities does, by what the model is and what the request holds."""
+    """Answers as the route does that fits the model and what the request holds."""
     model = call.choose_model("embed", "predict", "entities", "embed_all")
     if "embed" in model.tasks:
         holds_pair = isinstance(call.fields.body.get("inputs"), dict)
         return await (similarity if holds_pair else embed)(call)
     if "rerank" in model.tasks and "query" in call.fields.body:
         return await rerank(call)
+    if "sparse" in model.tasks:
+        return await embed_sparse(call)
     if "embed_all" in model.tasks:
         return await embed_all(call)
     if "inputs" not in call.fields.body:

@@ -41,7 +41,7 @@ class Fields:
         value = self.get(name, str, default)
         assert value is not None
         if value.lower() not in allowed:
-            raise invalid(self.path + name, f"expected one of {', '.join(allowed)}")
+            raise invalid(self.path + name, f"expected one of {', '.join(filter(None, allowed))}")
         return value.lower()
 
     def whole(self, name: str, highest: int) -> int | None:
@@ -68,9 +68,9 @@ class Fields:
         """Tells whether vectors are to be sent in base64, and not as numbers."""
         return self.choice("encoding_format", "float", "float", "base64") == "base64"
 
-    def check_truncation(self) -> None:
-        """Raises ApiError for a direction that this server does not truncate in."""
-        self.choice("truncation_direction", "right", "right")
+    def truncation_side(self) -> str:
+        """Returns the end of a text that is cut, "" where nothing is said."""
+        return self.choice("truncation_direction", "", "right", "left", "")
 
 
 def text(name: str, value: Any) -> str:
@@ -120,6 +120,19 @@ def inputs(name: str, value: Any, limits: Limits, vocab_size: int) -> tuple[list
     if isinstance(items[0], list):
         return [_row(f"{name}[{i}]", item, vocab_size, limits) for i, item in enumerate(items)], False
     return text_or_texts(name, items, limits)
+
+
+def rows(name: str, value: Any, limits: Limits, vocab_size: int) -> list[list[int]]:
+    """Returns rows of token ids: one, or several in a list, of at most `limits.tokens` in all."""
+    if isinstance(value, list) and not _is_row(value):
+        items = filled_list(name, value, limits)
+        row_list = [_row(f"{name}[{i}]", item, vocab_size, limits) for i, item in enumerate(items)]
+    else:
+        row_list = [_row(name, value, vocab_size, limits)]
+    if (n_ids := sum(map(len, row_list))) > limits.tokens:
+        message = f"{name}: got {n_ids} token ids, expected at most {limits.tokens}"
+        raise ApiError(413, "too_many_tokens", message, param=name)
+    return row_list
 
 
 def _is_row(value: Any) -> bool:

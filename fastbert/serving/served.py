@@ -77,9 +77,17 @@ class Served:
         """Returns texts, pairs of texts (`Pair`) or lists of token ids as tokens."""
         if texts and isinstance(texts[0], list):
             return self._of_ids(lane, texts)
-        encoded = encode_texts(self.tokenizer, texts, lane.prompt, self.limit_of(lane))
+        encoded = encode_texts(self._cutting(lane.side), texts, lane.prompt, self.limit_of(lane))
         self.bert.check_ids(encoded.input_ids, encoded.token_type_ids)
         return Tokens(split(encoded), encoded.n_truncated, encoded.n_truncated_tokens)
+
+    def _cutting(self, side: str) -> Any:
+        """Returns the tokenizer, or a copy that cuts texts at that side."""
+        if side in ("", self.tokenizer.truncation_side):
+            return self.tokenizer
+        tokenizer = copy.copy(self.tokenizer)
+        tokenizer.truncation_side = side
+        return tokenizer
 
     def limit_of(self, lane: Lane) -> int:
         """Returns the most tokens of a text in a lane."""
@@ -98,12 +106,14 @@ class Served:
         n_special, limit = offsets.n_special_tokens(template), self.limit_of(lane)
         n_before = offsets.n_special_tokens(template, 0)
         special = [piece.ids[0] for piece in template if piece.source < 0]
+        from_left = (lane.side or self.tokenizer.truncation_side) == "left"
         bare, n_truncated, n_cut = [], 0, 0
         for row in rows:
             end = len(row) - (n_special - n_before)
             if end >= n_before and row[:n_before] + row[end:] == special:
                 row = row[n_before:end]
-            kept = row[: limit - n_special]
+            n_kept = min(limit - n_special, len(row))
+            kept = row[len(row) - n_kept :] if from_left else row[:n_kept]
             n_truncated, n_cut = n_truncated + (len(kept) < len(row)), n_cut + len(row) - len(kept)
             bare.append(kept)
         return Tokens(split(offsets.pack(template, bare)), n_truncated, n_cut)
@@ -148,6 +158,13 @@ class ServedEncoder(Served):
         dense = {"embed", "embed_all"} if model.has_dense else {"embed_all"}
         self.tasks = frozenset(dense | ({"sparse"} if "sparse" in model.outputs else set()))
         self._multi = not model.has_dense and "multi" in model.outputs
+
+    @property
+    def pooling(self) -> str:
+        """Names what makes a vector of a text, as /info says it."""
+        if self.model.has_dense:
+            return "+".join(self.model.pooling.modes)
+        return "splade" if "sparse" in self.tasks else "none"
 
     def limit_of(self, lane: Lane) -> int:
         head: Any = self.model.heads["multi"] if self._multi else None

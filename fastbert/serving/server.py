@@ -11,10 +11,12 @@ from types import FrameType
 import uvicorn
 
 from fastbert.serving.app import make_app
+from fastbert.serving.connection import connection_class
 from fastbert.serving.logs import logger
 from fastbert.serving.service import Service
 
 BACKLOG = 1024
+KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep a connection, so that it is not closed as they use it
 ARRIVAL_SECONDS = 0.2  # in which the request of a connection that was accepted last can arrive
 
 
@@ -26,11 +28,13 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, service: Service, host: str, port: int, drain_seconds: float) -> None:
-        seconds = service.settings.limits.seconds + service.settings.limits.body_seconds
+        limits = service.settings.limits
+        seconds = limits.seconds + limits.body_seconds
         super().__init__(
             uvicorn.Config(
                 make_app(service, self.stop), host=host, port=port, log_config=None, access_log=False, lifespan="on",
                 backlog=BACKLOG, proxy_headers=False, timeout_graceful_shutdown=int(seconds) + 5, server_header=False,
+                http=connection_class(limits.body_seconds), timeout_keep_alive=KEEP_ALIVE_SECONDS,
             )
         )  # fmt: skip
         self.service, self.drain_seconds = service, drain_seconds
@@ -61,9 +65,9 @@ class Server(uvicorn.Server):
             self._loop.call_soon_threadsafe(self._stop_by, sig)
 
     def _stop_by(self, sig: int) -> None:
-        is_first = self.service.state != "draining"
+        is_ready = self.service.state == "ready"  # else nobody has to see that it is so no longer
         self.service.drain()
-        if is_first and self.drain_seconds and self._loop is not None:
+        if is_ready and self.drain_seconds and self._loop is not None:
             self._loop.call_later(self.drain_seconds, self.stop)
             return
         if self.should_exit and sig == signal.SIGINT:
@@ -74,6 +78,7 @@ class Server(uvicorn.Server):
 def run(service: Service, host: str, port: int, drain_seconds: float = 0.0) -> None:
     """Serves until SIGTERM or SIGINT. Raises what the loading of a model raised.
 
+    A stop while a model is being loaded does not wait for it: `service.abandoned` is true, and a thread still loads.
     Raises OSError for an address that cannot be had, before a model is loaded.
     """
     server = Server(service, host, port, drain_seconds)

@@ -59,8 +59,9 @@ class Answer:
 class Service:
     """A Service is "starting" until its models are loaded and warm, then "ready", and "draining" before it stops.
 
-    loaders: by the name of a model, what loads it. A state of "failed" has its reason in `error`. later: what is
-    counted and logged when an answer has been sent. in_flight: requests without an answer.
+    loaders: by the name of a model, what loads it. A state of "failed" has its reason in `error`. abandoned: it was
+    stopped while it was starting. later: what is counted and logged when an answer has been sent. in_flight: requests
+    without an answer.
     """
 
     def __init__(self, loaders: Mapping[str, Callable[[], Any]], settings: Settings | None = None) -> None:
@@ -75,6 +76,7 @@ class Service:
         self.models: dict[str, Served] = {}
         self.batchers: dict[str, Batcher] = {}
         self.state, self.error = "starting", None
+        self.abandoned = False
         self.started = int(time.time())
         self._pool = ThreadPoolExecutor(TOKENIZERS, "fastbert-tokenizer")
         self._workers = [Worker("fastbert-cpu")]  # and one for each model on another device
@@ -82,17 +84,19 @@ class Service:
     error: BaseException | None
 
     def load(self) -> None:
-        """Loads and warms up all models; afterwards the service is ready, or failed."""
+        """Loads and warms up all models; afterwards the service is ready, or failed. A stop ends it after a model."""
         try:
             for name, load in self.loaders.items():
-                self._workers[0].call(partial(self._add, name, load))
+                if self.state == "starting":
+                    self._workers[0].call(partial(self._add, name, load))
         except BaseException as error:
-            self.state, self.error = "failed", error
+            if self.state == "starting":  # else nobody waits for the models any more
+                self.state, self.error = "failed", error
             raise
         if self.state == "starting":
             self.state = "ready"
             self.metrics.ready.set(1)
-        logger.info("ready", extra={"fields": {"models": list(self.models)}})
+            logger.info("ready", extra={"fields": {"models": list(self.models)}})
 
     def _add(self, name: str, load: Callable[[], Any]) -> None:
         torch.get_num_threads()  # which gives OpenMP this number of threads in this thread
@@ -120,14 +124,15 @@ class Service:
 
     def drain(self) -> None:
         """Says from now on that the service is not ready, while it goes on answering."""
+        self.abandoned = self.abandoned or self.state == "starting"
         self.state = "failed" if self.state == "failed" else "draining"
         self.metrics.ready.set(0)
 
     def close(self) -> None:
-        """Computes what waits, and ends all threads."""
+        """Computes what waits, and ends all threads but one that is loading a model."""
         self.drain()
         for worker in self._workers:
-            worker.close(self.settings.limits.seconds)
+            worker.close(0.0 if self.abandoned else self.settings.limits.seconds)
         self._pool.shutdown(cancel_futures=True)
         self.later.now()
 
@@ -184,7 +189,8 @@ class Service:
         batcher, limits = self.batchers[model.name], self.settings.limits
         if model.limit is None:
             limits.check_characters(texts)
-        work = batcher.reserve(sum(model.bound(lane, text) for text in texts))
+        # The guess may exceed what a request may have; then nobody else is to be refused for it.
+        work = batcher.reserve(min(sum(model.bound(lane, text) for text in texts), limits.tokens))
         try:
             if len(texts) <= FEW_TEXTS and sum(map(n_characters, texts)) <= FEW_CHARACTERS:
                 tokens = model.encode(lane, texts)
@@ -199,6 +205,7 @@ class Service:
             if tokens.n_tokens > limits.tokens:
                 message = f"the request has {tokens.n_tokens} tokens, expected at most {limits.tokens}"
                 raise ApiError(413, "too_many_tokens", message)
+            lane = lane._replace(side="")  # it need not part them any more
             limits.check_numbers(tokens.n_tokens * model.bert.config.hidden_size if lane.task == "embed_all" else 0)
             if not (is_only and self.in_flight == 1 and batcher.run_here(work, lane, tokens.items)):
                 await _done(batcher.submit(work, lane, tokens.items))

@@ -18,7 +18,8 @@ class Lane(NamedTuple):
     """A Lane says what is computed for a text. Texts of equal lanes may share a batch.
 
     task: one of the model's tasks. prompt: stands before the text. normalize: whether vectors get length 1. dimensions:
-    how many numbers of a vector are kept. raw: whether scores are logits.
+    how many numbers of a vector are kept. raw: whether scores are logits. side: the end of longer texts that is cut, ""
+    for the tokenizer's choice; "" also when they have been.
     """
 
     task: str
@@ -26,6 +27,7 @@ class Lane(NamedTuple):
     normalize: bool = False
     dimensions: int | None = None
     raw: bool = False
+    side: str = ""
 
 
 class Item(NamedTuple):

@@ -39,6 +39,7 @@ from fastbert.text.settings import (
     limit_of,
     log_unfollowed,
     merged,
+    names_extra_tokens,
 )
 from fastbert.text.transformers4 import parts_that_differ, prefix_that_differs
 from fastbert.text.vocabulary import TOKEN_FIELDS, Source, bert_pipeline, set_bert_template
@@ -76,6 +77,7 @@ class _Folder:
             log_unfollowed(config, file.with_name("tokenizer_config.json"))
         self.added_tokens = config.get("added_tokens_decoder")
         self.options = {**merged(config, special_map), **overrides}
+        self.names_extra_tokens = names_extra_tokens(config, special_map)
         self.unknown_id = 0  # of a Unigram model
 
         family = _family_of(model.get("model_type"))
@@ -158,9 +160,10 @@ class _Folder:
     def _tokens(self, names: Mapping[str, Any]) -> list[AddedToken]:
         """Returns the tokens that Rust takes as a whole: the stored ones by id, those with a name, the extra ones."""
         extra = self.options["extra_special_tokens"]
-        if self.pieces is not None:  # what SentencePiece takes as a whole; only its control pieces are special
+        # What SentencePiece takes as a whole, unless the config names tokens; only its control pieces are special.
+        if self.pieces is not None and not self.names_extra_tokens:
             extra = [
-                {"content": piece.text, "special": piece.type == CONTROL, "normalized": False}
+                AddedToken(piece.text, special=piece.type == CONTROL, normalized=False)
                 for piece in self.pieces.pieces
                 if piece.type in (CONTROL, USER_DEFINED)
             ]
@@ -180,7 +183,7 @@ class _Folder:
                 token = _added_token(value, special=True)
                 tokens.setdefault(token.content, token).special = True
         for value in extra:
-            token = _added_token(value, special=True)
+            token = value if isinstance(value, AddedToken) else _added_token(value, special=True)
             tokens.setdefault(token.content, token)
         return list(tokens.values())
 
@@ -356,7 +359,7 @@ def _prefix_of(rust: RustTokenizer) -> bool | None:
 
 
 def _content(token: Any) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+    return token["content"] if isinstance(token, dict) else getattr(token, "content", token)
 
 
 def _added_token(token: str | dict[str, Any], **flags: bool) -> AddedToken:

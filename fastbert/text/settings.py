@@ -125,6 +125,19 @@ def merged(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[st
     return {**options, "extra_special_tokens": extra, "model_specific_special_tokens": named}
 
 
+def names_extra_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> bool:
+    """Tells whether the files name extra tokens, or none, in the place of those that a SentencePiece file has.
+
+    transformers 5 then takes only theirs. Tokens with names of their own, and "additional_special_tokens" of
+    special_tokens_map.json, do not count.
+    """
+    extra, more = config.get("extra_special_tokens", {}), special_map.get("extra_special_tokens")
+    if isinstance(extra, dict):
+        in_config = not extra and "additional_special_tokens" in config
+        return in_config or (isinstance(more, list) and bool(more))
+    return True
+
+
 def limit_of(options: Mapping[str, Any]) -> int | None:
     """Returns the limit of tokens, None for none. ``max_len``, its older name, counts where the newer is missing."""
     name = "model_max_length" if "model_max_length" in options else "max_len"

@@ -1,8 +1,8 @@
-"""The tokenizer makes token ids of text and text of token ids, with the ``tokenizers`` library.
+"""The tokenizer converts text to token ids and token ids to text, with the ``tokenizers`` library.
 
-For one folder the ids are those of transformers' tokenizer. Truncation and padding are done in ``encoding``, on arrays.
-In the library's Rust object both are state. On arrays, threads that share a tokenizer may differ in ``max_length``, and
-the tokens that are cut can be counted.
+The ids are the same as from transformers' tokenizer for the same folder. ``encoding`` truncates and pads arrays. In the
+library's Rust object, truncation and padding are state. With arrays, threads that share a tokenizer may use different
+``max_length``, and the cut tokens can be counted.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Tokenizer:
 
     ``vocab_size`` is the highest id + 1, the number of rows that an embedding table needs. ``model_max_length`` (in
     tokens, None for no limit), ``padding_side`` and ``truncation_side`` ("right" or "left") may be set at any time. The
-    special tokens and their ids are for reading.
+    special tokens and their ids are read-only.
     """
 
     vocab_size: int
@@ -97,23 +97,23 @@ class Tokenizer:
     ) -> Tokenizer:
         """Loads a local folder, a hub id, or the path of a ``vocab.txt``.
 
-        Reads ``tokenizer.json`` if it is there, else ``vocab.txt``, ``vocab.json`` and ``merges.txt``, or a
-        SentencePiece file. Reads ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json`` too.
-        ``tokenizer_class``, or without one ``model_type`` of ``config.json``, says what is done with them, as in
+        Reads ``tokenizer.json`` if the folder has it, else ``vocab.txt``, ``vocab.json`` and ``merges.txt``, or a
+        SentencePiece file. Also reads ``tokenizer_config.json``, ``special_tokens_map.json`` and ``added_tokens.json``.
+        ``tokenizer_class``, or without it ``model_type`` of ``config.json``, determines the kind of tokenizer, as in
         transformers 5.
 
-        The classes in ``fastbert/text/kinds.py`` are made anew, whatever else ``tokenizer.json`` says: from the
-        vocabulary and from ``do_lower_case`` (True for BERT and ALBERT), ``strip_accents`` (None: as lowercase),
-        ``tokenize_chinese_chars`` (True) or ``add_prefix_space`` (False for byte-level BPE, else True). For any other
-        class ``tokenizer.json`` is taken as it stands. Only the sides of its truncation and padding are taken.
-        Segment ids are all 0 where transformers gives none, by ``model_input_names`` of the config or by its class.
-        Keys that are not followed are logged by name, and so are folders that transformers 4 reads in another way.
+        The classes in ``fastbert/text/kinds.py`` are built from the vocabulary and from ``do_lower_case`` (True for
+        BERT and ALBERT), ``strip_accents`` (None: as lowercase), ``tokenize_chinese_chars`` (True) or
+        ``add_prefix_space`` (False for byte-level BPE, else True); the other settings of ``tokenizer.json`` are
+        ignored. For any other class ``tokenizer.json`` is used unchanged, except its truncation and padding: only
+        their sides are used. Segment ids are all 0 if ``model_input_names``, of the config or the class, has none.
+        Ignored keys are logged by name, and so are folders that transformers 4 reads in another way.
 
         ``overrides`` replace values of the config: these four, ``model_max_length``, ``padding_side``,
         ``truncation_side``, ``split_special_tokens``, ``clean_up_tokenization_spaces``, ``cls_token``, ``sep_token``,
-        ``unk_token``, ``pad_token``, ``mask_token``. The last two may be None where the vocabulary has no such token.
+        ``unk_token``, ``pad_token``, ``mask_token``. The last two may be None if the vocabulary has no such token.
 
-        Raises FileNotFoundError if there is no such file. Raises ValueError for a file that cannot be read, a special
+        Raises FileNotFoundError if the file is missing. Raises ValueError for a file that cannot be read, a special
         token that the vocabulary lacks or holds twice, or a bad value. Raises TypeError for an unknown override.
         """
         return cls(load(src, revision, overrides))
@@ -135,14 +135,14 @@ class Tokenizer:
 
         ``texts_or_files``: str items are texts, Path items are UTF-8 files with one text a line. They are read twice;
         an iterator is spooled to a temporary file. ``special_tokens`` get the ids from 0 on and must contain BERT's
-        five. ``limit_alphabet``: how many characters to keep, the most frequent first, by default a third of
+        five. ``limit_alphabet``: the number of characters to keep, the most frequent first, by default a third of
         ``vocab_size``. A word with any other character is [UNK]. A kept character becomes a token, and a second token
-        with ## if it can stand inside a word. A merge needs ``min_frequency`` occurrences.
+        with ## if it can occur inside a word. A merge needs ``min_frequency`` occurrences.
 
         ``strip_accents=None`` follows ``lowercase``, as in BERT, unless the input contains a Hangul syllable anywhere.
-        Then accents stay, because stripping them begins with Unicode's NFD, which takes syllables apart into Jamo. True
-        is obeyed, with a warning if it meets Hangul. Korean text that comes in NFD stays in NFD: bring it to NFC before
-        training and before encoding.
+        Then accents stay, because stripping them begins with Unicode's NFD, which splits syllables into Jamo. With
+        True accents are always stripped, and Hangul causes a warning. Korean text in NFD stays in NFD: convert it to
+        NFC before training and before encoding.
 
         Raises TypeError for an item that is neither str nor Path. Raises ValueError if there is no text, if it holds
         lone surrogates or is not UTF-8, or if special tokens and alphabet exceed ``vocab_size``.
@@ -190,9 +190,9 @@ class Tokenizer:
         return sorted(i for i, token in self._rust.get_added_tokens_decoder().items() if token.special)
 
     def for_raw_text(self) -> RustTokenizer:
-        """Returns the tokenizer of ``tokenizers`` for running text: what looks like a special token there is text.
+        """Returns the tokenizer of ``tokenizers`` for running text, in which the text "[MASK]" is not a special token.
 
-        It is a copy, which neither truncates nor pads.
+        It is a copy without truncation and padding.
         """
         rust = RustTokenizer.from_str(self._rust.to_str())
         rust.no_truncation()
@@ -202,7 +202,7 @@ class Tokenizer:
 
     @property
     def marks_continuations(self) -> bool:
-        """Tells whether tokens show that they go on with a word, as ## does in WordPiece."""
+        """Tells whether a token shows that it continues a word, as ## does in WordPiece."""
         return bool(getattr(self._rust.model, "continuing_subword_prefix", None))
 
     def get_vocab(self) -> dict[str, int]:
@@ -229,8 +229,8 @@ class Tokenizer:
         ``pairs``: the second texts, as many as ``texts``. ``padding``: False, True or "longest", "max_length".
         ``truncation``: True or "longest_first", "only_first", "only_second"; with False, a text over the limit is an
         error. ``max_length``: the limit, special tokens included; by default ``model_max_length``, and then one warning
-        a call counts the texts and tokens cut. ``return_tensors``: None (lists), "pt" (tensors), "np" (arrays); with
-        the last two a single text is a batch of 1.
+        a call counts the truncated texts and the cut tokens. ``return_tensors``: None (lists), "pt" (tensors), "np"
+        (arrays); with the last two a single text is a batch of 1.
 
         Raises TypeError for an item that is not a str. Raises ValueError for lone surrogates, for ``texts`` and
         ``pairs`` of different lengths, for a limit that cannot be met, and for tensors from rows of different lengths.
@@ -262,7 +262,7 @@ class Tokenizer:
         add_special_tokens: bool = True,
         warn: bool = True,
     ) -> PackedEncoding:
-        """Encodes a batch end to end, without a padded batch on the way. Arguments and errors are those of a call.
+        """Encodes texts one after the other, and never builds a padded batch. Arguments and errors are those of a call.
 
         ``warn=False``: no warning about cut texts. Their counts are in the result.
         """
@@ -274,11 +274,11 @@ class Tokenizer:
         return PackedEncoding(input_ids, token_type_ids, cu_seqlens, rows.n_truncated, rows.n_truncated_tokens)
 
     def encode_with_offsets(self, texts: str | Iterable[str]) -> list[offsets.TokenizedText]:
-        """Returns each text's ids, the places of its tokens, and their words; no special tokens, nothing truncated."""
+        """Returns each text's ids, token positions and words; not truncated, without special tokens."""
         return offsets.tokenize(self._rust, _as_list(texts, "texts"))
 
     def template(self, pair: bool) -> tuple[Any, ...]:
-        """Returns what a row of a text, or of a pair, is put together from; `offsets.pack` does it."""
+        """Returns the template of a row with a text or a pair, for `offsets.pack`."""
         return self._templates[pair]
 
     def tokenize(self, text: str) -> list[str]:
@@ -290,7 +290,7 @@ class Tokenizer:
         """Returns the text of ids in a sequence, a 1-D array or a 1-D tensor.
 
         Pieces are joined, and no space is put before punctuation. Raises ValueError for ids outside the vocabulary, and
-        TypeError for anything but one row of ints.
+        TypeError for anything except one row of ints.
         """
         return self._cleaned(self._rust.decode(self._check_ids(ids), skip_special_tokens=skip_special_tokens))
 
@@ -391,7 +391,7 @@ class Tokenizer:
 
 
 def _as_list(texts: Any, name: str) -> list[str]:
-    """Returns the texts as a list. Raises TypeError or ValueError for an item that is no text."""
+    """Returns the texts as a list. Raises TypeError or ValueError for an item that is not a text."""
     if isinstance(texts, (bytes, dict)) or not isinstance(texts, Iterable):
         raise TypeError(f"{name}: got {type(texts).__name__}, expected a str or a sequence of str")
     texts = [texts] if isinstance(texts, str) else list(texts)

@@ -1,4 +1,4 @@
-"""This package trains a BERT from raw text and heads on one, and finds the source of NaN in the loss of any loop.
+"""This package trains a BERT on raw text, trains heads on a BERT, and finds the source of NaN in any training loop.
 
 Modules are imported when a name is first used, so that the options of `fastbert pretrain` do not wait for PyTorch.
 """

@@ -11,7 +11,7 @@ from fastbert.training.finite import LEAST_SCALE, FiniteGuard
 def finite_callback(*, least_scale: float = LEAST_SCALE) -> Any:
     """Returns a TrainerCallback that raises FloatingPointError as `FiniteGuard` does.
 
-    It looks after each backward pass, before the optimizer's step. least_scale: as of `FiniteGuard`.
+    It checks after each backward pass, before the optimizer's step. least_scale: as in `FiniteGuard`.
     """
     return _callback_class()(least_scale)
 

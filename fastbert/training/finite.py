@@ -1,4 +1,4 @@
-"""`FiniteGuard` stops a training that has met NaN or an infinity, and says in which step and where it began."""
+"""`FiniteGuard` stops a training at the first NaN or infinity, and names the step and the source."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _WRAPPERS = nn.DataParallel, nn.parallel.DistributedDataParallel
 class FiniteGuard:
     """Watches the steps of a training, in a `with` statement or until `close`.
 
-    model: what is called in each step; of DistributedDataParallel, the model inside. least_scale: with a GradScaler,
-    gradients overflow now and then, and the scale sinks; below this scale they are a fault.
+    model: the model that each step calls; with DistributedDataParallel, the model inside. least_scale: with a
+    GradScaler, a gradient may overflow sometimes, and the scale falls. Below this scale an overflow is an error.
 
         with FiniteGuard(model) as guard:
             for batch in batches:
@@ -32,9 +32,9 @@ class FiniteGuard:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    A step costs one pass over the gradients, the state of the generators, and one wait for the device. Nothing else of
-    the model is looked at until a value is not finite. Then the calls since the last check are made again, module by
-    module, with the same dropout; so `check` comes before the optimizer changes the weights.
+    In each step the guard reads the gradients once, saves the state of the generators, and waits for the device once.
+    If a value is not finite, it repeats the calls since the last check, module by module, with the same dropout. So
+    call `check` before the optimizer changes the weights.
     """
 
     def __init__(self, model: nn.Module, *, least_scale: float = LEAST_SCALE) -> None:
@@ -66,11 +66,11 @@ class FiniteGuard:
         self._forget()
 
     def check(self, loss: Tensor | None = None, *, step: int | None = None, scaler: Any = None) -> None:
-        """Raises FloatingPointError where the loss or a gradient of this step is not finite.
+        """Raises FloatingPointError if the loss or a gradient of this step is not finite.
 
-        loss: by default the `loss` of the model's outputs since the last check, where they have one. Call it after
-        `backward` and before the optimizer's step; without a backward pass, only the loss is looked at. step: its
-        number for the message, by default the number of this call, from 1 on. scaler: a GradScaler, where one is used.
+        loss: by default the `loss` of the model's outputs since the last check, if they have one. Call it after
+        `backward` and before the optimizer's step; without a backward pass, only the loss is checked. step: its number
+        for the message, by default the number of this call, from 1 on. scaler: the GradScaler, if there is one.
         """
         self.step = self.step + 1 if step is None else step
         losses = self._losses if loss is None else [loss.detach()]
@@ -104,13 +104,13 @@ class FiniteGuard:
                 value.register_hook(self._in_backward)
 
     def _in_backward(self, grad: Tensor) -> None:
-        """Has the gradients looked at when the backward pass that has begun is at its end."""
+        """Registers a check of the gradients at the end of the present backward pass."""
         if not self._is_queued:
             self._is_queued = True
             Variable._execution_engine.queue_callback(self._after_backward)
 
     def _after_backward(self) -> None:
-        """Takes the norm of each gradient, on the device, before anybody clips them."""
+        """Computes the norm of each gradient on the device, before gradients are clipped."""
         self._is_queued = False
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         values = {name: grad._values() if grad.is_sparse else grad for name, grad in gradients.items()}

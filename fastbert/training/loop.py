@@ -168,10 +168,10 @@ class _Pending:
     def error(self, norm: float) -> str:
         finite = torch.isfinite(self.sums).all(1).tolist()
         batches = [batch for batch, is_finite in zip(self.data.batches, finite, strict=True) if not is_finite]
-        what = "the loss" if batches else f"the gradient (its norm is {norm})" if any(finite) else "a loss elsewhere"
+        subject = "the loss" if batches else f"the gradient (its norm is {norm})" if any(finite) else "a loss elsewhere"
         documents = sorted({int(d) for batch in batches or self.data.batches for d in batch.documents})
         listed = ", ".join(map(str, documents[:20])) + (f" and {len(documents) - 20} more" * (len(documents) > 20))
-        return f"step {self.step + 1}: {what} is not finite; the documents of its batches are {listed}"
+        return f"step {self.step + 1}: {subject} is not finite; the documents of its batches are {listed}"
 
 
 def dropout_seed(seed: int, step: int, batch: int) -> int:

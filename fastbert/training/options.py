@@ -20,66 +20,69 @@ EXAMPLES = """examples:
       --model-config google-bert/bert-base-uncased --learning-rate 5e-5 --steps 5000
 on N GPUs of a machine:
   torchrun --nproc-per-node N -m fastbert.training.pretrain --text corpus/ --tokenizer ./tokenizer --output ./my-bert
-after a machine died, the same command with --resume"""
+after a crash, the same command with --resume"""
 
-# By group and field: the name of the value in --help, "" for what is chosen or switched, and what is said of it.
-# "(default: ...)" is added where the default of `Settings` is a value.
+# For each group and field: the name of the value in --help ("" for a choice or a switch), and the help text.
+# "(default: ...)" is added if the default of `Settings` is a value.
 HELP: dict[str, dict[str, tuple[str, str]]] = {
     "data": {
-        "text": ("PATH", "files, folders and globs: plain text, JSON lines, Parquet; compressed ones too"),
-        "tokenizer": ("FOLDER", "folder with a tokenizer, or hub id; it needs [CLS], [SEP] and [MASK]"),
-        "output": ("FOLDER", "of the result; checkpoints, best model and journal lie there, too"),
-        "layout": ("", "of plain text: a sentence a line with a blank line between documents (sentences, auto), a "
-                   "document a line (documents), or a document a file (files)"),
-        "field": ("NAME", "of the text in a JSON object or a Parquet row"),
-        "errors": ("", "at bytes that are not UTF-8: stop and say where, or replace and count them"),
-        "cache": ("FOLDER", "of tokenised text (default: $FASTBERT_CACHE, or fastbert/corpora in the user's cache)"),
-        "rebuild": ("", "tokenise the text though the cache has it"),
+        "text": ("PATH", "files, folders and globs: plain text, JSON lines or Parquet, also compressed"),
+        "tokenizer": ("FOLDER", "folder with a tokenizer, or hub id; the tokenizer needs [CLS], [SEP] and [MASK]"),
+        "output": ("FOLDER", "folder for the result, the checkpoints, the best model and the journal"),
+        "layout": ("", "layout of plain text: one sentence on each line, with a blank line between documents "
+                   "(sentences, auto); one document on each line (documents); or one document in each file (files)"),
+        "field": ("NAME", "name of the field with the text, in JSON objects and Parquet rows"),
+        "errors": ("", "for bytes that are not UTF-8: stop with their position, or replace and count them"),
+        "cache": ("FOLDER", "folder for tokenised text (default: $FASTBERT_CACHE, or fastbert/corpora in the user's "
+                  "cache)"),
+        "rebuild": ("", "tokenise the text again, even if the cache has it"),
         "evaluation_text": ("PATH", "held-out text (default: a share of the documents of --text)"),
-        "evaluation_share": ("SHARE", "of the documents that are held out, 0 for none"),
+        "evaluation_share": ("SHARE", "share of the documents that is held out, 0 for none"),
     },
     "model and objective": {
-        "model_config": ("NAME", "tiny, mini, small, medium, base or large; or a config.json; or a checkpoint, a "
-                         "folder or hub id, to go on from"),
-        "max_length": ("N", "tokens of a sequence, special ones included (default: 512, or what the model reads)"),
-        "nsp": ("", "predict next sentences, too; --no-nsp: masked tokens alone, in sequences of full sentences"),
-        "mlm_probability": ("SHARE", "of the tokens that are predicted"),
+        "model_config": ("NAME", "tiny, mini, small, medium, base or large; or a config.json; or a checkpoint (folder "
+                         "or hub id) whose training continues"),
+        "max_length": ("N", "greatest sequence length in tokens, with special tokens (default: 512, or the model's "
+                       "limit)"),
+        "nsp": ("", "also learn next-sentence prediction; --no-nsp: only masked tokens, in sequences of full "
+                "sentences"),
+        "mlm_probability": ("SHARE", "share of the tokens that the model predicts"),
         "whole_words": ("", "mask all tokens of a word or none"),
-        "short_probability": ("SHARE", "of the sequences that are made shorter"),
-        "dropout": ("SHARE", "of hidden states and attention (default: the config's)"),
+        "short_probability": ("SHARE", "share of the sequences that are shorter"),
+        "dropout": ("SHARE", "dropout probability of hidden states and attention (default: the config's)"),
     },
     "steps": {
         "steps": ("N", "updates of the weights (default: as many as --epochs take)"),
-        "epochs": ("N", "times that the text is read, where --steps is not named"),
-        "tokens_per_step": ("N", "of all processes and accumulated batches together"),
-        "sequences_per_step": ("N", "sequences of --max-length tokens of a step (default: --tokens-per-step counts)"),
-        "tokens_per_batch": ("N", "that a device takes at once (default: 16384 on a GPU, 4096 on a CPU)"),
-        "seed": ("N", "of weights, order, masks and dropout"),
+        "epochs": ("N", "passes over the text, if --steps is not set"),
+        "tokens_per_step": ("N", "tokens of a step, over all processes and accumulated batches"),
+        "sequences_per_step": ("N", "sequences of --max-length tokens in a step (default: --tokens-per-step is used)"),
+        "tokens_per_batch": ("N", "tokens that a device computes at once (default: 16384 on a GPU, 4096 on a CPU)"),
+        "seed": ("N", "seed of weights, order, masks and dropout"),
     },
     "optimizer": {
-        "learning_rate": ("RATE", "at the peak"),
-        "weight_decay": ("RATE", "of AdamW; biases and norms have none"),
-        "beta1": ("SHARE", "of AdamW"),
-        "beta2": ("SHARE", "of AdamW"),
-        "epsilon": ("VALUE", "of AdamW"),
-        "clip": ("NORM", "the greatest norm of all gradients together, 0 for no limit"),
+        "learning_rate": ("RATE", "highest learning rate"),
+        "weight_decay": ("RATE", "weight decay of AdamW; biases and norms have none"),
+        "beta1": ("SHARE", "first beta of AdamW"),
+        "beta2": ("SHARE", "second beta of AdamW"),
+        "epsilon": ("VALUE", "epsilon of AdamW"),
+        "clip": ("NORM", "limit for the norm of all gradients together, 0 for no limit"),
         "schedule": ("", "linear: warm-up, then down to 0; trapezoid: warm-up, constant, down to 0 at the end"),
-        "warmup": ("N", "updates, or below 1 a share of all"),
-        "decay": ("N", "updates at the end of a trapezoid, or below 1 a share of all"),
-        "precision": ("", "of products; weights and sums are fp32. auto: bf16 where it is faster"),
+        "warmup": ("N", "number of warm-up updates, or a share of all updates if below 1"),
+        "decay": ("N", "number of updates in the decay of a trapezoid, or a share of all updates if below 1"),
+        "precision": ("", "data type of matrix products; weights and sums are fp32. auto: bf16 if it is faster"),
     },
-    "on the way": {
-        "evaluate_every": ("STEPS", "between evaluations (default: a twentieth of all)"),
-        "evaluation_tokens": ("N", "of the held-out documents, at most"),
-        "checkpoint_every": ("STEPS", "between checkpoints"),
-        "keep": ("N", "checkpoints that stay"),
-        "log_every": ("STEPS", "between lines of training.jsonl"),
-        "resume": ("", "go on from the newest complete checkpoint in --output"),
-        "workers": ("N", "threads that make batches, 0 for none beside the training's"),
-        "device": ("NAME", "cpu, cuda, cuda:1 (default: the GPU if there is one; with torchrun, one each)"),
+    "run": {
+        "evaluate_every": ("STEPS", "steps between evaluations (default: a twentieth of all steps)"),
+        "evaluation_tokens": ("N", "greatest number of tokens in an evaluation"),
+        "checkpoint_every": ("STEPS", "steps between checkpoints"),
+        "keep": ("N", "number of checkpoints to keep"),
+        "log_every": ("STEPS", "steps between lines of training.jsonl"),
+        "resume": ("", "continue from the newest complete checkpoint in --output"),
+        "workers": ("N", "threads that make batches; 0: the training thread makes them"),
+        "device": ("NAME", "cpu, cuda or cuda:1 (default: the GPU if there is one; with torchrun, one GPU each)"),
         "fsdp": ("", "shard weights and the optimizer's state over the processes, to save memory"),
-        "tensorboard": ("", "write for TensorBoard too, where it is installed"),
-        "progress": ("", "show a bar, or lines where standard error is no terminal"),
+        "tensorboard": ("", "also write for TensorBoard, if it is installed"),
+        "progress": ("", "show a progress bar, or lines if standard error is not a terminal"),
     },
 }  # fmt: skip
 CHOICES = {"layout": LAYOUTS, "errors": ERRORS, "schedule": SCHEDULES, "precision": PRECISIONS}
@@ -101,13 +104,13 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def parse(argv: Sequence[str] | None = None, prog: str = "python -m fastbert.training.pretrain") -> Settings:
-    """Makes the settings of a command line, by default the process's.
+    """Makes the settings of a command line, by default that of the process.
 
-    Raises SystemExit as argparse does, also for values that no run can have.
+    Raises SystemExit as argparse does, also for values that `Settings` does not allow.
     """
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="A BERT from raw text.",
+        description="Trains a BERT on raw text.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -121,28 +124,28 @@ def parse(argv: Sequence[str] | None = None, prog: str = "python -m fastbert.tra
 def argument(
     field: dataclasses.Field[Any], metavar: str, text: str, choices: Mapping[str, Sequence[str]]
 ) -> dict[str, Any]:
-    """Returns what argparse is told of a field of settings, whose annotations are strings.
+    """Returns the keyword arguments of `add_argument` for a field of settings, whose annotations are strings.
 
-    text: the help, to which the default is added. choices: the values of fields that have a few, by name.
+    text: the help text, to which the default is added. choices: the allowed values of a field, by its name.
     """
     annotation = str(field.type)
     if field.default is dataclasses.MISSING:
-        made: dict[str, Any] = {"required": True}
+        keywords: dict[str, Any] = {"required": True}
     else:
-        made = {"default": field.default}
+        keywords = {"default": field.default}
         if field.default not in (None, ()) and field.default is not False:
             text += f" (default: {_written(field.default)})"
-    made["help"] = text.replace("%", "%%")
+    keywords["help"] = text.replace("%", "%%")
     if annotation == "bool":
         # Python 3.10 adds a default of its own to the help of a BooleanOptionalAction that has one.
         on_and_off = {"action": argparse.BooleanOptionalAction} if field.default else {"action": "store_true"}
-        return {"help": made["help"], **on_and_off}
+        return {"help": keywords["help"], **on_and_off}
     if annotation.startswith("tuple"):
-        made["nargs"] = "+"
+        keywords["nargs"] = "+"
     if field.name in choices:
-        return {**made, "choices": choices[field.name]}
+        return {**keywords, "choices": choices[field.name]}
     number = int if annotation.startswith("int") else float if annotation.startswith("float") else str
-    return {**made, "metavar": metavar, "type": number}
+    return {**keywords, "metavar": metavar, "type": number}
 
 
 def _written(value: Any) -> str:

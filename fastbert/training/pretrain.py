@@ -1,4 +1,4 @@
-"""`pretrain` makes a BERT of raw text.
+"""`pretrain` trains a BERT on raw text.
 
 On several processes: torchrun --nproc-per-node N -m fastbert.training.pretrain, with the options of the command.
 """
@@ -16,9 +16,9 @@ from fastbert.training.stopping import StopSignals
 
 
 def pretrain(settings: Settings) -> Result:
-    """Trains a BERT on raw text, from a shape or from a checkpoint, and leaves a folder that transformers reads.
+    """Trains a BERT on raw text, from a shape or from a checkpoint, and writes a folder that transformers reads.
 
-    Started by torchrun, every process calls it. Raises ValueError and OSError for what a run cannot start or go on
+    With torchrun, every process calls it. Raises ValueError and OSError for what a run cannot start or go on
     with, and FloatingPointError for a loss or a gradient that is not finite, with the step and its documents.
     """
     processes = Processes.start(settings.device)

@@ -1,4 +1,4 @@
-"""`Settings` hold everything that a pre-training run is asked for; they are checked when they are made."""
+"""`Settings` holds the settings of a pre-training run, and checks them when it is made."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MAY_DIFFER = frozenset(
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is asked for. Numbers of tokens count special tokens.
+    """A `Settings` holds the settings of a run. Numbers of tokens include special tokens.
 
-    Raises ValueError or TypeError, with the name of the field, for a value that no run can have.
+    Raises ValueError or TypeError, with the name of the field, for an invalid value.
     """
 
     # Data
@@ -114,5 +114,5 @@ class Settings:
 
 
 def n_steps_of(share_or_steps: float, steps: int) -> int:
-    """Returns a number of steps that is written as such, or as a share of all below 1."""
+    """Returns a number of steps; a value below 1 is a share of all steps."""
     return round(share_or_steps * steps) if share_or_steps < 1 else round(share_or_steps)

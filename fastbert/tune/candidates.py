@@ -72,7 +72,7 @@ class Candidate:
 def gemm_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilogue: str) -> Iterator[Candidate]:
     """The candidates of a 16-bit or 32-bit linear: cuBLAS, the tiles that tables give now, then others that fit.
 
-    shape: (K, M). epilogue: "none", "gelu" or "residual".
+    shape: (K, M). epilogue: "none", "gelu", "gated" or "residual".
     """
     from fastbert_kernels import configs
 
@@ -85,15 +85,16 @@ def gemm_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilo
         if _fits(sizes, dtype, arch) and _leaves_registers(sizes, dtype, epilogue)
     )
     current = configs.linear_persistent_config(dtype, arch, shape, epilogue)
-    if current is None or any(size * dtype.itemsize % 16 for size in shape):
+    n_out = shape[1] // 2 if epilogue == "gated" else shape[1]
+    if current is None or any(size * dtype.itemsize % 16 for size in (shape[0], n_out)):
         return
     persistent = [current.block_sizes, *map(_gemm_tile, _PERSISTENT_TILES), *map(_apart, _APART_TILES)]
-    kinds = [("linear_persistent", sizes) for sizes in persistent]
-    if arch == configs.WARP_SPECIALIZED_ARCH:
-        kinds += [("linear_specialized", _gemm_tile(tile)) for tile in _SPECIALIZED_TILES]
+    kernels = [("linear_persistent", sizes) for sizes in persistent]
+    if arch == configs.WARP_SPECIALIZED_ARCH and epilogue != "gated":
+        kernels += [("linear_specialized", _gemm_tile(tile)) for tile in _SPECIALIZED_TILES]
     yield from dict.fromkeys(
         _candidate(kernel, sizes)
-        for kernel, sizes in kinds
+        for kernel, sizes in kernels
         if _fits(sizes, dtype, arch, staged_outputs=2 if epilogue == "residual" else 1)
         # Two groups of warps share a warp-specialised tile.
         and _leaves_registers(sizes, dtype, epilogue, groups=2 if kernel == "linear_specialized" else 1)
@@ -103,7 +104,7 @@ def gemm_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilo
 def few_rows_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilogue: str) -> Iterator[Candidate]:
     """The candidates of a 16-bit linear on few rows: cuBLAS, small tiles and, before LayerNorm, K shared by programs.
 
-    shape: (K, M). epilogue: "gelu" or "residual".
+    shape: (K, M). epilogue: "gelu", "gated" or "residual".
     """
     yield Candidate("cublas")
     for sizes in map(_gemm_tile, _FEW_ROWS_TILES):
@@ -148,13 +149,13 @@ def quantized_candidates(
     tiles = list(map(whole_steps, (*map(_gemm_tile, _PERSISTENT_TILES_8BIT), *map(_apart, _APART_TILES_8BIT))))
     if arch != configs.WARP_SPECIALIZED_ARCH:  # elsewhere the tile of two parts spills
         tiles = [sizes for sizes in tiles if sizes["BLOCK_COLS"] == quantized.OUT_GROUP]
-    kinds = [("quantized_linear_persistent", sizes) for sizes in (descriptors.block_sizes, *tiles)]
+    kernels = [("quantized_linear_persistent", sizes) for sizes in (descriptors.block_sizes, *tiles)]
     if arch == configs.WARP_SPECIALIZED_ARCH:
         specialized = map(whole_steps, map(_gemm_tile, _SPECIALIZED_TILES_8BIT))
-        kinds += [("quantized_linear_specialized", sizes) for sizes in specialized]
+        kernels += [("quantized_linear_specialized", sizes) for sizes in specialized]
     yield from dict.fromkeys(
         _candidate(kernel, sizes)
-        for kernel, sizes in kinds
+        for kernel, sizes in kernels
         if _fits(sizes, dtype, arch, staged_outputs=out_size, staged_cols=quantized.OUT_GROUP)
         and (group is None or group % sizes["BLOCK_K"] == 0)
     )
@@ -169,13 +170,13 @@ def quantized_gated_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, 
 
     pointer = quantized_configs.quantized_gated_config(dtype, arch, shape).block_sizes
     descriptors = quantized_configs.quantized_gated_persistent_config(dtype, arch, shape)
-    kinds = [("quantized_gated_linear", sizes) for sizes in (pointer, *map(_gemm_tile, _GATED_TILES))]
+    kernels = [("quantized_gated_linear", sizes) for sizes in (pointer, *map(_gemm_tile, _GATED_TILES))]
     if descriptors is not None:
         tiles = descriptors.block_sizes, *map(_gemm_tile, _GATED_PERSISTENT_TILES)
-        kinds += [("quantized_gated_linear_persistent", sizes) for sizes in tiles]
+        kernels += [("quantized_gated_linear_persistent", sizes) for sizes in tiles]
     yield from dict.fromkeys(
         _candidate(kernel, sizes)
-        for kernel, sizes in kinds
+        for kernel, sizes in kernels
         if _fits(sizes, dtype, arch, staged_outputs=int(kernel.endswith("persistent")), n_weights=2)
     )
 
@@ -196,7 +197,7 @@ def _leaves_registers(sizes: dict[str, int], dtype: torch.dtype, epilogue: str, 
     One that takes half of them spills, except with the short GELU of 16 bits. This was seen in the offline compile, on
     sm_80, 89 and 90; GELU of 16 bits also on 100 and 120.
     """
-    if epilogue == "none" or (epilogue == "gelu" and dtype != torch.float32):
+    if epilogue == "none" or (epilogue in ("gelu", "gated") and dtype != torch.float32):
         return True
     return sizes["BLOCK_ROWS"] * sizes["BLOCK_COLS"] // (32 * groups * sizes["num_warps"]) < 128
 

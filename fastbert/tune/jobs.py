@@ -31,7 +31,7 @@ TOKENS = (256, 2048, 16384)
 # The products of a layer: what the terminal calls them, and what follows each in 16 and 32 bits.
 TITLES = {"qkv": "QKV", "out": "attention output", "up": "up", "down": "down"}
 EPILOGUES = {"qkv": "none", "out": "residual", "up": "gelu", "down": "residual"}
-GATED = "gated"  # The epilogue of an 8-bit product with its gate.
+GATED = "gated"  # The epilogue of a product with its gate.
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Job:
     """One entry of a table to be.
 
     op: "gemm", "few_rows", "quantized_gemm", "quantized_gated_gemm" or "attention". key: the entry's. title: what
-    people read. sizes: (K, M) of a GEMM, (K, I) of one with a gate, (number of heads, D) of attention. epilogue: of a
-    GEMM, "none", "gelu" or "residual"; "gelu" of a quantised one quantises the result, as "gated" does. group: columns
+    people read. sizes: (K, M) of a GEMM, (K, I) of an 8-bit one with a gate, (number of heads, D) of attention.
+    epilogue: of a GEMM, "none", "gelu", "gated" or "residual"; "gelu" and "gated" of a quantised one quantise the
+    result; "gated" of another has half as many columns as the product, M. group: columns
     of a quantised operand that share a scale, None where a row has one. tokens: the numbers of tokens at which it is
     timed, where the entry is for these alone.
     """
@@ -92,14 +93,14 @@ def jobs_of(
 def _products(config: BertConfig) -> Iterator[tuple[str, tuple[int, int], str]]:
     """Each product of a layer by name, the shape (M, K) of its weight, and its epilogue in 16 and 32 bits.
 
-    Of a product with a gate the weight has both, one above the other, and another kernel applies the gate.
+    Of a product with a gate the weight has both, one above the other.
     """
     block = _first_block(config)
     for product, linears in block.products().items():
         shape = sum(linear.weight.shape[0] for linear in linears), linears[0].weight.shape[1]
         epilogue = EPILOGUES[product]
         if epilogue == "gelu" and block.gate is not None:
-            epilogue = "none"
+            epilogue = GATED
         elsewhere = block.pre_norm or block.rotary is not None or (product == "down" and block.second_norm is not None)
         if epilogue == "residual" and elsewhere:  # the residual is added by another kernel
             epilogue = "none"
@@ -118,6 +119,10 @@ def _first_block(config: BertConfig) -> Block:
     return _blocks_of(json.dumps(config.to_dict(), sort_keys=True))
 
 
+def _title(product: str, epilogue: str) -> str:
+    return f"{TITLES[product]} and gate" if epilogue == GATED else TITLES[product]
+
+
 def _gemm_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
     """The four linears of a layer in 16 or 32 bits."""
     from fastbert_kernels import configs
@@ -125,7 +130,7 @@ def _gemm_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> 
     for product, (m, k), epilogue in _products(config):
         key = configs.gemm_key(dtype, (k, m), epilogue)
         candidates = tuple(gemm_candidates(dtype, arch, (k, m), epilogue))
-        yield Job("gemm", key, f"{name} {TITLES[product]}", dtype, (k, m), epilogue, candidates)
+        yield Job("gemm", key, f"{name} {_title(product, epilogue)}", dtype, (k, m), epilogue, candidates)
 
 
 def _few_rows_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
@@ -137,7 +142,8 @@ def _few_rows_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int)
     for product, (m, k), epilogue in _products(config):
         candidates = tuple(few_rows_candidates(dtype, arch, (k, m), epilogue))
         for bucket in few_rows.BUCKETS if epilogue != "none" else ():
-            key, title = few_rows.key_of(dtype, (k, m), epilogue, bucket), f"{name} {TITLES[product]}, {bucket} tokens"
+            key = few_rows.key_of(dtype, (k, m), epilogue, bucket)
+            title = f"{name} {_title(product, epilogue)}, {bucket} tokens"
             yield Job("few_rows", key, title, dtype, (k, m), epilogue, candidates, tokens=(bucket,))
 
 
@@ -159,11 +165,13 @@ def _quantized_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int
     # Columns that share a scale: of a head in the attention's output, of a group that "up" wrote; else those of a row.
     groups: dict[str, int] = {"out": config.head_size, "down": quantized.OUT_GROUP}
     for product, (m, k), epilogue in _products(config):
-        if product == "up" and epilogue == "none":
+        if epilogue == GATED:
             sizes = k, m // 2
             key = quantized_configs.quantized_gated_key(dtype, sizes)
             candidates = tuple(quantized_gated_candidates(dtype, arch, sizes))
-            yield Job("quantized_gated_gemm", key, f"{name} up and gate", dtype, sizes, GATED, candidates)
+            yield Job(
+                "quantized_gated_gemm", key, f"{name} {_title(product, epilogue)}", dtype, sizes, GATED, candidates
+            )
             continue
         group = groups.get(product)
         if group is not None and group >= k:

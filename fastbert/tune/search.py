@@ -217,8 +217,8 @@ def write(table: Mapping[str, Any], path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(table, indent=1) + "\n")
     except OSError as error:
-        what = f"the table cannot be written ({error.strerror or error}), and what was there is unchanged"
-        raise OSError(error.errno, what, str(path)) from error
+        message = f"the table cannot be written ({error.strerror or error}), and what was there is unchanged"
+        raise OSError(error.errno, message, str(path)) from error
     tables.forget()
 
 
@@ -232,8 +232,8 @@ def check_writable(path: Path) -> None:
         finally:
             trial.unlink(missing_ok=True)
     except OSError as error:
-        what = f"the table could not be written ({error.strerror or error}), so nothing was measured"
-        raise OSError(error.errno, what, str(path)) from error
+        message = f"the table could not be written ({error.strerror or error}), so nothing was measured"
+        raise OSError(error.errno, message, str(path)) from error
 
 
 def use_table(path: str | os.PathLike[str] | None) -> None:

@@ -63,15 +63,20 @@ class Work:
             return self._quantized(candidate)
         if self.job.op == "quantized_gated_gemm":
             return self._gated(candidate)
-        return self._cublas() if candidate.kernel == "cublas" else self._ours(candidate)
+        if candidate.kernel == "cublas":
+            return self._cublas()
+        return self._with_gate(candidate) if self.job.epilogue == "gated" else self._ours(candidate)
 
     def _cublas(self) -> Call:
+        from fastbert_kernels.gated import gated_forward
         from fastbert_kernels.gelu import bias_gelu_forward
         from fastbert_kernels.layer_norm import bias_residual_layer_norm_forward
 
         x, weight, bias = self.x, self.weight, self.bias
         if self.job.epilogue == "gelu":
             return lambda: bias_gelu_forward(F.linear(x, weight), bias, "gelu")
+        if self.job.epilogue == "gated":
+            return lambda: gated_forward(F.linear(x, weight, bias), "gelu")
         if self.job.epilogue == "residual":
             after = self.residual, self.ln_weight, self.ln_bias, EPS
             return lambda: bias_residual_layer_norm_forward(F.linear(x, weight), bias, *after)
@@ -105,6 +110,15 @@ class Work:
             return bias_residual_layer_norm_forward(out, None, None, self.ln_weight, self.ln_bias, EPS)
 
         return run
+
+    def _with_gate(self, candidate: Candidate) -> Call:
+        from fastbert_kernels.gated_linear import gated_linear_pointer_forward
+        from fastbert_kernels.gated_linear_persistent import gated_linear_persistent_forward
+
+        persistent = candidate.kernel == "linear_persistent"
+        forward: Any = gated_linear_persistent_forward if persistent else gated_linear_pointer_forward
+        x, weight, bias, sizes = self.x, self.weight, self.bias, candidate.sizes
+        return lambda: forward(x, weight, bias, "gelu", sizes, x.new_empty(x.shape[0], weight.shape[0] // 2))
 
     def _quantized(self, candidate: Candidate) -> Call:
         from fastbert_kernels import launch
@@ -199,6 +213,9 @@ class Work:
         y = F.linear(x, weight, bias)
         if self.job.epilogue == "gelu":
             return F.gelu(y)
+        if self.job.epilogue == "gated":
+            first, second = y.chunk(2, 1)
+            return F.gelu(first) * second
         if self.job.epilogue == "residual":
             residual, ln_weight, ln_bias = (t.to(dtype) for t in (self.residual, self.ln_weight, self.ln_bias))
             return F.layer_norm(y + residual, (y.shape[1],), ln_weight, ln_bias, EPS)

@@ -1,4 +1,4 @@
-"""A corpus is the matrix that is searched: of floats, or of what `quantize_embeddings` makes of them."""
+"""A corpus is the matrix to search: floats, or the result of `quantize_embeddings`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BINARY = ("binary", "ubinary")
 
 
 class Corpus:
-    """A Corpus gives the numbers that (N, dim) rows stand for.
+    """A `Corpus` returns the numbers of (N, dim) rows, which may be quantised.
 
     `chunk` gives them in float32 on the device, `rows` in float64 on the host.
     """
@@ -65,7 +65,7 @@ class Corpus:
 
     @property
     def _has_offset(self) -> bool:
-        """Tells whether an int8 stands for the level that is 128 more; without ranges it is a number of its own."""
+        """Tells whether an int8 value is a level minus 128; without ranges it is a plain number."""
         return self.precision == "binary" or self.start is not None
 
     def _numbers(self, rows: np.ndarray) -> np.ndarray:
@@ -83,7 +83,7 @@ def signs(packed: np.ndarray, width: int) -> np.ndarray:
 def corpus_of(
     matrix: Any, queries: np.ndarray, width: int, precision: str | None, ranges: Any, device: torch.device
 ) -> Corpus:
-    """Returns a Corpus of the matrix, once it fits the queries. width: of the queries."""
+    """Returns a Corpus of the matrix, after a check against the queries. width: the width of the queries."""
     if isinstance(matrix, (list, tuple)):
         matrix = torch.stack(list(matrix)) if matrix and isinstance(matrix[0], Tensor) else np.asarray(matrix)
     if len(matrix) == 0:
@@ -115,7 +115,7 @@ def corpus_of(
 
 
 def _guessed_precision(dtype: str, columns: int, width: int, floats: bool) -> str:
-    """Returns the precision of a corpus of bytes, which the width of float queries tells."""
+    """Returns the precision of a corpus of bytes, which follows from the width of float queries."""
     if dtype not in ("int8", "uint8"):
         raise TypeError(f"corpus_embeddings: got {dtype}, expected floats, or int8 or uint8 of a quantisation")
     if not floats or (columns == width and columns == (width + 7) // 8):
@@ -126,6 +126,6 @@ def _guessed_precision(dtype: str, columns: int, width: int, floats: bool) -> st
 
 
 def _tensor(part: np.ndarray) -> Tensor:
-    """Returns a view where there can be one. A memory-mapped array is read-only, and a tensor cannot be."""
+    """Returns a view if possible. A memory-mapped array may be read-only, and a tensor cannot be."""
     usable = part.flags.writeable and part.flags.c_contiguous and part.dtype.isnative
     return torch.from_numpy(part if usable else np.array(part, dtype=part.dtype.newbyteorder("="), order="C"))

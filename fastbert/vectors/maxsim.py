@@ -27,9 +27,9 @@ def maxsim(
     """Scores each query with each document: n and m of them -> (n, m), in float32, or float64 where that comes.
 
     queries, documents: lists of (tokens, dim) tensors or arrays, or one (n, tokens, dim), or one (tokens, dim). They
-    are never padded: the tokens of a block of documents lie end to end. The scores are on the documents' device.
-    length_normalize: divides each score by the number of the query's tokens ("meanmaxsim"). chunk_elements: how many
-    numbers are in memory at once, at least those of one query and one document.
+    are not padded: the tokens of a block of documents are packed. The scores are on the documents' device.
+    length_normalize: divides each score by the number of the query's tokens ("meanmaxsim"). chunk_elements: the
+    greatest number of products in memory, but at least those of one query and one document.
 
     A document without tokens scores -1e9 before any division. Raises ValueError for vectors of different lengths.
     """
@@ -115,5 +115,5 @@ def _check_dimension(queries: Sequence[Tensor], documents: Sequence[Tensor]) -> 
 
 
 def _dtype(*sides: Sequence[Tensor]) -> torch.dtype:
-    """Returns float32, or float64 where some vectors have it: scores of halves would tie."""
+    """Returns float32, or float64 if some vectors have it; scores in float16 would be equal too often."""
     return torch.float64 if any(t.dtype == torch.float64 for side in sides for t in side) else torch.float32

@@ -20,16 +20,16 @@ ENOUGH = 100  # vectors from which ranges are taken without a warning
 def quantize_embeddings(
     embeddings: Any, precision: str, ranges: Any = None, calibration_embeddings: Any = None
 ) -> np.ndarray:
-    """Gives vectors fewer bits a number. Arguments and numbers are those of sentence-transformers' function.
+    """Quantises vectors. Arguments and results are those of sentence-transformers' function.
 
     embeddings: (n, dim) or (dim,) floats, as an array, a tensor or a list of vectors. precision "int8", "uint8": each
     dimension in 256 steps between its least and its greatest value, (n, dim). These values come from ranges, (2, dim),
-    or from calibration_embeddings, (m, dim), or else from the vectors themselves, with a warning where they are few.
-    Vectors of another call cannot be compared with such vectors. precision "binary", "ubinary": signs, 8 to a byte,
-    as int8 or uint8, (n, ceil(dim / 8)). precision "float32": as they are.
+    or from calibration_embeddings, (m, dim), or from the vectors themselves, with a warning if there are few. Vectors
+    of two calls can be compared only if both calls have the same ranges. precision "binary", "ubinary": signs, 8 to a
+    byte, as int8 or uint8, (n, ceil(dim / 8)). precision "float32": unchanged.
 
-    Raises TypeError for vectors that are whole numbers already. Raises ValueError for another precision, for NaN, for
-    ranges of another shape, and for a single vector where there is nothing to take ranges from.
+    Raises TypeError for vectors of whole numbers. Raises ValueError for another precision, for NaN, for ranges of
+    another shape, and for a single vector without ranges.
     """
     one_of("precision", precision, *PRECISIONS)
     vectors = as_floats("embeddings", embeddings)
@@ -69,7 +69,7 @@ def _ranges(vectors: np.ndarray, precision: str, ranges: Any, calibration: Any) 
 
 
 def steps_of(ranges: Any, dim: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where the 256 steps of each dimension start, and how far apart they are: (2, dim) -> (dim,) float32."""
+    """Returns the start and the width of the 256 steps of each dimension: (2, dim) -> (dim,) float32."""
     ranges = np.asarray(as_floats("ranges", ranges), dtype=np.float32)
     if ranges.shape != (2, dim):
         raise ValueError(f"ranges: expected shape (2, {dim}), least and greatest values, got {ranges.shape}")
@@ -80,7 +80,7 @@ def steps_of(ranges: Any, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def as_floats(name: str, vectors: Any) -> np.ndarray:
-    """Returns an array, a tensor or a list of either as an array of float32, or of float64 where that came."""
+    """Returns an array, a tensor or a list of either as an array of float32, or of float64 for a float64 input."""
     if isinstance(vectors, (list, tuple)) and vectors and isinstance(vectors[0], Tensor):
         vectors = torch.stack(list(vectors))
     if isinstance(vectors, Tensor):

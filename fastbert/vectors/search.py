@@ -1,6 +1,6 @@
-"""Search finds the vectors of a matrix that are nearest to each query: exactly, and in bounded memory.
+"""Search finds the vectors of a matrix that are nearest to each query, exactly and in bounded memory.
 
-README.md says how. Q is the number of queries, N of rows of the matrix, k of results for a query.
+README.md describes the method. Q is the number of queries, N of rows of the matrix, k of results for a query.
 """
 
 from __future__ import annotations
@@ -45,23 +45,24 @@ def semantic_search(
     """Finds the top_k rows of a matrix that are nearest to each query, by "cosine" or "dot".
 
     query_embeddings: (Q, dim) or (dim,), corpus_embeddings: (N, dim), arrays (memory-mapped ones too), tensors or lists
-    of vectors, in any floating-point dtype. query_chunk_size x corpus_chunk_size scores are held at once, and
-    corpus_chunk_size rows in float32. They are held on `device`, by default that of the corpus, if it is a tensor, or
-    of the queries.
+    of vectors, in any floating-point dtype. Memory holds query_chunk_size x corpus_chunk_size scores and
+    corpus_chunk_size rows in float32 at once. They are on `device`, by default that of the corpus, if it is a tensor,
+    or of the queries.
 
-    A corpus may be what `quantize_embeddings` made; corpus_precision is by default what dtype and width say. A corpus
-    in "int8" or "uint8" needs the ranges of its quantisation, whose steps count as their middles. In a corpus in
-    "binary" or "ubinary" the top_k * rescore_multiplier rows of least Hamming distance are scored anew (rescore) by the
-    query and the signs of the row, or by the row of rescore_embeddings, (N, dim) floats, which may be on disk. Without
-    rescoring, or for queries that are quantised as the corpus is, the score is 1 - 2 * distance / bits.
+    A corpus may be a result of `quantize_embeddings`; the default corpus_precision follows from its dtype and width. A
+    corpus in "int8" or "uint8" needs the ranges of its quantisation; a step counts as its middle value. In a corpus in
+    "binary" or "ubinary" the top_k * rescore_multiplier rows of least Hamming distance get a second score (rescore):
+    the product of the query and the signs of the row, or the row of rescore_embeddings, (N, dim) floats, which may be
+    on disk. Without rescoring, or for queries with the quantisation of the corpus, the score is
+    1 - 2 * distance / bits.
 
     Returns a list of {"corpus_id": int, "score": float} for each query, the best first, equal scores by id; or with
     as_arrays scores (Q, k) float32 and ids (Q, k) int64, where k is top_k or the number of rows, whichever is less. A
     vector of zeros has a cosine of 0 with everything.
 
     Scores and order are those of float64, except for the choice of rows by a Hamming distance. Raises ValueError for
-    widths that do not fit, for NaN or infinity (naming the row), and for an argument that does not fit. Raises
-    TypeError for a dtype that is not supported.
+    different widths, for NaN or infinity (with the row), and for a wrong argument. Raises TypeError for a dtype that is
+    not supported.
     """
     score = function_name(score)
     one_of("score", score, "cosine", "dot")
@@ -120,7 +121,7 @@ def _norms(rows: np.ndarray) -> np.ndarray:
 
 
 def _product_error(dim: int, device: torch.device) -> float:
-    """Returns how far a float32 product of two vectors of length 1 can be off."""
+    """Returns the greatest error of a float32 product of two vectors of length 1."""
     # Products and sums, as many in a norm, and the roundings before them; TF32 rounds both operands to 11 bits.
     tf32 = 2.0**-9 if device.type == "cuda" and dispatch.tf32_allowed() else 0.0
     return (2 * dim + 8) * float(np.finfo(np.float32).eps) + tf32
@@ -240,7 +241,7 @@ def _binary_search(
 ) -> Hits:  # fmt: skip
     """Returns the nearest rows by Hamming distance, exactly.
 
-    multiplier: so many times top_k rows are taken, and scored anew; 0 for none.
+    multiplier: top_k times this number of rows get a second score; 0 for none.
     """
     bits = corpus.queries(queries)  # (Q, D) of -1 and 1
     n_bits = bits.shape[1]

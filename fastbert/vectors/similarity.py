@@ -1,4 +1,4 @@
-"""Similarity says how alike two vectors are, by one of four functions."""
+"""Similarity compares two vectors by one of four functions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def pairwise_similarity(a: Any, b: Any, name: str) -> Tensor:
 
 
 def as_matrix(vectors: Any) -> Tensor:
-    """Returns one vector or several, in any form, as (n, dim) in float32, or in float64 where that came."""
+    """Returns one vector or several, in any form, as (n, dim) in float32, or in float64 for a float64 input."""
     if isinstance(vectors, (list, tuple)) and vectors and isinstance(vectors[0], Tensor):
         vectors = torch.stack(list(vectors))
     matrix = torch.as_tensor(np.asarray(vectors) if isinstance(vectors, (list, tuple)) else vectors)

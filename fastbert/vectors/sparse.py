@@ -12,7 +12,7 @@ from fastbert.checks import positive, positive_or_none
 
 
 def largest(places: Tensor, numbers: Tensor, n: int | None) -> tuple[Tensor, Tensor]:
-    """Returns the n largest numbers of a sparse vector and their places, which ascend; None stands for all."""
+    """Returns the n largest numbers of a sparse vector and their ascending indices; None means all."""
     if n is None or len(numbers) <= n:
         return places, numbers
     kept = numbers.topk(n).indices.sort().values
@@ -22,7 +22,7 @@ def largest(places: Tensor, numbers: Tensor, n: int | None) -> tuple[Tensor, Ten
 def as_rows(items: Sequence[tuple[Tensor, Tensor]], dimension: int, device: torch.device) -> Tensor:
     """Returns sparse vectors as a coalesced COO tensor (n, dimension).
 
-    items: places, ascending, and numbers, (k,) each. device: of the result.
+    items: ascending indices and numbers, (k,) each. device: the device of the result.
     """
     counts = torch.tensor([len(places) for places, _ in items], dtype=torch.int64)
     rows = torch.repeat_interleave(torch.arange(len(items)), counts).to(device)
@@ -34,7 +34,7 @@ def as_rows(items: Sequence[tuple[Tensor, Tensor]], dimension: int, device: torc
 
 
 def sparsity(embeddings: Tensor) -> dict[str, float]:
-    """Returns active_dims, the mean number of numbers that are not zero, and sparsity_ratio, the mean part of zeros.
+    """Returns active_dims, the mean count of nonzero numbers, and sparsity_ratio, the mean share of zeros.
 
     embeddings: (n, dim) or (dim,), sparse or dense. Raises TypeError and ValueError for anything else.
     """
@@ -49,7 +49,7 @@ def sparsity(embeddings: Tensor) -> dict[str, float]:
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Returns the products of each row with each: (n, dim) and (m, dim), sparse -> (n, m), dense.
 
-    The one with fewer rows is made dense on the way.
+    The matrix with fewer rows is made dense for this.
     """
     if a.shape[0] < b.shape[0]:
         return torch.sparse.mm(b, a.to_dense().T).T
@@ -57,7 +57,7 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def intersection(embeddings_1: Tensor, embeddings_2: Tensor) -> Tensor:
-    """Returns the products of a vector (dim,) with a vector (dim,) or with each of (n, dim), where they are positive.
+    """Returns the positive products of a vector (dim,) with a vector (dim,) or with each of (n, dim).
 
     The result is sparse, in the shape of the second. Raises ValueError for other shapes.
     """
@@ -76,7 +76,7 @@ def intersection(embeddings_1: Tensor, embeddings_2: Tensor) -> Tensor:
 def decode(embeddings: Tensor, names: Callable[[list[int]], list[str]], top_k: int | None = None) -> Any:
     """Returns (token, weight) of a vector's numbers, the highest first; a list of these lists for (n, dim).
 
-    names: the tokens of ids. top_k: how many, None for all.
+    names: the tokens of ids. top_k: the number of tokens, None for all.
     """
     positive_or_none("top_k", top_k)
     rows = _rows(embeddings)
@@ -89,7 +89,7 @@ def decode(embeddings: Tensor, names: Callable[[list[int]], list[str]], top_k: i
 
 
 def check_active(max_active_dims: int | None) -> int | None:
-    """Returns the most numbers of a vector. Raises ValueError for one that is not positive."""
+    """Returns the greatest count of numbers in a vector. Raises ValueError if it is not positive."""
     return None if max_active_dims is None else positive("max_active_dims", max_active_dims)
 
 

@@ -202,6 +202,9 @@ def _varlen_attention_kernel(
     lse_ptr,  # (N, T) float32 where SAVE_LSE
     tiles_ptr,  # (W, 5) int32: see `work_list.WorkList`
     row_spans_ptr,  # (T,) int32
+    bias_ptr,  # (N, 2R + 1) where BIASED; see `attention_bias`
+    columns_ptr,  # (T,) int32 where HOLES
+    ranges_ptr,  # (T, 2) int32 where WINDOWED, or None; see `attention_window`
     qkv_row_stride,
     out_row_stride,
     lse_head_stride,
@@ -211,12 +214,9 @@ def _varlen_attention_kernel(
     site,
     threshold,
     keep_scale,
-    bias_ptr,  # (N, 2R + 1), and the next three: where BIASED; see `attention_bias`
-    columns_ptr,  # (T,) int32 where HOLES
-    bias_radius,
+    bias_radius,  # this and the next: where BIASED
     bias_scale,
-    window,  # this and the next: where WINDOWED; see `attention_window`
-    ranges_ptr,  # (T, 2) int32, or None
+    window,  # where WINDOWED
     HEAD_SIZE: tl.constexpr,
     BIASED: tl.constexpr,
     HOLES: tl.constexpr,
@@ -345,8 +345,7 @@ def varlen_attention_forward(
     lists = [(work_list, config, False)]
     if config.get("WARP_SPECIALIZE"):
         plain = quantized is None and dropout is None and lse is None and bias is None and window is None
-        for_arch = launch.arch(qkv.device)
-        if plain and attention_specialized.obstacle(qkv, work_list, head_size, for_arch) is None:
+        if plain and attention_specialized.obstacle(qkv, work_list, head_size, launch.arch(qkv.device)) is None:
             attention_specialized.specialized_attention_forward(qkv, work_list, num_heads, scale, config, out)
             lists = []
         else:
@@ -355,16 +354,18 @@ def varlen_attention_forward(
         short = configs.short_attention_config(qkv.dtype, head_size, launch.arch(qkv.device))
         assert short is not None, "this tile has no smaller one for short sequences"
         lists.append((short_list, short.block_sizes, True))
-    inference = n_rows > 1 and quantized is dropout is lse is bias is window is None
+    inference = n_rows > 1 and quantized is dropout is lse is None
+    table, columns, width = (None, None, 0) if bias is None else (*bias, bias.table.shape[1])
+    size, ranges = (None, None) if window is None else window
     precision = launch.dot_precision(qkv.dtype)
     # Grid: every head for every tile of a work list, as many at a time as a grid's second dimension holds.
     for (tiles, row_spans), block_sizes, one_block in lists:
         for part in tiles.split(MAX_TILES) if tiles.shape[0] > MAX_TILES else (tiles,):
             grid, facts = (num_heads, part.shape[0]), None
-            if inference and (dtypes := launch.alike(qkv, out, part, row_spans)):
-                q, step = qkv.data_ptr(), hidden_size * qkv.element_size()
-                facts = dtypes, hidden_size, num_heads, scale, one_block, precision
-                head = qkv, q + step, q + 2 * step, out, None, None, part, row_spans  # the addresses of the views below
+            if inference and (dtypes := launch.alike(qkv, out, part, row_spans, table, columns, ranges)):
+                q, step = qkv.data_ptr(), hidden_size * qkv.element_size()  # k and v are views, here addresses
+                facts = dtypes, hidden_size, num_heads, scale, one_block, precision, width, size
+                head = qkv, q + step, q + 2 * step, out, None, None, part, row_spans, table, columns, ranges
                 if launch.again(_varlen_attention_kernel, grid, block_sizes, facts, *head):
                     continue
             launch.run_first(
@@ -372,7 +373,7 @@ def varlen_attention_forward(
                 grid,
                 block_sizes,
                 facts,
-                8,
+                11,
                 q_ptr=qkv,
                 k_ptr=qkv[:, hidden_size:],
                 v_ptr=qkv[:, 2 * hidden_size :],

@@ -148,8 +148,10 @@ def one_row_pooling_config(n_cols: int) -> dict[str, int]:
     return {"BLOCK_ROWS": 1, "UNROLL": 1, **whole_row_config(n_cols)}
 
 
-# Epilogues of a GEMM, and their names in table keys. Both GELUs cost the same; "pre" stores a second tile.
-EPILOGUES = {"none": "none", "gelu": "gelu", "gelu_tanh": "gelu", "residual": "residual", "pre": "pre"}
+# Epilogues of a GEMM, and their names in table keys. Both GELUs cost the same; "pre" stores a second tile; "gated" is
+# what gated_linear.py does, whatever the activation.
+EPILOGUES = {"none": "none", "gelu": "gelu", "gelu_tanh": "gelu", "residual": "residual", "pre": "pre",
+             "gated": "gated"}  # fmt: skip
 WARP_SPECIALIZED_ARCH = 90  # the one architecture for which the warp-specialised GEMMs are compiled
 
 
@@ -181,7 +183,10 @@ class Gemm:
 
 
 def gemm(dtype: torch.dtype, for_arch: int, shape: tuple[int, int], epilogue: str) -> Gemm:
-    """Looks x @ weight^T up in the tables, with weight (M, K) and shape = (K, M), for any number of rows."""
+    """Looks x @ weight^T up in the tables, with weight (M, K) and shape = (K, M), for any number of rows.
+
+    Of the epilogue "gated", M counts both halves of the weight, as BLOCK_COLS of its tile does.
+    """
     return _gemm(dtype, for_arch, shape, epilogue, launch.recorded is not None, tables.generation)
 
 
@@ -192,9 +197,11 @@ def _gemm(
     entry, source = tables.find("gemm", (gemm_key(dtype, shape, epilogue),), for_arch, shipped_only) or ({}, None)
     persistent = linear_persistent_config(dtype, for_arch, shape, epilogue)
     # Tensor descriptors want rows of a multiple of 16 bytes. Of tensors that are views, linear_forward asks again.
-    if any(size * dtype.itemsize % 16 for size in shape):
+    n_out = shape[1] // 2 if epilogue == "gated" else shape[1]
+    if any(size * dtype.itemsize % 16 for size in (shape[0], n_out)):
         persistent = None
-    if persistent is not None and entry.get("ours") == "linear_specialized" and for_arch == WARP_SPECIALIZED_ARCH:
+    can_specialize = epilogue != "gated" and for_arch == WARP_SPECIALIZED_ARCH
+    if persistent is not None and entry.get("ours") == "linear_specialized" and can_specialize:
         specialized = from_tables("linear_specialized", _gemm_keys(dtype, shape, epilogue), for_arch)
         if specialized is not None:
             return Gemm(entry.get("kernel"), source, "linear_specialized", specialized)

@@ -17,6 +17,7 @@ Sources: He et al., "DeBERTa", 2020, arXiv:2006.03654; Dao, "FlashAttention-2", 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -146,12 +147,12 @@ def _disentangled_attention_kernel(
     columns_ptr,  # (T,) int32 where HOLES
     tiles_ptr,  # (W, 5) int32: see `work_list.WorkList`
     row_spans_ptr,  # (T,) int32
-    qkv_row_stride,
-    out_row_stride,
-    scale_log2,  # softmax scale times log2(e)
     radius,
     low,
     n_rows,
+    qkv_row_stride,
+    out_row_stride,
+    scale_log2,  # softmax scale times log2(e)
     HEAD_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
     QUERIES: tl.constexpr,
@@ -182,6 +183,7 @@ def _disentangled_attention_kernel(
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & d_mask[None, :])
 
 
+@functools.cache
 def tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
     """Chooses the tile of attention: BLOCK_Q query rows, BLOCK_K keys a step, the head size padded to BLOCK_D."""
     exact, narrow = dtype == torch.float32, head_size <= 16  # which spills with 64 keys on sm_120
@@ -193,6 +195,7 @@ def tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
     }  # fmt: skip
 
 
+@functools.cache
 def product_tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
     """Chooses the tile of the products: BLOCK_T tokens, BLOCK_W rows, the head size padded to BLOCK_D."""
     wide, block_d = dtype == torch.float32, max(16, triton.next_power_of_2(head_size))
@@ -212,13 +215,20 @@ def products(x: torch.Tensor, y: torch.Tensor, distances: Distances, num_heads: 
     """
     n_tokens, head_size = x.shape[0], x.shape[1] // num_heads
     out = launch.empty((n_tokens, num_heads, distances.n_rows), like=x)
-    config = product_tile(x.dtype, head_size)
+    config, precision, facts = product_tile(x.dtype, head_size), launch.dot_precision(x.dtype), None
     # Grid: tiles of tokens, tiles of rows, heads.
     grid = launch.cdiv(n_tokens, config["BLOCK_T"]), launch.cdiv(distances.n_rows, config["BLOCK_W"]), num_heads
-    launch.run(
+    if x.data_ptr() % 16 == 0 and y.shape[0] > 1 and (dtypes := launch.alike(y, out, distances.needed)):
+        facts = dtypes, x.dtype, x.stride(0), y.shape[1], head_size, precision
+        head = x, y, out, distances.needed, n_tokens, distances.low, distances.n_rows
+        if launch.again(_product_kernel, grid, config, facts, *head):
+            return out
+    launch.run_first(
         _product_kernel,
         grid,
         config,
+        facts,
+        7,
         x_ptr=x,
         y_ptr=y,
         out_ptr=out,
@@ -229,25 +239,37 @@ def products(x: torch.Tensor, y: torch.Tensor, distances: Distances, num_heads: 
         x_row_stride=x.stride(0),
         y_row_stride=y.stride(0),
         HEAD_SIZE=head_size,
-        INPUT_PRECISION=launch.dot_precision(x.dtype),
+        INPUT_PRECISION=precision,
     )
     return out
 
 
+def terms(qkv: torch.Tensor, num_heads: int, distances: Distances) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Returns the products of queries and of keys with distances, (T, N, W) each; None for one that is not there."""
+    size, (keys, queries) = qkv.shape[1] // 3, distances[:2]
+    of_queries = None if keys is None else products(qkv[:, :size], keys, distances, num_heads)
+    of_keys = None if queries is None else products(qkv[:, size : 2 * size], queries, distances, num_heads)
+    return of_queries, of_keys
+
+
 def attention_arguments(
-    qkv: torch.Tensor, out: torch.Tensor, num_heads: int, scale: float, distances: Distances
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    num_heads: int,
+    scale: float,
+    distances: Distances,
+    of_queries: torch.Tensor | None,
+    of_keys: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """Returns what a kernel of the forward pass takes beside its tiles, with the products of q and k with distances."""
+    """Returns what a kernel of the forward pass takes beside its tiles. of_queries, of_keys: what `terms` gave."""
     hidden_size = out.shape[1]
-    q, k, v = qkv[:, :hidden_size], qkv[:, hidden_size : 2 * hidden_size], qkv[:, 2 * hidden_size :]
-    keys, queries = distances.keys, distances.queries
     return {
-        "q_ptr": q,
-        "k_ptr": k,
-        "v_ptr": v,
+        "q_ptr": qkv,
+        "k_ptr": qkv[:, hidden_size:],
+        "v_ptr": qkv[:, 2 * hidden_size :],
         "out_ptr": out,
-        "of_queries_ptr": None if keys is None else products(q, keys, distances, num_heads),
-        "of_keys_ptr": None if queries is None else products(k, queries, distances, num_heads),
+        "of_queries_ptr": of_queries,
+        "of_keys_ptr": of_keys,
         "rows_of_ptr": distances.rows_of,
         "columns_ptr": distances.columns,
         "qkv_row_stride": qkv.stride(0),
@@ -257,8 +279,8 @@ def attention_arguments(
         "low": distances.low,
         "n_rows": distances.n_rows,
         "HEAD_SIZE": hidden_size // num_heads,
-        "KEYS": keys is not None,
-        "QUERIES": queries is not None,
+        "KEYS": of_queries is not None,
+        "QUERIES": of_keys is not None,
         "HOLES": distances.columns is not None,
         "INPUT_PRECISION": launch.dot_precision(qkv.dtype),
     }
@@ -277,15 +299,28 @@ def disentangled_attention_forward(
     out = launch.empty((n_tokens, hidden_size), like=qkv)
     if n_tokens == 0:
         return out
-    config, arguments = tile(qkv.dtype, head_size), attention_arguments(qkv, out, num_heads, scale, distances)
+    config, precision, (lists, row_spans) = tile(qkv.dtype, head_size), launch.dot_precision(qkv.dtype), work_list
+    of_queries, of_keys = terms(qkv, num_heads, distances)
+    operands = of_queries, of_keys, distances.rows_of, distances.columns
     # Grid: every head for every tile of the work list, as many at a time as a grid's second dimension holds.
-    for tiles in work_list.tiles.split(MAX_TILES):
-        launch.run(
+    for tiles in lists.split(MAX_TILES) if lists.shape[0] > MAX_TILES else (lists,):
+        grid, facts = (num_heads, tiles.shape[0]), None
+        if n_tokens > 1 and (dtypes := launch.alike(qkv, out, *operands, tiles, row_spans)):
+            facts = dtypes, hidden_size, num_heads, scale, precision
+            q, step = qkv.data_ptr(), hidden_size * qkv.element_size()
+            of_batch = distances.rows_of.shape[0] // 2, distances.low, distances.n_rows
+            head = qkv, q + step, q + 2 * step, out, *operands, tiles, row_spans, *of_batch
+            if launch.again(_disentangled_attention_kernel, grid, config, facts, *head):
+                continue
+        arguments = attention_arguments(qkv, out, num_heads, scale, distances, of_queries, of_keys)
+        launch.run_first(
             _disentangled_attention_kernel,
-            (num_heads, tiles.shape[0]),
+            grid,
             config,
+            facts,
+            13,
             **arguments,
             tiles_ptr=tiles,
-            row_spans_ptr=work_list.row_spans,
+            row_spans_ptr=row_spans,
         )
     return out

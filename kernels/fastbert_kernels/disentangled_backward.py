@@ -31,7 +31,7 @@ from fastbert_kernels import dropout as drawing
 from fastbert_kernels import launch
 from fastbert_kernels.attention_tiles import LOG2_E
 from fastbert_kernels.column_sums import column_sums, shares
-from fastbert_kernels.disentangled import MAX_TILES, products
+from fastbert_kernels.disentangled import MAX_TILES, terms
 from fastbert_kernels.disentangled_key_gradient import disentangled_key_gradient_kernel
 from fastbert_kernels.disentangled_query_gradient import disentangled_query_gradient_kernel
 from fastbert_kernels.disentangled_tiles import Distances
@@ -173,6 +173,7 @@ def disentangled_attention_backward(
         None if table is None else torch.zeros(n_rows, num_heads, distances.n_rows, device=qkv.device)
         for table in (keys, queries)
     )
+    terms_of_queries, terms_of_keys = terms(qkv, num_heads, distances)
     grad_scale = scale * (1.0 if dropout is None else dropout.scale)
     shared = {
         "q_ptr": q,
@@ -180,8 +181,8 @@ def disentangled_attention_backward(
         "v_ptr": v,
         "dout_ptr": grad,
         "statistics_ptr": statistics,
-        "of_queries_ptr": None if keys is None else products(q, keys, distances, num_heads),
-        "of_keys_ptr": None if queries is None else products(k, queries, distances, num_heads),
+        "of_queries_ptr": terms_of_queries,
+        "of_keys_ptr": terms_of_keys,
         "rows_of_ptr": distances.rows_of,
         "runs_of_ptr": runs_of,
         "columns_ptr": distances.columns,

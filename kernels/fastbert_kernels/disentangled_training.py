@@ -12,7 +12,7 @@ from fastbert_kernels import dropout as drawing
 from fastbert_kernels import launch
 from fastbert_kernels.attention import LN_2
 from fastbert_kernels.attention_tiles import load_tile
-from fastbert_kernels.disentangled import MAX_TILES, attend_tile, attention_arguments, tile
+from fastbert_kernels.disentangled import MAX_TILES, attend_tile, attention_arguments, terms, tile
 from fastbert_kernels.disentangled_tiles import Distances
 from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout
@@ -101,8 +101,8 @@ def disentangled_training_forward(
     config = tile(qkv.dtype, hidden_size // num_heads)
     exact = qkv.dtype == torch.float32
     if config["BLOCK_D"] > (32 if exact else 64):  # the masks take registers
-        config |= {"num_stages": 1, "BLOCK_K": 16 if exact else config["BLOCK_K"]}
-    arguments = attention_arguments(qkv, out, num_heads, scale, distances)
+        config = {**config, "num_stages": 1, "BLOCK_K": 16 if exact else config["BLOCK_K"]}
+    arguments = attention_arguments(qkv, out, num_heads, scale, distances, *terms(qkv, num_heads, distances))
     # Grid: every head for every tile of the work list, as many at a time as a grid's second dimension holds.
     for tiles in work_list.tiles.split(MAX_TILES):
         launch.run(

@@ -18,16 +18,16 @@ _counts: Counter[str] = Counter()
 _lock = threading.Lock()
 
 
-def count(what: str) -> None:
+def count(event: str) -> None:
     """Adds one to a count: "compilations", "loads" or "tunings"."""
     with _lock:
-        _counts[what] += 1
+        _counts[event] += 1
 
 
 def counts() -> dict[str, int]:
     """Returns the counts of this process so far."""
     with _lock:
-        return {what: _counts[what] for what in ("compilations", "loads", "tunings")}
+        return {event: _counts[event] for event in ("compilations", "loads", "tunings")}
 
 
 class _Listener:

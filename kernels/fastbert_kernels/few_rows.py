@@ -56,9 +56,9 @@ def _tile(
     shipped_only: bool,
     generation: int,
 ) -> dict[str, int] | None:
-    found = tables.find("few_rows", (key_of(dtype, shape, epilogue, bucket),), arch, shipped_only)
-    if found is not None and found[0]["kernel"] == "linear":
-        return {name: size for name, size in found[0].items() if name != "kernel"}
+    entry = tables.find("few_rows", (key_of(dtype, shape, epilogue, bucket),), arch, shipped_only)
+    if entry is not None and entry[0]["kernel"] == "linear":
+        return {name: size for name, size in entry[0].items() if name != "kernel"}
     return heuristic_tile(shape[1], bucket) if arch == COUNTED_ARCH else None
 
 
@@ -96,10 +96,10 @@ def splits(dtype: torch.dtype, arch: int, shape: tuple[int, int]) -> bool:
 def _split(
     dtype: torch.dtype, arch: int, shape: tuple[int, int], bucket: int, shipped_only: bool, generation: int
 ) -> Split | None:
-    found = tables.find("few_rows", (key_of(dtype, shape, "residual", bucket),), arch, shipped_only)
-    if found is None or found[0]["kernel"] != "split_linear":
+    entry = tables.find("few_rows", (key_of(dtype, shape, "residual", bucket),), arch, shipped_only)
+    if entry is None or entry[0]["kernel"] != "split_linear":
         return None
-    return split_of(found[0])
+    return split_of(entry[0])
 
 
 def split_of(entry: dict[str, int]) -> Split:

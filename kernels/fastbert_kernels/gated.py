@@ -24,7 +24,7 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
 
 
 @jit
-def _activate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
+def activate_gate(x, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     """The activation, elementwise on float32. DTYPE: of what it is rounded to."""
     if ACTIVATION == "silu":
         y = x * tl.sigmoid(x)
@@ -63,7 +63,7 @@ def _gated_kernel(
     x_ptrs = x_ptr + row_offs[:, None] * x_row_stride + col_offs[None, :]
     first = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(x_ptrs + n_cols, mask=mask, other=0.0).to(tl.float32)
-    out = _activate(first, ACTIVATION, out_ptr.dtype.element_ty) * second
+    out = activate_gate(first, ACTIVATION, out_ptr.dtype.element_ty) * second
     out_offs = row_offs[:, None] * n_cols + col_offs[None, :]
     tl.store(out_ptr + out_offs, out.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -91,9 +91,14 @@ def describable(rows: torch.Tensor) -> bool:
 
 def descriptor(rows: torch.Tensor, block_rows: int, block_cols: int) -> TensorDescriptor:
     """Makes the descriptor of a `describable` tensor, in blocks, without the checks that its constructor repeats."""
-    made = TensorDescriptor.__new__(TensorDescriptor)  # whose other fields have defaults
-    made.base, made.shape, made.strides, made.block_shape = rows, rows.shape, rows.stride(), [block_rows, block_cols]
-    return made
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)  # whose other fields have defaults
+    descriptor.base, descriptor.shape, descriptor.strides, descriptor.block_shape = (
+        rows,
+        rows.shape,
+        rows.stride(),
+        [block_rows, block_cols],
+    )
+    return descriptor
 
 
 def linear_persistent_forward(

@@ -20,10 +20,12 @@ A table is JSON:
 `device` and `date` are null where nothing was timed. Keys: a class of dtypes ("float16" for bf16 and fp16, "float32"),
 for a GEMM then K x M and what its epilogue does, for attention the head size of the tile. The number of tokens is in
 none. `gemm` names the faster kernel, and the faster of ours for where cuBLAS may not be taken; a shape without an entry
-is left to heuristics. 8-bit linears ("float8", "int8") have K x M and which columns share a scale; without an entry in
-`quantized_gemm` they take the persistent kernel wherever there is a tile for it. Those with a gate have K x I, and no
-entry in the tables that ship: `quantized_configs` has their tiles. Keys of `few_rows` end with the number of rows up to
-which they count, see `few_rows`. `dependent_launch`: see `dependent`.
+is left to heuristics. An epilogue "gated" is of 16- and 32-bit products with a gate, where M counts both halves of the
+weight, and the kernels of `gated_linear` stand under the names of those without a gate. 8-bit linears ("float8",
+"int8") have K x M and which columns share a scale; without an entry in `quantized_gemm` they take the persistent kernel
+wherever there is a tile for it. Those with a gate have K x I, and no entry in the tables that ship: `quantized_configs`
+has their tiles. Keys of `few_rows` end with the number of rows up to which they count, see `few_rows`.
+`dependent_launch`: see `dependent`.
 
 The user's table, in the cache folder under the name of the GPU, goes before the one that ships.
 """
@@ -146,9 +148,11 @@ def _check_entry(path: Path, op: str, key: str, entry: dict[str, Any]) -> None:
 def read_table_for(path: Path, device_name: str, arch: int) -> dict[str, Any]:
     """Reads a table made for one GPU. Raises ValueError, which names the file, if it was made for another."""
     table = read_table(path)
-    found = table.get("device"), table.get("arch")
-    if found != (device_name, arch):
-        raise ValueError(f"{path}: made for {found[0]} (sm_{found[1]}), but this GPU is {device_name} (sm_{arch})")
+    made_for = table.get("device"), table.get("arch")
+    if made_for != (device_name, arch):
+        raise ValueError(
+            f"{path}: made for {made_for[0]} (sm_{made_for[1]}), but this GPU is {device_name} (sm_{arch})"
+        )
     return table
 
 
@@ -162,9 +166,9 @@ def use_table(path: str | os.PathLike[str] | None) -> None:
         path = Path(path)
         read_table.cache_clear()
         table = read_table(path)
-        here = gpus()
-        if (table.get("device"), table.get("arch")) not in here:
-            names = ", ".join(f"{name} (sm_{arch})" for name, arch in here) or "none"
+        installed = gpus()
+        if (table.get("device"), table.get("arch")) not in installed:
+            names = ", ".join(f"{name} (sm_{arch})" for name, arch in installed) or "none"
             made_for = f"{table.get('device')} (sm_{table.get('arch')})"
             raise ValueError(f"{path}: made for {made_for}, but the GPUs of this machine are: {names}")
     _chosen = path
@@ -190,7 +194,7 @@ def forget() -> None:
 @functools.cache
 def _users_table(arch: int) -> tuple[Path, dict[str, Any]] | None:
     """Returns the user's table for this machine's GPU of the architecture, if there is one that fits."""
-    names = {name for name, found in gpus() if found == arch}
+    names = {name for name, capability in gpus() if capability == arch}
     if _chosen is not None and names:
         table = read_table(_chosen)
         if table["arch"] == arch and table["device"] in names:

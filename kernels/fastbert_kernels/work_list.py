@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from fastbert_kernels import cpu
+
 N_COLUMNS = 5  # of a list: see `WorkList`
 # A row's span within its tile: the first row of its sequence in the low bits, the end of it above.
 SPAN_BITS = 16
@@ -45,7 +47,7 @@ def build_work_list(
     block_q: int,
     share: bool = True,
     longer_than: int = 0,
-    up_to: int | None = None,
+    up_to: int = cpu.ALL,
 ) -> WorkList:
     """Lists the tiles of a batch, on the CPU.
 
@@ -54,12 +56,23 @@ def build_work_list(
     rows. Tiles with the most keys come first, so that the last programs to run are short ones. longer_than, up_to: only
     sequences of more and of at most so many tokens are in it; share must be False.
     """
-    offsets = np.asarray(cu_seqlens, np.int32)
+    offsets = np.ascontiguousarray(cu_seqlens, np.int32)
+    if cpu.obstacle() is not None:
+        return _in_numpy(offsets, block_q, share, longer_than, up_to)
+    n_tokens, n_seqs = int(offsets[-1]), offsets.shape[0] - 1
+    # A sequence has at most one tile that is not full.
+    tiles = torch.empty((n_seqs + n_tokens // block_q, N_COLUMNS), dtype=torch.int32, device="cpu")
+    row_spans = torch.empty(n_tokens if share else 0, dtype=torch.int32, device="cpu")
+    cutting = cpu.Cutting(block_q, share, longer_than, up_to)
+    n_tiles = cpu.work_list(torch.from_numpy(offsets), cutting, tiles, row_spans)
+    return WorkList(tiles[: n_tiles >> 1], row_spans if n_tiles & 1 else row_spans[:0])
+
+
+def _in_numpy(offsets: np.ndarray, block_q: int, share: bool, longer_than: int, up_to: int) -> WorkList:
+    """Lists the tiles of a batch where there are no C++ kernels. Arguments are those of `build_work_list`."""
     starts, ends = offsets[:-1], offsets[1:]
     lengths = ends - starts
-    chosen = lengths > longer_than
-    if up_to is not None:
-        chosen &= lengths <= up_to
+    chosen = (lengths > longer_than) & (lengths <= up_to)
     if not chosen.all():
         starts, ends, lengths = starts[chosen], ends[chosen], lengths[chosen]
     n_seqs = starts.shape[0]

@@ -160,10 +160,13 @@ DEFERRED: dict[str, tuple[dict[str, Any], str]] = {
     "attentions": ({"output_attentions": True}, "attentions are requested"),
     "3-D mask": ({"attention_mask": torch.ones(4, LENGTH, LENGTH)}, "a 3-D attention_mask"),
     "4-D mask": ({"attention_mask": torch.zeros(4, 1, LENGTH, LENGTH, dtype=torch.float64)}, "a 4-D attention_mask"),
-    "soft mask": ({"attention_mask": torch.full((4, LENGTH), 0.5)}, "an attention_mask of other numbers than 0 and 1"),
+    "soft mask": (
+        {"attention_mask": torch.full((4, LENGTH), 0.5)},
+        "an attention_mask with numbers other than 0 and 1",
+    ),
     "head mask": ({"head_mask": torch.ones(2, 2, dtype=torch.float64)}, "the argument head_mask"),
     "memory": ({"encoder_hidden_states": torch.ones(4, 3, 32)}, "the argument encoder_hidden_states"),
-    "no input": ({"input_ids": None}, "not exactly one of input_ids and inputs_embeds"),
+    "no input": ({"input_ids": None}, "both or none of input_ids and inputs_embeds"),
 }
 
 
@@ -183,7 +186,7 @@ def test_what_is_not_known_runs_as_before(case: str, caplog: pytest.LogCaptureFi
     assert torch.equal(results[0], results[1]) if isinstance(results[0], Tensor) else results[0] is results[1]
     assert counts(model) == {reason: 2}
     assert [record.getMessage() for record in caplog.records if record.name == "fastbert"] == [
-        f"accelerate: BertModel.forward runs as it was before: {reason}"
+        f"accelerate: BertModel.forward runs by the original code: {reason}"
     ]
     with pytest.raises(fastbert.BackendError, match="strict"):
         run(fastbert.accelerate(model, strict=True), batch)

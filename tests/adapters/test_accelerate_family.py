@@ -262,7 +262,9 @@ def test_buffers_of_default_ids(model_type: str) -> None:
         each.embeddings.position_ids = each.embeddings.position_ids.flip(1)
     run_both = [run(each, make_batch(model_type, "none"))[0] for each in (model, original)]
     assert_close("positions", *run_both)
-    reason = "fastbert" if model_type in ("roberta", "mpnet") else "embeddings.position_ids is not what a new model has"
+    reason = (
+        "fastbert" if model_type in ("roberta", "mpnet") else "embeddings.position_ids differs from that of a new model"
+    )
     assert counts(model) == {reason: 1}
 
 

@@ -148,4 +148,4 @@ def test_verify_of_sentences_that_are_not_packed(folders: dict[str, Path]) -> No
     model[1].register_forward_hook(lambda *_: None)
     report = fastbert.verify(model, TEXTS)
     assert report.ok and report.vectors.what == MEAN
-    assert any(note.startswith("vectors were not looked at") and "hooks" in note for note in report.notes)
+    assert any(note.startswith("vectors were not checked") and "hooks" in note for note in report.notes)

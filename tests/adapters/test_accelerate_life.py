@@ -121,7 +121,7 @@ def test_hooks_and_patched_forwards_inside_are_seen() -> None:
     before = layer.forward
     layer.forward = lambda *args, **kwargs: before(*args, **kwargs)
     run(model, make_batch())
-    assert counts(model)["a module inside has a forward of its own"] == 1
+    assert counts(model)["a module inside the encoder has its own forward"] == 1
 
 
 def test_default_ids_that_were_changed() -> None:
@@ -130,7 +130,7 @@ def test_default_ids_that_were_changed() -> None:
         model = accelerated()
         getattr(model.embeddings, name).add_(1)
         run(model, make_batch())
-        assert counts(model) == {"fastbert": 1, f"embeddings.{name} is not what a new model has": 1}
+        assert counts(model) == {"fastbert": 1, f"embeddings.{name} differs from that of a new model": 1}
         setattr(model.embeddings, name, getattr(model.embeddings, name) - 1)
         check(model, {**counts(model), "fastbert": 2})
 
@@ -171,7 +171,7 @@ def test_explain_and_warmup() -> None:
     assert "1 fastbert, 1 attentions are requested" in str(report) and report.model == "BertForMaskedLM"
     assert {row.op for row in report.rows} >= {"embedding", "linear", "attention", "layer_norm"}
     model.config.is_decoder = True
-    assert "at the moment every call runs as before: decoder mode" in str(fastbert.explain(model))
+    assert "at present every call runs by the original code: decoder mode" in str(fastbert.explain(model))
     model.config.is_decoder = False
     assert fastbert.warmup(model).model == "BertForMaskedLM"
     assert str(fastbert.explain(model, arch=90, dtype="bfloat16")).count("triton") > 3

@@ -231,11 +231,11 @@ def test_an_attention_that_somebody_has_registered(monkeypatch: pytest.MonkeyPat
     AttentionMaskInterface.register("biased", sdpa_mask)
     model = accelerated()
     model.set_attn_implementation("biased")
-    check(model, {"fastbert": 1, "its attention is 'biased', a function that somebody has registered": 1}, bound=1e-12)
+    check(model, {"fastbert": 1, "its attention is 'biased', a registered function": 1}, bound=1e-12)
     model.set_attn_implementation("sdpa")
     check(model, {**counts(model), "fastbert": 2})
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", biased)
-    check(model, {**counts(model), "its attention is 'sdpa', a function that somebody has registered": 1}, bound=1e-12)
+    check(model, {**counts(model), "its attention is 'sdpa', a registered function": 1}, bound=1e-12)
 
 
 def test_hooks_on_all_modules() -> None:

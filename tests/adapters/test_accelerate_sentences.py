@@ -188,7 +188,7 @@ def test_what_is_not_known_runs_as_before(tiny_folder: Path, case: str, caplog: 
         assert [set(item) for item in vectors] == [set(item) for item in expected]
         assert_alike([item["sentence_embedding"] for item in vectors], [i["sentence_embedding"] for i in expected])
     assert counts(model)[reason] == 1
-    assert f"SentenceTransformer.encode runs as it was before: {reason}" in caplog.text
+    assert f"SentenceTransformer.encode runs by the original code: {reason}" in caplog.text
     with pytest.raises(fastbert.BackendError, match="strict"):
         fastbert.accelerate(model, strict=True).encode(texts, **options)
 
@@ -227,7 +227,7 @@ def test_changed_modules_are_seen(tiny_folder: Path, caplog: Any) -> None:
     assert counts(model) == {"fastbert": len(steps)}
     model[1].register_forward_hook(lambda *_: None)
     model.encode(TEXTS)
-    assert counts(model)["a module has hooks or a forward of its own"] == 1
+    assert counts(model)["a module has hooks or its own forward"] == 1
 
 
 def test_copies_saving_and_restoring(tiny_folder: Path, tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_forward_that_was_put_back(tiny_folder: Path) -> None:
     model.forward = lambda features: features
     with pytest.raises(KeyError):
         model.encode(TEXTS)
-    assert counts(model)["a module has hooks or a forward of its own"] == 1
+    assert counts(model)["a module has hooks or its own forward"] == 1
 
 
 def test_what_has_no_covered_model(tiny_folder: Path, minilm: Path) -> None:

@@ -128,7 +128,7 @@ def test_what_reads_the_interface(name: str) -> None:
 @pytest.mark.parametrize("name", OWN)
 def test_what_does_not_read_it_is_refused_by_name(name: str) -> None:
     """Catches attention that never runs, in silence."""
-    with pytest.raises(ValueError, match=rf'attn_implementation="fastbert": {name} .*take attn_implementation="eager"'):
+    with pytest.raises(ValueError, match=rf'attn_implementation="fastbert": {name} .*use attn_implementation="eager"'):
         pair(name)
 
 
@@ -174,7 +174,7 @@ def test_loading_and_setting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -
         lambda: transformers.MPNetForMaskedLM(transformers.MPNetConfig(attn_implementation=name)),
     ]
     for load in refusals:
-        with pytest.raises(ValueError, match=r"MPNet(Model|ForMaskedLM) has attention of its own"):
+        with pytest.raises(ValueError, match=r"MPNet(Model|ForMaskedLM) has its own attention"):
             load()
     model = transformers.AutoModel.from_pretrained(tmp_path).eval()
     model.set_attn_implementation(name)  # of which transformers says that it has no effect
@@ -201,7 +201,7 @@ def composite(implementation: Any) -> Any:
 def test_parts_of_a_model() -> None:
     """Catches a tower that reads no interface inside a model whose other towers do."""
     name = register_attention()
-    with pytest.raises(ValueError, match="MPNetModel has attention of its own"):
+    with pytest.raises(ValueError, match="MPNetModel has its own attention"):
         composite(name)
     plain, ours = composite("eager"), composite({"": "eager", "vision_config": name, "text_config": "eager"})
     randomise(plain)

@@ -121,9 +121,9 @@ def test_what_is_not_plain_goes_to_sdpa(case: str, caplog: pytest.LogCaptureFixt
         attention_mask = (mask()[:, None, :, None] & mask()[:, None, None, :]).bool()
     reasons = {
         "training": "dropout of the probabilities",
-        "4-D mask": "a mask of more than padding",
-        "causal": "a mask of more than padding",
-        "windows": "a mask of more than padding",
+        "4-D mask": "a mask with more than padding",
+        "causal": "a mask with more than padding",
+        "windows": "a mask with more than padding",
     }
     torch.manual_seed(0)
     with caplog.at_level(logging.WARNING, "fastbert"):
@@ -173,7 +173,7 @@ def other_obstacles() -> dict[str, dict[str, Any]]:
     x = torch.zeros(2, 4, 5, 8)
     return {
         "queries and keys of different lengths": {"query": x[:, :, :3]},
-        "keys or values of another shape than the queries": {"key": x[:, :2], "value": x[:, :2]},
+        "keys or values whose shape differs from the queries'": {"key": x[:, :2], "value": x[:, :2]},
         "causal attention": {"is_causal": True},
         "the argument sliding_window": {"sliding_window": 4},
         "the argument softcap": {"softcap": 1.0},

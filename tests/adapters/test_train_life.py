@@ -145,7 +145,7 @@ def test_what_is_left_to_the_original() -> None:
     assert counts(ours) == {
         "a module inside has hooks": 1,
         "a replica of DataParallel": 1,
-        "a dispatch mode watches every operation": 1,
+        "a dispatch mode observes every operation": 1,
         "attentions are requested": 1,
     }
     with pytest.raises(fastbert.BackendError, match="attentions are requested"):

@@ -175,7 +175,7 @@ def test_wrong_folder(content, message, tmp_path):
 def test_interpreter_is_never_timed(folder, monkeypatch):
     """Catches the speed of Triton's interpreter shown as that of the kernels."""
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set: nothing is timed"):
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET is set: nothing is measured"):
         run(folder, *FEW)
 
 

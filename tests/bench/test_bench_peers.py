@@ -156,7 +156,7 @@ def test_pooling_is_that_of_the_folder(pooling, texts, tmp_path):
 def test_other_pooling_is_said_not_to_be_there(texts, tmp_path):
     """Catches a peer whose pooling does not exist called wrong instead of missing."""
     task = task_of(save(tmp_path, "max"), texts)
-    reason = "this checkpoint pools by max, Normalize; here is only mean or cls, and normalising"
+    reason = "this checkpoint pools by max, Normalize; only mean or cls, and normalisation, are supported here"
     assert Pooled(task, Eager).obstacle() == reason
     assert FastBert(task).obstacle() is None
 

@@ -303,7 +303,7 @@ def test_missing_model_type_of_an_old_bert(tmp_path, content):
 def test_missing_model_type_of_something_else(tmp_path, content):
     """Catches a config.json of another model, or of no model, that becomes a BERT of default size."""
     path = write_config(tmp_path, content)
-    with pytest.raises(ValueError, match="no model_type, expected 'bert' .*an old BERT alone may lack") as raised:
+    with pytest.raises(ValueError, match="got no model_type, expected 'bert' .*an old BERT alone may lack") as raised:
         BertConfig.from_pretrained(tmp_path)
     assert str(path) in str(raised.value)
 

@@ -102,8 +102,11 @@ def test_wrong_use(
     """Catches options that contradict one another, or do nothing, in silence."""
     model = ("--model", models.sentence)
     for arguments, message in (
-        (["--workers", "2", "--devices", "cpu,cpu", "-o", "x.npy"], "--workers and --devices: expected one of them"),
-        (["--format", "npy", "-o", "x.npy"], "--format: the output is one file"),
+        (
+            ["--workers", "2", "--devices", "cpu,cpu", "-o", "x.npy"],
+            "--workers and --devices: got both, expected one of them",
+        ),
+        (["--format", "npy", "-o", "x.npy"], "--format: expected only with a folder as output"),
         (["out", "-o", "x.npy"], "output: named twice"),
         ([], "required: -o/--output"),
     ):

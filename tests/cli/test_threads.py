@@ -14,6 +14,7 @@ from fastbert import threads
 
 def group(tmp_path: Path, own: str, **files: str) -> threads.Limit:
     """The limit under a system that says these things. files: path with __ for / -> content."""
+    tmp_path.mkdir(exist_ok=True)
     (tmp_path / "own").write_text(own)
     for name, content in files.items():
         file = tmp_path / "cgroup" / name.replace("__", "/").replace("_DOT_", ".")
@@ -55,6 +56,22 @@ def test_without_groups(tmp_path: Path) -> None:
         threads.processor_limit(tmp_path / "none", tmp_path / "none").reason == "the set of allowed processors has 12"
     )
     assert group(tmp_path, "0::/\nnonsense\n", cpu_DOT_max="what").n_processors == 12
+
+
+def test_odd_groups(tmp_path: Path) -> None:
+    """Catches names of groups that are no UTF-8, a quota beyond all numbers, and a hierarchy of both versions."""
+    both = "4:cpuacct,cpu:/a\n1:name=systemd:/a\n0::/a\n"
+    files = {"cpu__a__cpu_DOT_cfs_quota_us": "250000", "cpu__a__cpu_DOT_cfs_period_us": "100000"}
+    assert group(tmp_path / "both", both, **files).n_processors == 2
+    assert group(tmp_path / "large", "0::/\n", cpu_DOT_max="9" * 400 + " 1").n_processors == 12
+    limit = group(tmp_path / "zero", "0::/../../x (deleted)\n", cpu_DOT_max="100000 0", x__cpu_DOT_max="")
+    assert limit.n_processors == 12
+    (tmp_path / "own").write_bytes(b"0::/caf\xe9\n")
+    folder = tmp_path / "cgroup" / os.fsdecode(b"caf\xe9")
+    folder.mkdir(parents=True)
+    (folder / "cpu.max").write_text("300000 100000")
+    limit = threads.processor_limit(tmp_path / "cgroup", tmp_path / "own")
+    assert limit.n_processors == 3 and limit.reason.isprintable()
 
 
 def run(code: str, **variables: str) -> str:

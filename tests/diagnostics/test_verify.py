@@ -217,7 +217,7 @@ def test_bad_arguments(model: BertModel, tokenizer: Tokenizer) -> None:
         verify(model, [])
     with pytest.raises(ValueError, match="dtype, device: expected only with a path, got a loaded BertModel"):
         verify(model, dtype="float32", device="cpu")
-    with pytest.raises(TypeError, match="texts: expected strings or lists of token ids, got both"):
+    with pytest.raises(TypeError, match="texts: got strings and lists of token ids, expected one of the two"):
         verify(model, ["A text.", [2, 3]], tokenizer=tokenizer)  # type: ignore[list-item]
     for ids in ([[1.5]], [[[1]]], [[True]], [3]):
         with pytest.raises(TypeError, match="texts: expected strings or lists of token ids, got torch"):

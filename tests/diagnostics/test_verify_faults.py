@@ -43,7 +43,7 @@ def test_an_operation_that_is_off_is_found(model: BertModel, layer: int, monkeyp
     wrong_in_layer(monkeypatch, layer, 2, lambda out: out.mul_(1.02))
     report = verify(model, IDS)
     assert not report.ok
-    assert report.problems[0].startswith(f"encoder.layer.{layer} is the first that is wrong: error ")
+    assert report.problems[0].startswith(f"encoder.layer.{layer} is the first wrong output: error ")
     assert [state.ok for state in report.states] == [True, layer > 0, False, False]
 
 
@@ -62,7 +62,7 @@ def test_an_error_in_one_short_text_is_found(device: torch.device, monkeypatch: 
     state = report.states[1]
     assert state.error <= state.bound, "this test wants an error that the sum over all texts hides"
     assert not report.ok and state.worst_text == 1
-    assert "encoder.layer.0 is the first that is wrong: error" in report.problems[0]
+    assert "encoder.layer.0 is the first wrong output: error" in report.problems[0]
     assert "for text 1 alone" in report.problems[0]
 
 
@@ -75,7 +75,7 @@ def test_output_that_is_not_finite_is_found(model: BertModel, value: float, monk
 
     wrong_in_layer(monkeypatch, 1, 2, change)
     report = verify(model, IDS)
-    assert report.problems == ["encoder.layer.1 is the first that is wrong: its output is not finite (text 3)"]
+    assert report.problems == ["encoder.layer.1 is the first wrong output: its output is not finite (text 3)"]
     assert [state.finite for state in report.states] == [True, True, False, True]
     d = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert d["ok"] is False and d["states"][2]["error"] is None and d["states"][1]["ok"] is True
@@ -113,7 +113,7 @@ def test_one_percent_in_the_output_of_a_layer_is_put_down_to_it(
     monkeypatch.setattr(ops, "linear_residual_layer_norm", wrong)
     report = verify(model, IDS)
     assert not report.ok
-    assert report.problems[0].startswith(f"encoder.layer.{layer} is the first that is wrong: ")
+    assert report.problems[0].startswith(f"encoder.layer.{layer} is the first wrong output: ")
     at_fault = [s.name for s in report.states if s.alone is not None and s.alone.problem is not None]
     assert at_fault == [f"encoder.layer.{layer}"], str(report)
     assert report.states[layer + 1].alone.error == pytest.approx(1e-2, rel=0.3)  # type: ignore[union-attr]
@@ -136,7 +136,7 @@ def test_one_percent_in_the_output_of_an_operation_is_put_down_to_its_layer(
     assert verify(model, IDS).ok
     monkeypatch.setattr(ops, op, wrong)
     report = verify(model, IDS)
-    assert report.problems[0].startswith("encoder.layer.1 is the first that is wrong: error ")
+    assert report.problems[0].startswith("encoder.layer.1 is the first wrong output: error ")
     assert [s.alone is None or s.alone.problem is None for s in report.states] == [True, True, False]
 
 
@@ -164,7 +164,7 @@ def test_one_percent_in_the_weights_as_they_are_used(
 
     monkeypatch.setattr(ops, right.__name__, wrong)
     report = verify(model, IDS)
-    assert report.problems and report.problems[0].startswith("encoder.layer.1 is the first that is wrong: error ")
+    assert report.problems and report.problems[0].startswith("encoder.layer.1 is the first wrong output: error ")
 
 
 def test_a_stale_fused_copy_one_percent_off(model: BertModel) -> None:

@@ -90,7 +90,7 @@ def test_a_wrong_gradient_of_one_parameter_is_named(model: BertModel, layer: int
     model.get_parameter(name).register_hook(lambda grad: grad * 1.001)
     report = verify(model, IDS, gradients=True)
     assert not report.ok and len(report.problems) == 1
-    assert report.problems[0].startswith(f"the gradient of {name} is the first that is wrong in the backward pass: ")
+    assert report.problems[0].startswith(f"the gradient of {name} is the first wrong gradient of the backward pass: ")
     gradients = report.gradients
     assert gradients is not None and gradients.worst_parameter.name == name
     assert gradients.worst_part.name == f"encoder.layer.{layer}"
@@ -121,7 +121,7 @@ def test_a_gradient_that_is_not_finite_or_missing_is_named(model: BertModel) -> 
     report = verify(model, IDS, gradients=True)
     hook.remove()
     assert report.problems == [
-        f"the gradient of {name} is the first that is wrong in the backward pass: it is not finite"
+        f"the gradient of {name} is the first wrong gradient of the backward pass: it is not finite"
     ]
     d = json.loads(json.dumps(report.to_dict(), allow_nan=False))["gradients"]
     assert d["worst_parameter"] == name and d["worst_part"] == "encoder.layer.0"
@@ -132,7 +132,7 @@ def test_a_gradient_that_is_not_finite_or_missing_is_named(model: BertModel) -> 
     model.embeddings.position_embeddings.register_forward_hook(lambda module, args, output: output.detach())
     problem = gradients_of(model).problem
     assert problem is not None and problem.startswith("the gradient of embeddings.position_embeddings.weight")
-    assert problem.endswith("the model gives it none")
+    assert problem.endswith("the model gives it no gradient")
 
 
 def test_model_is_left_as_it_was(model: BertModel) -> None:

@@ -200,7 +200,7 @@ def test_an_activation_without_a_kernel() -> None:
     model = twin(theirs("deberta-v2", **{**KINDS["v2-xlarge"], "conv_act": "tanh"}), dtype=torch.float32)
     with torch.no_grad():
         obstacles = list(model.engine.one_call.obstacles(model, 64, False, False))
-    assert obstacles == ["there is no C++ kernel for 'tanh', the activation of a convolution beside a layer"]
+    assert obstacles == ["there is no C++ kernel for 'tanh', the activation of a layer's convolution"]
 
 
 # int8

@@ -313,7 +313,7 @@ def test_dtype_auto_of_encoders(
     folder, fast = str(minilm_folder()), obstacle is None
     encoder = SentenceEncoder.from_pretrained(folder, device="cpu")
     assert encoder.dtype == (torch.bfloat16 if fast else torch.float32)
-    assert ("dtype='auto' took bfloat16" in str(explain(encoder))) == fast
+    assert ("dtype='auto' selected bfloat16" in str(explain(encoder))) == fast
     assert ("dtype='auto' kept float32: it is slow" in str(explain(encoder))) != fast
     for options in ({"dtype": "float32"}, {"backend": "torch"}):
         exact = SentenceEncoder.from_pretrained(folder, device="cpu", **options)

@@ -87,7 +87,7 @@ def test_what_an_engine_lacks_is_named(name: str, precision: str | None, monkeyp
     monkeypatch.setattr(BertModel, "blocks", blocks)
     obstacles = model.engine.arithmetic_obstacles(model, 12)
     engine = "the 8-bit encoder" if precision else "the arithmetic with gradients"
-    reason = f"the model has {FEATURES[name]}, which {engine} does not have"
+    reason = f"the model has {FEATURES[name]}, which {engine} does not support"
     arithmetic, supported = model.engine.training, training.FEATURES
     if precision:
         arithmetic, supported = model.engine.eight_bit, eight_bit_layers.FEATURES
@@ -152,7 +152,7 @@ def test_options_are_one() -> None:
         assert model.options == options and model.policy == Policy("cpu", True) == options.policy
     head = make(BertForMaskedLM, options=options, precision="int8")
     assert head.options == head.bert.options == replace(options, precision="int8")
-    with pytest.raises(TypeError, match="fast: no such option; expected one of backend, strict, batch_invariant"):
+    with pytest.raises(TypeError, match="fast: not an option; expected one of backend, strict, batch_invariant"):
         make(fast=True)
 
 

@@ -106,7 +106,7 @@ def test_living_capturers_share_no_stream_and_no_pool(cuda: Cuda) -> None:
         use(capturer)
     streams, pools = ({capture[i] for capture in cuda.captures} for i in (0, 1))
     assert len(streams) == len(pools) == 31 and len(set(cuda.captures)) == 31
-    with pytest.raises(RuntimeError, match="each of the 32 streams of this GPU is taken"):
+    with pytest.raises(RuntimeError, match="each of the 32 streams of this GPU is used"):
         use(capture.CudaCapturer(DEVICE))
     last = capturers.pop()
     del last, capturer

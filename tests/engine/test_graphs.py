@@ -16,6 +16,7 @@ import fastbert
 import fastbert.models.bert
 from fastbert.engine import layer_forms
 from fastbert.models import tasks
+from fastbert_kernels import cpu
 from graph_cases import (
     LENGTHS,
     StandIn,
@@ -160,6 +161,7 @@ def test_sequences_with_tiles_of_their_own(
     expected = without_graphs(model, lengths)
     encode(model, [30])
     monkeypatch.setattr(work_list, "build_work_list", unshared)
+    monkeypatch.setattr(cpu, "obstacle", lambda: "switched off")  # or C++ would list the tiles
     captures = stand_in.captures
     assert rms_error(encode(model, lengths), expected) < 2e-6
     assert stand_in.captures == captures == stand_in.replays

@@ -22,8 +22,8 @@ BATCHES = {
     "8x512": [512] * 8,
     "ragged": [(37 * i) % 120 + 3 for i in range(40)],
 }
-# Python functions before the launch, and in all, whatever the batch: 59 and 68 now, and 77 without records.
-MOST_BEFORE, MOST = 61, 70 if cpu.objects.obstacle() is None else 79
+# Python functions before the launch, and in all, whatever the batch: 56 and 65 now, and 74 without records.
+MOST_BEFORE, MOST = 58, 67 if cpu.objects.obstacle() is None else 76
 
 
 @pytest.fixture(scope="module")
@@ -89,4 +89,5 @@ def test_lengths_that_are_new(on_meta: Any) -> None:
                 model.forward_packed(ids, offsets)
             finally:
                 sys.setprofile(None)
-    assert max(counts) <= 160 and max(counts) - min(counts) <= 10, counts  # 151 when this was written
+    most = 85 if cpu.obstacle() is None else 160  # 83 now
+    assert max(counts) <= most and max(counts) - min(counts) <= 10, counts

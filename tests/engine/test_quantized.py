@@ -249,9 +249,9 @@ def test_cpu_takes_the_unquantised_path(
     ("sizes", "reason"),
     [
         ({"hidden_act": "relu"}, "there is no Triton kernel for 'relu'"),
-        ({"hidden_size": 80, "num_attention_heads": 5}, "hidden size 80 is no multiple of 32"),
-        ({"intermediate_size": 100}, "intermediate size 100 is no multiple of 32"),
-        ({"hidden_size": 96, "num_attention_heads": 4}, "head size 24 is no multiple of 16"),
+        ({"hidden_size": 80, "num_attention_heads": 5}, "hidden size 80 is not a multiple of 32"),
+        ({"intermediate_size": 100}, "intermediate size 100 is not a multiple of 32"),
+        ({"hidden_size": 96, "num_attention_heads": 4}, "head size 24 is not a multiple of 16"),
         ({"num_attention_heads": 8}, "head size 8 is no"),
     ],
 )

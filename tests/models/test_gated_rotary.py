@@ -188,6 +188,7 @@ def test_published_files(model_type: str, prefix: str, tmp_path: Path) -> None:
         ({**NOMIC, "rotary_emb_interleaved": True}, "rotary_emb_interleaved: got True, expected False"),
         ({**NOMIC, "activation_function": "gelu"}, "activation_function: got 'gelu', expected 'swiglu'"),
         ({**NEW, "logn_attention_scale": True}, "logn_attention_scale: got True, expected False"),
+        ({**NEW, "position_embedding_type": "absolute"}, "position_embedding_type: got 'absolute', but only 'rope'"),
         ({**NEW, "rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type: got 'yarn', expected 'default'"),
     ],
 )

@@ -455,7 +455,7 @@ def test_regression_labels_of_the_wrong_shape(num_labels: int, labels: Tensor, m
 def test_question_answering_has_two_labels() -> None:
     """Catches a checkpoint with three labels whose third logit is lost in silence."""
     config = fastbert.BertConfig.from_dict(theirs().config.to_dict() | {"num_labels": 3, "id2label": None})
-    with pytest.raises(ValueError, match=r"num_labels: question answering has 2 \(start and end\), got 3"):
+    with pytest.raises(ValueError, match=r"num_labels: expected 2 for question answering \(start and end\), got 3"):
         fastbert.BertForQuestionAnswering(config)
 
 

@@ -239,9 +239,9 @@ def test_output_attentions_is_no_silent_fallback(caplog: pytest.LogCaptureFixtur
         run(ours, batch, output_attentions=True)
     messages = [r.getMessage() for r in caplog.records if r.name == "fastbert"]
     assert messages == [
-        "output_attentions: backend 'cpu' falls back to 'reference': fused attention keeps no probabilities"
+        "output_attentions: backend 'cpu' falls back to 'reference': fused attention does not store the probabilities"
     ]
-    with pytest.raises(fastbert.BackendError, match=r"^output_attentions: .* strict=True: fused attention keeps no"):
+    with pytest.raises(fastbert.BackendError, match=r"^output_attentions: .* strict=True: fused attention does"):
         run(twin(model, strict=True), batch, output_attentions=True)
 
 

@@ -226,6 +226,10 @@ def test_published_config(tmp_path: Path) -> None:
     assert {layer.base for layer in modernbert_layers(one_base)} == {7.0}
     none_slides = {"global_attn_every_n_layers": 1, "rope_parameters": {"sliding_attention": {"rope_theta": None}}}
     assert len(modernbert_layers(fastbert.BertConfig.from_dict({**PUBLISHED, **none_slides}))) == 4
+    # Keys of mmBERT and Ettin, and one that transformers takes for the half of local_attention.
+    others = {**PUBLISHED, "position_embedding_type": "sans_pos", "sparse_prediction": True, "sliding_window": 2}
+    windows = {layer.window for layer in modernbert_layers(fastbert.BertConfig.from_dict(others))}
+    assert windows == {None, 2} and transformers.ModernBertConfig(**others).sliding_window == 2
     for config in (older, newer):
         config.save_pretrained(tmp_path)
         again = transformers.AutoConfig.from_pretrained(tmp_path)
@@ -240,6 +244,7 @@ def test_published_config(tmp_path: Path) -> None:
     [
         ({"local_attention": -2}, "local_attention: got -2, expected a whole number"),
         ({"layer_types": ["full_attention"]}, "layer_types: got"),
+        ({"sliding_window": -1}, "sliding_window: got -1, expected a whole number"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type: got 'dynamic', expected 'default'"),
         ({"global_rope_theta": 0}, "rope_theta: got 0, expected a positive number"),
     ],
@@ -283,7 +288,7 @@ def test_what_no_kernel_does_is_named() -> None:
     shapes_of = [row.shapes for row in fastbert.explain(ours).rows if row.op == "attention"]
     assert [f"within {WINDOW} columns" in shapes for shapes in shapes_of] == [False, True, False]
     eight_bit = twin(theirs("modernbert"), dtype=torch.float32, precision="int8")
-    with pytest.raises(fastbert.BackendError, match="precision='int8'.*intermediate size 37 is no multiple of 32"):
+    with pytest.raises(fastbert.BackendError, match="precision='int8'.*intermediate size 37 is not a multiple of 32"):
         run(eight_bit, batch_of("none", 20))
 
 

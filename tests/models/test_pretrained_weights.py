@@ -148,7 +148,7 @@ def test_headless_checkpoint_into_a_head(name: str, saved: Any, caplog: pytest.L
     ours = our_class(name).from_pretrained(saved(), **settings)
     assert sorted(ours.missing_names) == sorted(HEAD_WEIGHTS[name])
     (warning,) = warnings_of(caplog)
-    assert "freshly initialised, and to be trained before use" in warning
+    assert "freshly initialised; train it before use" in warning
     for missing in ours.missing_names:
         assert missing in warning
     encoder = {n.removeprefix("bert."): t for n, t in ours.state_dict().items() if n.startswith("bert.")}

@@ -17,7 +17,7 @@ import fastbert
 from attention_cases import DTYPES, LENGTHS, check
 from fastbert import ops
 from fastbert.engine import buckets
-from fastbert.ops import Policy, packing
+from fastbert.ops import Policy, attention_plan, packing, static_plan
 from graph_cases import StandIn, encode, make
 from helpers import cu_seqlens_of
 
@@ -162,11 +162,12 @@ def test_a_table_with_small_tiles(monkeypatch: pytest.MonkeyPatch, device: torch
 
     sizes = {"BLOCK_Q": 16, "BLOCK_K": 16, "BLOCK_D": 16, "num_warps": 1, "num_stages": 1}
     monkeypatch.setattr(configs, "_attention", lambda *args: configs.Config(sizes, "a test's"))
+    monkeypatch.setattr(attention_plan, "_tile_sizes", attention_plan._tile_sizes.__wrapped__)  # remembers nothing
     configs._short_attention.cache_clear()
     try:
         assert configs.short_attention_config(torch.float32, 16, 80) is None
         check("small tiles", [1, 20, 7], 2, 16, torch.float32, device, INVARIANT)
-        assert ops.attention_plan.max_tiles(100, torch.float32, 16, device, INVARIANT)[1] is None
+        assert static_plan.max_tiles(100, torch.float32, 16, device, INVARIANT)[1] is None
     finally:
         configs._short_attention.cache_clear()
 
@@ -241,4 +242,4 @@ def test_texts_of_four_tokens_and_more_always_fit(lengths: list[int]) -> None:
         for head_size in (16, 32, 64, 128):
             bucket = buckets.bucket_of(sum(lengths))
             assert bucket is not None
-            assert ops.attention_plan.StaticPlan(bucket, dtype, head_size, batch.device, INVARIANT).fits(batch)
+            assert static_plan.StaticPlan(bucket, dtype, head_size, batch.device, INVARIANT).fits(batch)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attention_cases import check
-from fastbert.ops import Policy, attention_plan, packing
+from fastbert.ops import Policy, attention_plan, packing, static_plan
 from fastbert_kernels import attention, attention_specialized, configs, launch
 from fastbert_kernels.attention import varlen_attention_forward
 from fastbert_kernels.masks import Dropout
@@ -50,7 +50,7 @@ def test_batches_choose_no_tile_in_batch_invariant_mode(lengths: list[int]) -> N
     """Catches bits of a text that depend on the batch through the tile."""
     batch = batch_of(lengths)
     assert not attention_plan.triton_plan(batch, torch.bfloat16, 64, INVARIANT).small
-    assert attention_plan.kind_of(batch, 8192, torch.bfloat16, 64, INVARIANT) == attention_plan.ANY_BATCH
+    assert static_plan.kind_of(batch, 8192, torch.bfloat16, 64, INVARIANT) == static_plan.ANY_BATCH
 
 
 def test_small_tiles_of_each_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,9 +92,9 @@ def test_small_tiles_are_right(device: torch.device, poisoned: Any) -> None:
 def test_static_lists(lengths: list[int], policy: Policy) -> None:
     """Catches tiles, spans or offsets that come back from static memory as others than those of the plain path."""
     batch, bucket = batch_of(lengths), 1024
-    kind = attention_plan.kind_of(batch, bucket, torch.bfloat16, 64, policy)
-    assert kind in attention_plan.kinds(torch.bfloat16, 64, CPU, policy)
-    static = attention_plan.StaticPlan(bucket, torch.bfloat16, 64, CPU, policy, kind)
+    kind = static_plan.kind_of(batch, bucket, torch.bfloat16, 64, policy)
+    assert kind in static_plan.kinds(torch.bfloat16, 64, CPU, policy)
+    static = static_plan.StaticPlan(bucket, torch.bfloat16, 64, CPU, policy, kind)
     memory = np.full(static.n_integers, -1, np.int32)
     assert static.fits(batch) and static.write(batch, memory)
     cu_seqlens, plan = static.split(torch.from_numpy(memory))
@@ -114,10 +114,10 @@ def test_dense_lists_are_for_batches_with_few_tiles() -> None:
     kinds = {}
     for lengths in ([512] * 8, [300, 200, 384] * 4, [1, 129] * 31):
         batch = batch_of(lengths)
-        kinds[len(lengths)] = attention_plan.kind_of(batch, 4096, torch.bfloat16, 64, TRITON)
+        kinds[len(lengths)] = static_plan.kind_of(batch, 4096, torch.bfloat16, 64, TRITON)
     assert [kind.dense for kind in kinds.values()] == [True, True, False]
-    dense = attention_plan.max_tiles(4096, torch.bfloat16, 64, CPU, TRITON, attention_plan.Kind(dense=True))[0]
-    assert dense == 49 and attention_plan.max_tiles(4096, torch.bfloat16, 64, CPU, TRITON)[0] == 95
+    dense = static_plan.max_tiles(4096, torch.bfloat16, 64, CPU, TRITON, static_plan.Kind(dense=True))[0]
+    assert dense == 49 and static_plan.max_tiles(4096, torch.bfloat16, 64, CPU, TRITON)[0] == 95
 
 
 def test_long_lists_are_launched_in_parts(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,10 +194,11 @@ def test_lists_for_specialized_warps_share_no_tiles(monkeypatch: pytest.MonkeyPa
     """Catches a table's tile of specialised warps that no batch ever takes."""
     sizes = specialized(BLOCK_D=64)
     monkeypatch.setattr(configs, "_attention", lambda *args: configs.Config(sizes, "a test's"))
+    monkeypatch.setattr(attention_plan, "_tile_sizes", attention_plan._tile_sizes.__wrapped__)  # remembers nothing
     batch = batch_of([100, 20, 20, 500])
     plan = attention_plan.triton_plan(batch, torch.bfloat16, 64, TRITON)
     assert plan.row_spans.shape == (0,) and not plan.tiles[:, 4].any()
-    static = attention_plan.StaticPlan(1024, torch.bfloat16, 64, CPU, TRITON)
+    static = static_plan.StaticPlan(1024, torch.bfloat16, 64, CPU, TRITON)
     assert static.split(torch.zeros(static.n_integers, dtype=torch.int32))[1].row_spans.shape == (0,)
 
 

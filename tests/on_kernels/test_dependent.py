@@ -16,7 +16,7 @@ WAITS = """
 import re, tempfile, torch, triton
 from triton.backends.compiler import GPUTarget
 from fastbert_kernels import dependent, launch, layer_norm, linear, few_rows, offline, split_linear
-from fastbert_kernels.offline.compiling import run_tool
+from fastbert_kernels.offline.disassembly import run_tool
 from sass import CODE
 
 def code_of(recorded, arch):

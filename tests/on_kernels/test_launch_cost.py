@@ -11,13 +11,22 @@ import collections, json, sys, time, torch, stub_driver, host_child
 
 driver = host_child.stand_for_a_gpu()
 from fastbert import ops
-from fastbert.ops import packing
+from fastbert.ops import attention_plan, launched, packing
+from fastbert.ops.disentangled import Positions
 
 policy, bf16 = ops.Policy("triton", strict=True), torch.bfloat16
 x, batch = torch.empty(128, 768, dtype=bf16), packing.from_lengths([64, 64], torch.device("cpu"))
 calls = {"pooling": lambda: ops.pool(x, batch.cu_seqlens, "mean", policy=policy)}
 for name, (checked, alone) in host_child.operations().items():
     calls[name], calls[name + ", kernel alone"] = checked, alone
+qkv, table, rows = (torch.empty(*shape, dtype=bf16) for shape in ((128, 2304), (12, 65), (64, 768)))
+positions, plan = Positions(rows, rows, (32, 64)), attention_plan.triton_plan(batch, bf16, 64, policy)
+own = qkv, batch, plan, 12, 0.125
+calls["attention with a bias, kernel alone"] = lambda: launched.varlen_attention(*own, table)
+calls["attention in a window, kernel alone"] = lambda: launched.windowed_attention(*own, 16)
+calls["disentangled attention, three kernels alone"] = lambda: launched.disentangled_attention(
+    qkv, positions, batch, 12, 0.125, False
+)
 host_child.SIZES["small"] = {"num_hidden_layers": 4}
 model = host_child.model_of("small")
 layers = model.engine.modules.launched
@@ -51,7 +60,8 @@ print(json.dumps([counts, min(seconds) / 4]))
 MOST = {
     "linear + GELU": 71, "attention": 46, "bias + residual + LayerNorm": 44, "pooling": 38,
     "linear + GELU, kernel alone": 38, "attention, kernel alone": 22, "bias + residual + LayerNorm, kernel alone": 18,
-    "4 layers": 430,
+    "attention with a bias, kernel alone": 24, "attention in a window, kernel alone": 24,
+    "disentangled attention, three kernels alone": 60, "4 layers": 430,
 }  # fmt: skip
 BAR = 90e-6  # of the host, for a layer of BERT-base on a machine with nothing else to do
 

@@ -113,7 +113,9 @@ def test_kernels_are_named(model_type: str) -> None:
         kernels = {row.op: row.kernel for row in rows}
         assert not any(row.raises for row in rows) and {row.backend for row in rows} == {"triton"}
         norm = "sum_norm" if model_type == "modernbert" else "layer_norm"  # which keeps the sum for the next block
-        for op in ("embedding", "layer_norm", "rotary", "attention", "gated"):
+        for op in ("embedding", "layer_norm", "rotary", "attention"):
             assert kernels[op] == f"fastbert_kernels.{norm if op == 'layer_norm' else op}", op
+        ups = {(row.op, row.kernel) for row in rows if row.shapes.endswith(", gated")}
+        assert ups == {("linear", "fastbert_kernels.gated_linear")} and "gated" not in kernels
     windows = [row.shapes for row in rows if row.op == "attention" and "within 6 columns" in row.shapes]
     assert bool(windows) == (model_type == "modernbert")

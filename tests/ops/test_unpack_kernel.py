@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastbert.engine.interface import PackedInputs
 from fastbert.engine.static_memory import Layout, Shape
-from fastbert.ops import Policy, attention_plan, masked, packing
+from fastbert.ops import Policy, attention_plan, masked, packing, static_plan
 
 TRITON, INVARIANT = Policy("triton", True), Policy("triton", True, batch_invariant=True)
 BUCKET = 512
@@ -45,7 +45,7 @@ def unpacked(mask: Tensor, policy: Policy, dtype: torch.dtype = torch.bfloat16, 
     """(the batch, its layout, the words that the kernel wrote)."""
     batch = masked.batch_of(mask, reads_columns=True)
     shape = Shape(mask.device, dtype, 32, 64, policy)
-    kind = attention_plan.kind_of(batch, BUCKET, dtype, 64, policy)
+    kind = static_plan.kind_of(batch, BUCKET, dtype, 64, policy)
     most = masked.most_tiles(*mask.shape, dtype, 64, mask.device, policy, kind.small)
     layout = Layout(BUCKET, shape, kind, most)
     words = torch.full((layout.n_words,), 1 << 40, dtype=torch.int64, device=mask.device)

@@ -149,7 +149,7 @@ def test_bad_arguments(encoder: SentenceEncoder) -> None:
         ({"device": ["cpu", "cuda"]}, "expected devices of one type"),
         ({"workers": 0}, "workers: got 0, expected a positive whole number"),
         ({"workers": 2, "device": ["cpu"]}, "workers, beside device or pool"),
-        ({"pool": {}}, "pool: got 'dict', expected what start_multi_process_pool returns"),
+        ({"pool": {}}, "pool: got 'dict', expected the result of start_multi_process_pool"),
         ({"device": ["cpu"], "chunk_size": 0}, "chunk_size: got 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,6 +39,15 @@ def test_values_come_back(pool: Pool) -> None:
         assert torch.equal(twice, 2 * x) and torch.equal(narrow, x.bfloat16()) and narrow.dtype == torch.bfloat16
         assert torch.equal(answer["weights"], torch.arange(5.0))
     assert {answer["process"] for answer in answers} == {process.pid for process in pool["processes"]}
+
+
+def test_a_script_without_the_line_that_guards_it() -> None:
+    """Catches an error that does not say what a script lacks whose processes run it once more."""
+    crew = pools._Crew([torch.device("cpu")])
+    crew.processes.append(SimpleNamespace(join=lambda seconds: None, exitcode=1, pid=5))
+    error = str(crew._died(0, starting=True))
+    assert error.startswith("pool: process 0 of 1 (cpu, pid 5) ended with exit code 1; a script that starts")
+    assert "must be a file, and needs the line `if __name__ == '__main__':`" in error
 
 
 def test_large_messages_pass_each_other(pool: Pool) -> None:
@@ -97,7 +107,7 @@ def test_a_process_that_cannot_start() -> None:
         pool.start()
     assert "pool_cases.py" in str(caught.value.__cause__)
     work: Any = lambda job: job  # noqa: E731
-    with pytest.raises(TypeError, match="pool: the model cannot be sent to other processes"):
+    with pytest.raises(TypeError, match="pool: the model cannot be pickled for other processes"):
         Pool(["cpu"], work, OWNER).start()
 
 
@@ -150,7 +160,7 @@ def test_shares(
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a list of no devices, a name in the place of a list, and GPUs beside CPUs."""
+    """Catches a list of no devices, a name in the place of a list, GPUs beside CPUs, and a GPU that is not there."""
     assert as_devices("device", ("cpu", torch.device("cpu"))) == [torch.device("cpu")] * 2
     for devices in ([], "cpu", None):
         with pytest.raises(ValueError, match="device: got .*, expected a list of at least one device"):
@@ -159,11 +169,16 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         as_devices("device", ["cpu", "cuda:0"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert default_devices() == ["cpu"] * 4
+    with pytest.raises(ValueError, match="device: got 'cuda:1', expected one of the 0 GPUs"):
+        Pool(["cuda:1"], Chores(), OWNER)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert default_devices() == ["cuda:0", "cuda:1"]
+    assert as_devices("device", ["cuda", "cuda:1"]) == [torch.device("cuda"), torch.device("cuda:1")]
+    with pytest.raises(ValueError, match="device: got 'cuda:2', expected one of the 2 GPUs"):
+        as_devices("device", ["cuda:0", "cuda:2"])
     pool = Pool(["cpu"], Chores(), OWNER)
-    with pytest.raises(KeyError, match="has 'processes' alone"):
+    with pytest.raises(KeyError, match="has only the key 'processes'"):
         pool["input"]
     pool.stop()
     with pytest.raises(ValueError, match="pool: got 'a stopped one'"):

@@ -251,7 +251,7 @@ def test_names_that_are_refused_say_what_to_do(ours: SentenceEncoder, cross: dic
                 assert str(error.value).endswith(hint) and repr(name) in str(error.value)
         with pytest.raises(AttributeError, match="has no attribute 'nonsense'"):
             _ = model.nonsense
-        with pytest.raises(TypeError, match="is no sequence of modules: its parts are encoder.model"):
+        with pytest.raises(TypeError, match="is not a sequence of modules: its parts are encoder.model"):
             _ = model[0]
         model.add_module("nothing", None)
         with pytest.raises(TypeError, match="takes no further module, got 'norm': its parts are encoder.model"):

@@ -110,7 +110,7 @@ def test_signature_is_that_of_sentence_transformers() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"pool": {}}, "pool: got 'dict', expected what start_multi_process_pool returns"),
+        ({"pool": {}}, "pool: got 'dict', expected the result of start_multi_process_pool"),
         ({"precision": "int4"}, "precision: got 'int4', expected one of 'float32', 'int8', 'uint8', 'binary'"),
         ({"precision": "binary", "output_value": None}, "precision: got 'binary'"),
         ({"output_value": "vectors"}, "output_value: got 'vectors'"),

@@ -114,7 +114,7 @@ def test_a_bare_masked_language_model(folders: Folders, caplog: pytest.LogCaptur
     assert "of 8 texts were longer than max_seq_length = 10 and truncated" in caplog.text
     dense = SentenceEncoder.from_pretrained(folders["bare"], device="cpu")
     assert dense.outputs == ("dense",)
-    with pytest.raises(ValueError, match=r"output: got 'sparse', but this model makes dense vectors; from_pretrained"):
+    with pytest.raises(ValueError, match=r"output: got 'sparse', but this model has dense vectors; from_pretrained"):
         dense.encode("a", output="sparse")
     for arguments in ({"normalize_embeddings": True}, {"truncate_dim": 3}, {"precision": "int8"}, {"output": "multi"}):
         with pytest.raises(ValueError, match="output"):

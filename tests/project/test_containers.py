@@ -138,8 +138,14 @@ def test_health_is_asked_where_the_server_listens(path: Path) -> None:
     assert json.loads(values(final, "ENTRYPOINT")[0]) == ["fastbert"]
 
 
+def longest_stop(arguments: Any) -> float:
+    """The seconds from SIGTERM to the last answer."""
+    return arguments.drain + arguments.body_timeout + arguments.timeout
+
+
 def test_compose_names_what_exists() -> None:
-    """Catches a build of a file that is not there, and a service that anyone on the network may ask."""
+    """Catches a build of a file that is not there, a service that anyone on the network may ask, and one that is
+    killed before what it accepted is answered."""
     content = yaml.safe_load((ROOT / "docker" / "compose.yaml").read_text())
     assert set(content["services"]) == {"cpu", "gpu"}
     for service in content["services"].values():
@@ -148,17 +154,20 @@ def test_compose_names_what_exists() -> None:
         assert all(port.startswith("127.0.0.1:") and port.endswith(":8000") for port in service["ports"])
         arguments = _parser().parse_args(service["command"])
         assert (arguments.host, arguments.port) == ("0.0.0.0", 8000) and service["read_only"] is True
+        assert int(service["stop_grace_period"].removesuffix("s")) > longest_stop(arguments)
         assert {volume.split(":")[0] for volume in service["volumes"]} <= set(content["volumes"])
 
 
 def test_kubernetes_asks_health_and_readiness_apart() -> None:
-    """Catches a probe that ends a server which drains, a port without a name, and a selector that selects nothing."""
+    """Catches a probe that ends a server which drains, a port without a name, a selector that selects nothing, and a
+    pod that is killed before what it accepted is answered."""
     deployment, service = yaml.safe_load_all((ROOT / "docker" / "kubernetes.yaml").read_text())
     pod = deployment["spec"]["template"]
     [container] = pod["spec"]["containers"]
     paths = {name: container[f"{name}Probe"]["httpGet"]["path"] for name in ("startup", "readiness", "liveness")}
     assert paths == {"startup": "/ready", "readiness": "/ready", "liveness": "/health"}
-    assert _parser().parse_args(container["args"]).host == "0.0.0.0"
+    arguments = _parser().parse_args(container["args"])
+    assert arguments.host == "0.0.0.0" and pod["spec"]["terminationGracePeriodSeconds"] > longest_stop(arguments)
     [port] = container["ports"]
     probes = [container[f"{name}Probe"]["httpGet"]["port"] for name in paths]
     assert port == {"name": "http", "containerPort": 8000} and set(probes) == {"http"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import numpy as np
 import pytest
 
 from fastbert.serving import answers
@@ -74,7 +75,13 @@ def test_both_writers_of_json_write_the_same_numbers(monkeypatch: pytest.MonkeyP
         "text": '물 \x1f"\\',
         "labels": {0: "bad"},
         "n": None,
+        "rows": [],
+        "data": [{"a": 1}, {"a": 2}],
     }
-    first = answers.dump(answer)
+    vectors = np.random.default_rng(0).standard_normal((3, 5), np.float32)
+    arrays = {"arrays": [answers.numbers(vector) for vector in vectors.T], "empty": [vectors[:0, :0]]}
+    expected = {**answer, "labels": {"0": "bad"}, "arrays": vectors.T.tolist(), "empty": [[]]}
+    first = answers.dump({**answer, **arrays})
+    pieces = answers.dump_in_pieces({**answer, **arrays})
     monkeypatch.setattr(answers, "orjson", None)
-    assert json.loads(first) == json.loads(answers.dump(answer)) == {**answer, "labels": {"0": "bad"}}
+    assert json.loads(first) == json.loads(pieces) == json.loads(answers.dump({**answer, **arrays})) == expected

@@ -87,7 +87,7 @@ VALUES: list[tuple[str, dict[str, Any], str]] = [
     ("/embed", {"inputs": [[1], [10**30]]}, "inputs[1]"),
     ("/embed", {"inputs": "a", "normalize": "yes"}, "normalize"),
     ("/embed", {"inputs": "a", "truncate": 1}, "truncate"),
-    ("/embed", {"inputs": "a", "truncation_direction": "left"}, "truncation_direction"),
+    ("/embed", {"inputs": "a", "truncation_direction": "up"}, "truncation_direction"),
     ("/embed", {"inputs": "a", "dimensions": 33}, "dimensions"),
     ("/embed", {"inputs": "a", "dimensions": 0}, "dimensions"),
     ("/embed", {"inputs": "a", "dimensions": 10**40}, "dimensions"),
@@ -133,6 +133,7 @@ def test_limits(client: TestClient, service: Service) -> None:
         ("/entities", {"inputs": " " * 970}, "too_many_tokens"),
         ("/tokenize", {"inputs": " " * 970}, "too_many_tokens"),
         ("/embed", {"inputs": [5] * 61}, "too_many_tokens"),
+        ("/decode", {"ids": [[5] * 31] * 2}, "too_many_tokens"),
         ("/embed_all", {"inputs": "fish " * 20}, "answer_too_large"),
         ("/embed_sparse", {"inputs": ["fish and boats and a river"] * 5}, "answer_too_large"),
     ):
@@ -145,6 +146,9 @@ def test_limits(client: TestClient, service: Service) -> None:
         response = client.post("/embed", json={"inputs": inputs})
         assert (response.status_code, error_of(response)["code"]) == (429, "queue_full")
         assert int(response.headers["Retry-After"]) >= 1
+    held.future.cancel()
+    held = service.batchers["encoder"].reserve(20)  # beside it there is room for all that a request may have
+    assert client.post("/embed", json={"inputs": ["ж" * 80] * 5}).status_code == 200, "a guess of 200 tokens"
     held.future.cancel()
     for inputs in ("fish and boats", ["fish and boats"], ["fish", "boats"]):
         assert client.post("/embed", json={"inputs": inputs}).status_code == 200

@@ -176,11 +176,13 @@ def test_answers_are_the_same_wherever_they_are_computed(models: SimpleNamespace
             ran.append(results is not None)
             return results
 
-        service.batchers["encoder"]._compute_here = here
+        batcher = service.batchers["encoder"]
+        batcher._compute_here = here
         answers = []
         for _ in range(4):
             answers.append(client.post("/embed", json={"inputs": TEXTS[0]}).json())
-            wait_for(service.batchers["encoder"])
+            wait_for(batcher)
+            batcher._seconds.update(dict.fromkeys(batcher._seconds, 0.001))  # however busy this machine is
         assert answers == [answers[0]] * 4 and len(ran) == 3 and (torch.get_num_threads() > 1 or all(ran))
         page = client.get("/metrics").text
         n_tokens = model.encode(LANE, TEXTS[:1]).n_tokens
@@ -216,11 +218,13 @@ def test_time_that_passes_here_counts(models: SimpleNamespace) -> None:
     service = Service(loaders(models, "encoder"), Settings(Limits(seconds=0.3)))
     with client_of(service) as client:
         assert client.post("/embed", json={"inputs": "fish"}).status_code == 200
-        wait_for(service.batchers["encoder"])
+        batcher = service.batchers["encoder"]
+        wait_for(batcher)
+        batcher._seconds.update(dict.fromkeys(batcher._seconds, 0.001))  # however busy this machine is
 
         def slow(lane: Lane, items: list[Item]) -> list[Any]:
             time.sleep(0.4)
             return [None]
 
-        service.batchers["encoder"]._compute_here = slow
+        batcher._compute_here = slow
         assert client.post("/embed", json={"inputs": "fish"}).status_code == 504

@@ -103,6 +103,22 @@ def test_truncation_is_said_or_refused(client: TestClient, encoder: Any) -> None
         assert refused.status_code == 413 and error_of(refused)["code"] == "text_too_long", refused.text
 
 
+def test_the_end_that_is_cut(client: TestClient, encoder: Any) -> None:
+    """Catches a text that is cut at its end where its beginning was to be cut, for texts, pairs and token ids."""
+    ids = encoder.tokenizer.encode_packed([LONG + " river"], max_length=99).input_ids.tolist()
+    expected = encoder.encode(" ".join(["fish"] * 37 + ["river"]))
+    for inputs in (LONG + " river", ids, ids[1:-1]):
+        left = client.post("/embed", json={"inputs": inputs, "truncation_direction": "Left"})
+        assert close(left.json()[0], expected) and left.headers["X-Truncated"] == "1"
+        for direction in ("Right", None):
+            right = ask(client, "/embed", inputs=inputs, truncation_direction=direction)
+            assert close(right[0], encoder.encode(LONG)) and not close(right[0], expected)
+    short = ask(client, "/rerank", query="a", texts=["fish " * 35 + "river"])
+    pair = {"query": "a", "texts": ["boats and " * 9 + "fish " * 35 + "river"]}
+    assert ask(client, "/rerank", **pair, truncation_direction="left") == short
+    assert ask(client, "/rerank", **pair) != short and encoder.tokenizer.truncation_side == "right"
+
+
 def test_models_are_listed(client: TestClient) -> None:
     """Catches a list that OpenAI's clients do not read, and a model that is not found by its name."""
     listed = client.get("/v1/models").json()
@@ -118,6 +134,8 @@ def test_embed(client: TestClient, encoder: Any) -> None:
     prompted = ask(client, "/embed", inputs=TEXTS, prompt_name="query", truncation_direction="Right")
     assert close(prompted, encoder.encode(TEXTS, prompt=PROMPT)) and not close(prompted, encoder.encode(TEXTS))
     assert np.shape(ask(client, "/embed", inputs="", normalize=False)) == (1, 32)
+    of_splade = ask(client, "/?model=sparse", inputs=TEXTS)
+    assert of_splade == ask(client, "/embed_sparse?model=sparse", inputs=TEXTS), "as TEI, which has no vectors of them"
 
 
 def test_vectors_of_tokens_and_sparse_vectors(client: TestClient, encoder: Any, service: Service) -> None:
@@ -218,9 +236,23 @@ def test_tokenize(client: TestClient, encoder: Any) -> None:
     assert bare == rows[0][1:-1]
 
 
+def test_decode(client: TestClient, encoder: Any) -> None:
+    """Catches texts of other ids, special tokens that stay, and ids that the vocabulary lacks."""
+    rows = [encoder.tokenizer.encode_packed([text]).input_ids.tolist() for text in TEXTS[:2]]
+    assert ask(client, "/decode", ids=rows) == TEXTS[:2] and ask(client, "/decode", ids=rows[0]) == TEXTS[:1]
+    assert ask(client, "/decode", ids=rows[0], skip_special_tokens=False) == [f"[CLS] {TEXTS[0]} [SEP]"]
+    for ids, param in (([], "ids"), ([[]], "ids[0]"), ([1, 10**9], "ids"), ([[1], "a"], "ids[1]"), ("a", "ids")):
+        response = client.post("/decode", json={"ids": ids})
+        assert response.status_code == 400 and error_of(response)["param"] == param
+
+
 def test_models_are_chosen(client: TestClient) -> None:
     """Catches a model that a name does not choose, and a task that goes to a model without it."""
-    assert client.get("/info").json()["model_id"] == "encoder"
+    of_first = client.get("/info").json()
+    assert of_first["model_id"] == of_first["served_model_name"] == "encoder"
+    assert of_first["max_concurrent_requests"] == 2**19, "a number, as clients of TEI expect"
+    pooling = {name: client.get(f"/info?model={name}").json()["model_type"] for name in ("encoder", "sparse")}
+    assert pooling == {"encoder": {"embedding": {"pooling": "mean"}}, "sparse": {"embedding": {"pooling": "splade"}}}
     info = client.get("/info?model=reranker").json()
     assert list(info["model_type"]) == ["reranker"] and info["max_input_length"] == 40 and info["tasks"]
     by_header = client.post("/predict", json={"inputs": "fish"}, headers={"X-Model": "classifier"})

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,13 +36,25 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return save_models(tmp_path_factory.mktemp("models"))
 
 
+# Loads as if it were downloading: in a thread that Python waits for at its end.
+SLOW = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from fastbert.cli import models
+from fastbert.cli.main import main
+models.load_served = lambda *args: ThreadPoolExecutor().submit(time.sleep, 600).result()
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 class Process:
     """A Process is `fastbert serve` on a free port, with the lines of its log so far."""
 
-    def __init__(self, *args: str, **env: str) -> None:
+    def __init__(self, *args: str, program: str = "", **env: str) -> None:
         self.lines: list[dict[str, Any]] = []
+        start = ["-c", program] if program else ["-m", "fastbert"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "fastbert", "serve", *args, "--device", "cpu", "--port", "0"],
+            [sys.executable, *start, "serve", *args, "--device", "cpu", "--port", "0"],
             env=source_env(**env), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -152,6 +165,44 @@ def test_a_model_that_cannot_be_loaded_ends_the_process(models: SimpleNamespace,
         assert main(["serve", *arguments, "--device", "cpu"]) == 1
 
 
+def test_a_stop_while_a_model_is_loaded() -> None:
+    """Catches a process that SIGTERM, or Ctrl-C, ends only when its models are there, after minutes perhaps."""
+    with process("a", "b", program=SLOW) as server:
+        url = server.url()
+        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/ready").json() == {"status": "starting"}
+        server.process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert server.wait() == 0
+        assert time.monotonic() - started < 10, server.lines
+    for sign in (signal.SIGTERM, signal.SIGINT):
+        service = Service({})
+        ours = Server(service, "127.0.0.1", 0, drain_seconds=60.0)
+        loop: Any = SimpleNamespace(call_soon_threadsafe=lambda f, *args: f(*args))
+        ours._loop = loop
+        ours.handle_exit(sign, None)
+        assert ours.should_exit and service.abandoned, "nobody has to be told that it is ready no longer"
+
+
+def test_a_stop_between_two_models() -> None:
+    """Catches a thread that goes on to load models after the stop, and a stop that is taken for a failure."""
+    loaded, may_load = [], threading.Event()
+
+    def load() -> Any:
+        loaded.append(1)
+        assert may_load.wait(60)
+        raise OSError("nobody waits for it any more")
+
+    service = Service({"first": load, "second": load})
+    server = ServerThread(service)
+    server._thread.start()
+    wait_until(lambda: bool(loaded))
+    server.stop()
+    may_load.set()
+    wait_until(lambda: not any(worker.alive for worker in service._workers))
+    assert service.state == "draining" and service.error is None and len(loaded) == 1
+
+
 def test_ready_and_health_are_two_things(models: SimpleNamespace) -> None:
     """Catches health that is mixed with readiness (TGI#3241), and a request that fails otherwise before it is ready."""
     from starlette.testclient import TestClient
@@ -199,6 +250,7 @@ def test_an_address_that_cannot_be_had() -> None:
 def test_a_second_signal_ends_the_draining() -> None:
     """Catches a server that cannot be stopped while it drains, and one that SIGTERM stops without an answer."""
     service = Service({})
+    service.state = "ready"
     delays: list[tuple[Any, ...]] = []
     ours = Server(service, "127.0.0.1", 0, drain_seconds=60.0)
     loop: Any = SimpleNamespace(call_soon_threadsafe=lambda f, *args: f(*args))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import finetune_cases
+import fork_server
 import pretraining_cases
 import vector_cases
 from fastbert.cli.main import main
@@ -32,7 +33,7 @@ def written(path: Path, rows: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def both(output: Path, batch_size: int, *options: str) -> tuple[Path, Path, str]:
+def both(output: Path, batch_size: int, *options: str, as_a_user: bool = False) -> tuple[Path, Path, str]:
     """The results of a command of `fastbert finetune`, by one process and by two; and what the two have printed."""
     common = [*options, "--device", "cpu", "--no-progress", "--precision", "fp32", "--log-every", "1"]
     one, two = output / "one", output / "two"
@@ -40,9 +41,11 @@ def both(output: Path, batch_size: int, *options: str) -> tuple[Path, Path, str]
     assert main(["finetune", *common, "--batch-size", str(2 * batch_size), "--output", str(one)]) == 0
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastbert"]
     command = [*start, "finetune", *common, "--batch-size", str(batch_size), "--output", str(two)]
-    done = subprocess.run(
-        command, env=pretraining_cases.environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+    env = pretraining_cases.environment()
+    if as_a_user:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    else:
+        done = fork_server.run(command, env=env, modules=fork_server.TRAINERS, timeout=300)
     assert done.returncode == 0, done.stderr
     return one, two, done.stdout
 
@@ -82,7 +85,7 @@ def test_classify(tmp_path: Path) -> None:
     train = written(tmp_path / "train.jsonl", finetune_cases.moods())
     options = ["classify", "--model", encoder, "--train", train, "--dropout", "0", "--learning-rate", "5e-3"]
     options += ["--eval", written(tmp_path / "eval.jsonl", finetune_cases.moods(25, seed=1)), "--epochs", "3"]
-    one, two, printed = both(tmp_path, 8, *options)
+    one, two, printed = both(tmp_path, 8, *options, as_a_user=True)
     facts = [json.loads((folder / "metrics.json").read_text()) for folder in (one, two)]
     states = [
         json.loads((folder / "checkpoints/checkpoint-18/trainer_state.json").read_text()) for folder in (one, two)

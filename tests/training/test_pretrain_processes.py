@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import fork_server
 import pretraining_cases as cases
 from fastbert import BertForPreTraining
 from fastbert.training.pretrain import pretrain
@@ -85,7 +86,7 @@ def test_two_hosts_make_one_run(alone: Path, tmp_path: Path) -> None:
         start = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(host)]
         start += ["--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(port), "-m"]
         run = [*start, "fastbert.training.pretrain", *cases.arguments(settings)]
-        hosts.append(subprocess.Popen(run, env=cases.environment(), stderr=subprocess.PIPE, text=True))
+        hosts.append(fork_server.start(run, env=cases.environment(), stderr=subprocess.PIPE, text=True))
     errors = [host.communicate(timeout=150)[1] for host in hosts]
     assert [host.returncode for host in hosts] == [0, 0], errors
     assert cases.weights(tmp_path / "model") == cases.weights(alone)
@@ -132,7 +133,7 @@ def test_ranks_with_other_texts_are_refused(tmp_path: Path) -> None:
     run = [*start, str(tmp_path / "program.py"), str(place / "tokenizer"), str(place / "model.json")]
     path = os.pathsep.join([cases.environment()["PYTHONPATH"], str(cases.ROOT / "tests")])
     before = time.monotonic()
-    done = subprocess.run(run, env=cases.environment(PYTHONPATH=path), capture_output=True, text=True, timeout=300)
+    done = fork_server.run(run, env=cases.environment(PYTHONPATH=path), timeout=300)
     assert done.returncode != 0
     assert "text: the processes differ: rank 0: " in done.stderr
     assert time.monotonic() - before < 120

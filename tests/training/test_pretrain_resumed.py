@@ -41,7 +41,7 @@ def test_signal_saves_and_goes(number: int, uninterrupted: Path, tmp_path: Path)
     (checkpoint,) = (output / CHECKPOINTS).iterdir()
     assert 4 <= int(checkpoint.name.removeprefix("step-")) < STEPS
     assert not (output / "model.safetensors").exists()
-    cases.run(settings)
+    cases.run(settings, as_a_user=number == signal.SIGTERM)
     assert cases.weights(output) == cases.weights(uninterrupted)
 
 

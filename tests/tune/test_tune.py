@@ -418,7 +418,7 @@ def test_command_without_a_gpu(monkeypatch, capsys):
         assert out == "" and "there is nothing to tune here: tables are of NVIDIA GPUs, and there is none here" in err
     with pytest.raises(SystemExit) as stop:
         main(["tune", "--arch", "90"])
-    assert stop.value.code == 2 and "--arch goes with --dry-run" in capsys.readouterr().err
+    assert stop.value.code == 2 and "--arch: expected only with --dry-run" in capsys.readouterr().err
 
 
 def test_dry_run(capsys):

@@ -15,7 +15,7 @@ from fastbert.tune import search
 from fastbert.tune.candidates import Candidate
 from fastbert.tune.jobs import Job, jobs_of
 from fastbert.tune.work import Work
-from fastbert_kernels import launch, quantized_configs, tables
+from fastbert_kernels import few_rows, launch, quantized_configs, tables
 
 GPU = "Test GPU 80GB"
 
@@ -45,8 +45,10 @@ def test_products_are_those_of_the_layers(model_type: str) -> None:
     """Catches a shape that no layer with a gate has, and an epilogue that its kernels do not run."""
     jobs = jobs_of([("tiny", config_of(model_type))], [torch.bfloat16], 90, only=["gemm"], precisions=["fp8"])
     assert [(job.op, job.key) for job in jobs] == [
-        ("gemm", "float16/32x96/none"), ("gemm", "float16/32x32/none"), ("gemm", "float16/32x320/none"),
-        ("gemm", "float16/160x32/none"), ("quantized_gemm", "float8/32x96/row"),
+        ("gemm", "float16/32x96/none"), ("gemm", "float16/32x32/none"), ("gemm", "float16/32x320/gated"),
+        ("gemm", "float16/160x32/none"),
+        *(("few_rows", f"float16/32x320/gated/{n_rows}") for n_rows in few_rows.BUCKETS),
+        ("quantized_gemm", "float8/32x96/row"),
         ("quantized_gemm", "float8/32x32/group16"), ("quantized_gated_gemm", "float8/32x160"),
         ("quantized_gemm", "float8/160x32/group128"),
     ]  # fmt: skip
@@ -94,6 +96,36 @@ def test_a_choice_is_right_and_followed(monkeypatch: pytest.MonkeyPatch, device:
     assert row.kernel == "fastbert_kernels.quantized_gated_linear"
     assert row.source.count("measured on Test GPU") == 2
     assert search.table_of([], GPU, arch, [40], before=tuned)["quantized_gated_gemm"] == tuned["quantized_gated_gemm"]
+
+
+def test_16_bits_are_timed_with_their_gate(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Catches a candidate in 16 bits that computes something else, is timed without its gate, or is not followed."""
+    monkeypatch.setattr(launch, "arch", lambda device: 90)
+    monkeypatch.setattr(tables, "gpus", lambda: [(GPU, 90)])
+    config = config_of("modernbert", num_attention_heads=1)
+    jobs = [job for job in jobs_of([("tiny", config)], [torch.bfloat16], 90, only=["gemm"]) if job.epilogue == "gated"]
+    assert [job.title for job in jobs][:2] == ["tiny up and gate", "tiny up and gate, 64 tokens"]
+    kernels = {candidate.kernel for candidate in jobs[0].candidates}
+    assert kernels == {"cublas", "linear", "linear_persistent"}  # with warps that only load there is no such kernel
+    cublas, pointer, *_, last = jobs[0].candidates
+    first, few = (
+        replace(jobs[0], candidates=(cublas, pointer, last)),
+        replace(jobs[1], candidates=jobs[1].candidates[:2]),
+    )
+
+    def timer(runs: Any, device: torch.device) -> dict[str, float]:
+        return {name: 1.0 if name == str(cublas) else 2.0 for name in runs}
+
+    outcomes = search.tune([first, few], device, [40], timer=timer, say=lambda text: None)
+    assert [outcome.rejected for outcome in outcomes] == [{}, {}]
+    tuned = search.table_of(outcomes, GPU, 90, [40], date="2026-01-02")
+    assert tuned["gemm"][first.key]["kernel"] == "cublas"
+    model = BertModel(config).eval()
+    assert any("gated_linear" in row.kernel for row in explain(model, arch=90, dtype="bfloat16").rows)
+    search.write(tuned, tables.cache_folder() / tables.file_name(GPU))
+    tables.use_table(None)
+    rows = explain(model, arch=90, dtype="bfloat16").rows
+    assert not any("gated_linear" in row.kernel for row in rows) and any(row.op == "gated" for row in rows)
 
 
 def test_a_wrong_gate_is_left_out(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:

@@ -111,7 +111,7 @@ def with_costs(
     longest = max(lengths, default=0)
     padded = [columns or longest] * len(lengths)
     n_rows = above.rows_computed(lengths, model, bert) if here else sum(lengths)
-    found, total = _costs(rows, lengths, n_rows, itemsize)
+    costs, total = _costs(rows, lengths, n_rows, itemsize)
     _, with_padding = _costs(rows, padded, sum(padded), itemsize)
     by_length = sorted(lengths, reverse=True)
     report = BatchReport(
@@ -127,13 +127,13 @@ def with_costs(
         padded_bytes=with_padding[1],
         n_truncated=n_truncated,
     )
-    return found, report
+    return costs, report
 
 
 def _costs(
     rows: Sequence[OpReport], lengths: Sequence[int], n_rows: int, itemsize: int
 ) -> tuple[tuple[OpReport, ...], tuple[int, int]]:
-    short = {row.module: int(found[1]) for row in rows if (found := _SHORT.search(row.shapes))}
+    short = {row.module: int(match[1]) for row in rows if (match := _SHORT.search(row.shapes))}
     out = []
     for row in rows:
         own = _SHORT.search(row.shapes)
@@ -153,8 +153,8 @@ def cost(
     """
     layers = _LAYERS.search(row.module)
     times = int(layers[2] or layers[1]) - int(layers[1]) + 1 if layers else 1
-    found = [(kind, int(width), quantised) for kind, width, quantised in _MATRIX.findall(row.shapes)]
-    if not found:
+    matrices = [(kind, int(width), quantised) for kind, width, quantised in _MATRIX.findall(row.shapes)]
+    if not matrices:
         return None, None
     size = FLOAT32 if row.module.startswith("tail.") else itemsize
     count = {"T": n_rows, "B": n_sequences}
@@ -165,10 +165,10 @@ def cost(
     def moved(matrix: tuple[str, int, str]) -> int:
         return numbers(matrix) * (1 if matrix[2] else size)
 
-    before, after = (found[:1], found[1:]) if row.op != "embedding" else ([], found)
+    before, after = (matrices[:1], matrices[1:]) if row.op != "embedding" else ([], matrices)
     total_bytes = sum(map(moved, before + after))
     if row.op in PRODUCTS:
-        k, m = before[0][1], after[0][1]
+        k, m = before[0][1], after[0][1] * (2 if ", gated" in row.shapes else 1)
         flops = 2 * count[before[0][0]] * k * m
         total_bytes += k * m * (1 if row.op == "quantized_linear" else size)
         total_bytes += numbers(after[0]) * size * ("+ residual" in row.shapes)

@@ -1,6 +1,6 @@
-"""`explain` tells what would run and why: each operation's backend, kernel, block sizes and fallback reason.
+"""`explain` reports for each operation its backend, kernel, block sizes and fallback reason.
 
-Nothing runs on data. The model's own code runs once on stand-ins, and its operations record what they decide.
+No kernel runs on data. The model's own code runs once on stand-ins, and its operations record their decisions.
 """
 
 from __future__ import annotations
@@ -48,18 +48,17 @@ def explain(
     """Tells which backend and kernel would run each operation of the model, with which block sizes, and why.
 
     model: a BertModel, a model with a head, a SentenceEncoder, a module that wraps one, or an accelerated model of
-    another library, of which the report has the encoder and the counts of calls. Its device, dtype, backend,
-    strictness and training mode count, and autocast where it is on; the keywords ask what would be if the first four
-    were others. arch: compute capability of a GPU as one integer, 90 for 9.0, which need not be there.
+    another library (the report describes its encoder and counts its calls). The report is for the model's present
+    device, dtype, backend, strict and training mode, and for the present autocast. The keywords replace the first four.
+    arch: the compute capability of any GPU as one integer, 90 for 9.0; the machine does not need it.
 
-    batch: what a batch of yours costs, too: its tokens beside those of a padded one, estimated FLOPs and bytes in all
-    and of each operation (`fastbert.diagnostics.explain.costs` says how they are counted). Texts, for a SentenceEncoder
+    batch: a batch whose cost the report adds: its tokens, those of a padded batch, estimated FLOPs and bytes in all and
+    for each operation (`fastbert.diagnostics.explain.costs` describes the counts). It is texts, for a SentenceEncoder
     or with a tokenizer; lists of token ids; lengths in tokens; a (B, S) tensor of ids, alone or in a tuple with its
-    mask; a dict with attention_mask or input_ids.
+    mask; or a dict with attention_mask or input_ids.
 
-    Raises TypeError for what is no such model or batch, ValueError for a device that is not there or an argument that
-    is none.
-    Neither raises nor logs because of a fallback: under strict, `raises` of its row says that running would.
+    Raises TypeError for another model or batch, and ValueError for a missing device or an unknown argument. A fallback
+    neither raises nor logs here: with strict=True, `raises` of its row says that a call would raise.
     """
     try:
         inner = find_model(model)
@@ -79,9 +78,9 @@ def explain(
     rows = tuple(rows_that_run(question, eight_bit))
     costs = None
     if batch is not None:
-        here = all(asked is None for asked in (device, cast, backend, arch))
+        as_it_is = all(asked is None for asked in (device, cast, backend, arch))
         itemsize = question.dtype.itemsize
-        rows, costs = explain_costs.with_costs(rows, batch, model, backbone(inner), itemsize, here, tokenizer)
+        rows, costs = explain_costs.with_costs(rows, batch, model, backbone(inner), itemsize, as_it_is, tokenizer)
         costs = dataclasses.replace(costs, kept_bytes=training.kept_by_a_batch(question, costs.n_tokens))
     notes = [*explain_notes.notes_of(question, eight_bit, rows)]
     if outer is not model:
@@ -102,7 +101,7 @@ def explain(
 
 
 def _unfollowed(model: Any) -> Report:
-    """Reports on an accelerated model that always runs as before."""
+    """Reports on an accelerated model that the original code always runs."""
     parameter = next(p for module in adapters.modules(model) for p in module.parameters())
     where, dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
     notes, name = tuple(adapters.notes(model)), type(model).__name__
@@ -121,5 +120,5 @@ def _device(device: torch.device, arch: int | None) -> torch.device:
             hint = "arch=90, for example, asks about one that is not there"
             raise ValueError(f"device: got {str(device)!r}, but there are {n_gpus} GPUs; {hint}")
     elif device.type == "meta":
-        raise ValueError("device: the model is on 'meta', where nothing runs; pass device= or arch=")
+        raise ValueError("device: the model is on 'meta', where no kernel runs; pass device= or arch=")
     return device

@@ -60,10 +60,10 @@ def _named(record: Record, kernels: Mapping[str, str], config: str, *args: Any) 
         return Kernel(kernels.get(record.backend, kernels["torch"]))
     from fastbert_kernels import configs
 
-    found = getattr(configs, config)(*args)
-    if isinstance(found, configs.Config):
-        return Kernel(kernels["triton"], dict(found.block_sizes), found.source)
-    return Kernel(kernels["triton"], dict(found), f"formula of fastbert_kernels.configs.{config}")
+    sizes = getattr(configs, config)(*args)
+    if isinstance(sizes, configs.Config):
+        return Kernel(kernels["triton"], dict(sizes.block_sizes), sizes.source)
+    return Kernel(kernels["triton"], dict(sizes), f"formula of fastbert_kernels.configs.{config}")
 
 
 def _embedding(record: Record, device: torch.device) -> Kernel:
@@ -144,15 +144,18 @@ def _linear(record: Record, device: torch.device) -> Kernel:
     if facts["product"] == "fastbert":
         from fastbert_kernels import configs, few_rows
 
-        shape = _features(record)
+        shape, gated = _features(record), facts.get("gated", False)
         epilogue = "residual" if facts["residual"] else activation
+        if gated:  # the product has two columns for each of the result
+            shape, epilogue = (shape[0], 2 * shape[1]), "gated"
         gemm = configs.gemm(record.dtype, _arch(device), shape, epilogue)
         source = f"{facts['why']}; {gemm.config.source}"
         if not facts["batch_invariant"]:
             tiles = (few_rows.tile(record.dtype, _arch(device), shape, epilogue, rows) for rows in few_rows.BUCKETS)
             if any(tile is not None for tile in tiles):
                 source += f"; up to {few_rows.FEW} tokens others by fastbert_kernels.few_rows"
-        return Kernel(f"fastbert_kernels.{gemm.ours}", dict(gemm.config.block_sizes), source)
+        name = f"gated_{gemm.ours}" if gated else gemm.ours
+        return Kernel(f"fastbert_kernels.{name}", dict(gemm.config.block_sizes), source)
     if facts["product"] == "split":
         return Kernel("fastbert_kernels.split_linear, for few rows", source="tables, few_rows")
     if facts["product"] == "packed":

@@ -29,10 +29,10 @@ def notes_of(question: Question, eight_bit: Decision | None, rows: Iterable[OpRe
         yield f"precision {model.precision!r} is for inference: running in training mode raises RuntimeError"
     if model.config.extra.get("output_attentions"):
         instead = "running raises BackendError" if policy.strict else "the slow reference path runs instead"
-        yield f"config.output_attentions is set, and fused attention keeps no probabilities: {instead}"
+        yield f"config.output_attentions is set, and fused attention does not store the probabilities: {instead}"
     names = list(names_of_listened(model))
     if names:
-        cost = "rows are padded for them and packed again, which costs time, and nothing is fused there"
+        cost = "rows are padded for them and packed again, which takes time, and no operations are fused there"
         yield f"{listed(names)} has hooks or a forward of its own: {cost}"
     if (sharing := backbone(model).encoder.sharing) is not None:
         yield sharing
@@ -70,7 +70,7 @@ def _launches(question: Question, rows: Iterable[OpReport]) -> Iterator[str]:
         yield f"CUDA graphs: {f'none: {obstacles}' if obstacles else inside}"
         obstacles = "; ".join(above.mask_obstacles(backbone(question.model), question.device))
         inside = f"up to {masked.MOST_PLACES} places are packed there, and the lengths of more waited for"
-        yield f"masks on the GPU: {f'their lengths are waited for: {obstacles}' if obstacles else inside}"
+        yield f"masks on the GPU: {f'the host waits for their lengths:  {obstacles}' if obstacles else inside}"
 
 
 def _one_call(question: Question, eight_bit: Decision | None) -> str:

@@ -119,10 +119,10 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Returns the same as dicts, lists, strings, numbers and None, for JSON."""
         rows = [dataclasses.asdict(row) for row in self.rows]
-        given = {**dataclasses.asdict(self), "rows": rows, "notes": list(self.notes)}
+        fields = {**dataclasses.asdict(self), "rows": rows, "notes": list(self.notes)}
         if self.batch is not None:
-            given["batch"]["padding_avoided"] = self.batch.padding_avoided
-        return given
+            fields["batch"]["padding_avoided"] = self.batch.padding_avoided
+        return fields
 
     def __str__(self) -> str:
         remarks: dict[str, int] = {}  # remark -> its number; what many rows share is printed once

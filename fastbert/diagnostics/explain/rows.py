@@ -128,6 +128,8 @@ def shapes_of(record: Record) -> str:
             words += [] if dtype is None else [f"in {str(dtype).removeprefix('torch.')}"]
         if facts.get("activation", "none") != "none":
             words.append(facts["activation"])
+        if facts.get("gated") or (precision and name == "gated"):
+            words.append("gated")
     return ", ".join(words)
 
 
@@ -181,5 +183,5 @@ def _without_last_quantising(layers: Layers) -> Layers:
     if norm.op != "layer_norm" or " and " not in norm.shapes:
         return layers
     matrices, _, added = norm.shapes.partition(", + ")
-    told = dataclasses.replace(norm, shapes=f"{matrices} (the last layer's without), + {added}")
-    return [(number, rows if number is None else [*rows[:-1], told]) for number, rows in layers]
+    noted = dataclasses.replace(norm, shapes=f"{matrices} (the last layer's without), + {added}")
+    return [(number, rows if number is None else [*rows[:-1], noted]) for number, rows in layers]

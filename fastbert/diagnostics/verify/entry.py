@@ -1,4 +1,4 @@
-"""`verify` checks a model on the user's texts, beside the float64 reference and plain PyTorch."""
+"""`verify` compares a model on the user's texts with the float64 reference and with plain PyTorch."""
 
 from __future__ import annotations
 
@@ -84,41 +84,40 @@ def verify(
     strict: bool | None = None,
     gradients: bool = False,
 ) -> Report:
-    """Checks a model on your texts: its weights are finite, and every layer is as accurate as plain PyTorch.
+    """Checks on your texts that the weights are finite and that every layer is as accurate as plain PyTorch.
 
     model_or_path: a BertModel, a model with a head, a SentenceEncoder or a CrossEncoder; an accelerated model of
-    another library, whose encoder is checked, and a SentenceTransformer's vectors too; or a folder or hub id from which
-    a BertModel is loaded, with the last four arguments as for `BertModel.from_pretrained`.
-    texts: strings, or lists of token ids; a dozen built-in texts by default, and random ids where there is no
-    tokenizer. Texts longer than the model's positions are cut, and the report says so. tokenizer: ours or one of
-    transformers, by default the one of the folder or of the encoder.
+    another library (its encoder is checked, and the vectors of a SentenceTransformer); or a folder or hub id of a
+    BertModel, with the last four arguments as for `BertModel.from_pretrained`.
+    texts: strings, or lists of token ids; by default a dozen example texts, or random ids without a tokenizer. Texts
+    longer than the model's positions are truncated, and the report says so. tokenizer: fastbert's or transformers', by
+    default that of the folder or of the encoder.
 
     Every hidden state, the pooled output, and a head's logits or a SentenceEncoder's vectors have an error: the RMS of
-    (ours - float64 reference) over the RMS of the reference. It may be 1.25 times the error of plain PyTorch in the
-    model's dtype plus half an ulp; for logits of tokens and for vectors twice that error. A single text may have 4
-    times that bound.
+    (fastbert - float64 reference) over the RMS of the reference. The bound is 1.25 times the error of plain PyTorch in
+    the model's dtype plus half an ulp; for logits of tokens and for vectors it is twice that error. The bound of a
+    single text is 4 times that.
 
-    Each part is also checked alone, on the input that it had. Its error may then be 1.5 times plain PyTorch's in 16
-    bits, else twice, and 3 times where the part gives one row for each text. So the report names the part that is at
-    fault, and the fault does not drown in the rounding of the layers before. A few logits for each text are checked
-    alone only, with a wider bound, because chance rules them. `vectors` says how near the vectors of the texts come to
-    the reference's, and whether their neighbours change places.
+    Each part is also checked alone, on its own input. Its bound is then 1.5 times plain PyTorch's error in 16 bits and
+    twice that error in 32 bits, or 3 times for a part with one row for each text. So the report names the faulty part,
+    and rounding errors of earlier layers do not hide the fault. A few logits for each text are checked only alone, with
+    a wider bound, because they vary by chance. `vectors` compares the vectors of the texts with the reference's, and
+    counts changes in the order of their neighbours.
 
-    gradients: whether gradients are looked at too, of the encoder's parameters that want one, in steps of forward and
-    backward. The loss is a fixed scalar: the last hidden states and the pooled output, times random normal numbers,
-    summed. The model runs in training mode without dropout, an accelerated one by its own forward. Errors are those
-    against float64 autograd of the reference. They may be 1.25 times plain PyTorch's plus one or two ulp for each part
-    of the model, and a small multiple of that for one parameter, which scatters more. The report names the first
-    gradient that is wrong in the backward pass, and the worst.
+    gradients: whether to check the gradients of the encoder's parameters that require one, in a forward and a backward
+    pass. The loss is a fixed scalar: the sum of the last hidden states and the pooled output, times random normal
+    numbers. The model runs in training mode without dropout, an accelerated one by its own forward. Errors are measured
+    against float64 autograd of the reference. The bound for each part of the model is 1.25 times plain PyTorch's error
+    plus one or two ulp. For one parameter it is a small multiple of that, because its error varies more. The report
+    names the first wrong gradient of the backward pass, and the worst one.
 
-    Nothing about the model changes, `.grad` and generators included; it runs in eval mode, whatever its mode is. For a
-    model that runs in 8 bits (precision="fp8" or "int8"), plain PyTorch is the emulation of the same quantisation, and
-    `quantized` says what the quantisation costs. A cosine below 0.998 or a Spearman below 0.999 is a problem from 1,000
-    texts on.
+    The model does not change, also not its `.grad` and random generators. It runs in eval mode. For a model that runs
+    in 8 bits (precision="fp8" or "int8"), plain PyTorch is the emulation of the same quantisation, and `quantized` has
+    the error from the quantisation. With 1,000 texts or more, a cosine below 0.998 or a Spearman below 0.999 is a
+    problem.
 
-    Raises TypeError or ValueError for arguments that do not fit, IndexError for token ids outside the vocabulary, the
-    errors of `from_pretrained` for a path, and BackendError under strict. Errors of the model itself raise nothing:
-    they are in the report.
+    Raises TypeError or ValueError for wrong arguments, IndexError for token ids outside the vocabulary, the errors of
+    `from_pretrained` for a path, and BackendError with strict=True. A wrong result raises no error: the report has it.
     """
     notes: list[str] = []
     model, name, tokenizer = _model_of(model_or_path, tokenizer, dtype, device, backend, strict)
@@ -148,7 +147,7 @@ def verify(
         if gradients:
             gradients_report = _gradients(live, bert, rows, prefix_of(bert, model), weighted, notes)
         if any(math.isnan(state.eager_error) for state in comparison.states):
-            notes.append(f"plain PyTorch is not finite in {bert.dtype}; the bound there is {BOUND_WITHOUT_EAGER}")
+            notes.append(f"plain PyTorch is not finite in {bert.dtype}; so the bound is {BOUND_WITHOUT_EAGER}")
     if bert.dtype == torch.float32 and bert.device.type == "cuda":
         notes.append(f"float32 multiplies in {float32_precision()}, the model and plain PyTorch: PyTorch's own switch")
     return Report(
@@ -161,18 +160,18 @@ def verify(
 def _gradients(
     model: Any, bert: EncoderModel, rows: list[Row], prefix: str, outer: Any, notes: list[str]
 ) -> GradientsReport | None:
-    """The report on gradients, None where there are none to look at, for a reason that goes into the notes.
+    """Returns the report on gradients, or None if there are none to check; the notes then have the reason.
 
-    model: as the user has it. bert: its encoder, on our side. outer: the module that parameters have their names from.
+    model: the user's object. bert: fastbert's encoder in it. outer: the module whose names the parameters have.
     """
     if bert.precision is not None:
-        notes.append("gradients were not looked at: the model runs in 8 bits")
+        notes.append("gradients were not checked: the model runs in 8 bits")
         return None
     with adapters.uncounted(model) as reasons:
         live = None if bert in adapters.modules(model) else adapters.first_encoder(model)
         report = compare_gradients(own(bert) if live is None else called(live, bert), rows, prefix, outer)
     if report is None:
-        notes.append("gradients were not looked at: no parameter of the encoder wants one")
+        notes.append("gradients were not checked: no parameter of the encoder requires one")
     elif reasons:
         notes.append(f"gradients were those of the original forward: {', '.join(reasons)}")
     return report
@@ -181,7 +180,7 @@ def _gradients(
 def _model_of(
     model_or_path: Any, tokenizer: Any, dtype: Any, device: Any, backend: Any, strict: Any
 ) -> tuple[nn.Module, str, Any]:
-    """The model, its name for the report, and its tokenizer."""
+    """Returns the model, its name for the report, and its tokenizer."""
     overrides = {"dtype": dtype, "device": device, "backend": backend, "strict": strict}
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if not isinstance(model_or_path, (str, os.PathLike)):
@@ -197,7 +196,7 @@ def _model_of(
 
 
 def _transformer_folder(folder: Path) -> Path:
-    """The folder of the weights: this one, or in a sentence-transformers folder that of its first module."""
+    """Returns the folder of the weights: this one, or in a sentence-transformers folder that of its first module."""
     file = folder / "modules.json"
     if not file.is_file():
         return folder
@@ -209,19 +208,19 @@ def _transformer_folder(folder: Path) -> Path:
 
 
 def _live(model: Any, tokenizer: Any, notes: list[str]) -> tuple[Pipeline | None, PackingTokenizer | None]:
-    """The tokenizer of an accelerated model and, for a SentenceTransformer, the pipeline that follows its states."""
+    """Returns the tokenizer of an accelerated model and, for a SentenceTransformer, its pipeline."""
     pipeline = None
     try:
         pipeline = pipeline_in(model)
     except adapters.Unsupported as error:
-        notes.append(f"vectors were not looked at: encode runs as it was before: {error}")
+        notes.append(f"vectors were not checked: encode runs by the original code: {error}")
     if pipeline is not None and tokenizer is getattr(model, "tokenizer", None):
         return pipeline, pipeline.tokenizer
     return pipeline, _usable(tokenizer)
 
 
 def _usable(tokenizer: Any) -> Tokenizer | LiveTokenizer | None:
-    """The tokenizer, in a form that packs texts. Raises TypeError for one that is neither ours nor transformers'."""
+    """Returns the tokenizer in a form that packs texts. Raises TypeError for one of another library."""
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
         return tokenizer
     if not (callable(tokenizer) and hasattr(tokenizer, "model_input_names")):
@@ -255,7 +254,7 @@ def _rows(texts: Any, tokenizer: PackingTokenizer | None, bert: EncoderModel, no
 
 def _ids_of(item: Any) -> Tensor:
     if isinstance(item, str):
-        raise TypeError("texts: expected strings or lists of token ids, got both")
+        raise TypeError("texts: got strings and lists of token ids, expected one of the two")
     ids = torch.as_tensor(item, device="cpu")
     if ids.dim() != 1 or (ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool)):
         raise TypeError(f"texts: expected strings or lists of token ids, got {ids.dtype} of shape {tuple(ids.shape)}")

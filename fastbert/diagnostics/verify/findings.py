@@ -117,7 +117,7 @@ class StateReport(ErrorReport):
     def problem(self) -> str | None:
         whole = super().problem
         if whole is None and self.alone is not None and self.alone.problem is not None:
-            return f"given the input that it had, {self.alone.problem}"
+            return f"alone, on its own input: {self.alone.problem}"
         return whole
 
 
@@ -240,7 +240,7 @@ class Findings:
     @property
     def problems(self) -> list[str]:
         """Texts that say what is wrong: NaN in weights, or the first part and gradient that are off."""
-        wrong = [f"{state.name} is the first that is wrong: {state.problem}" for state in self.outputs if not state.ok]
+        wrong = [f"{state.name} is the first wrong output: {state.problem}" for state in self.outputs if not state.ok]
         return [*map(str, self.weights), *wrong[:1], *self.quantized_problems, *self.gradient_problems]
 
     def table(self) -> Table:

@@ -52,7 +52,7 @@ class GradientReport:
         if self.error <= self.bound:
             return None
         if self.missing:
-            return "the model gives it none"
+            return "the model gives it no gradient"
         times = f"{self.times_eager:.3g} times plain PyTorch's, " if math.isfinite(self.times_eager) else ""
         return f"error {self.error:.3g}, {times}bound {self.bound:.3g}"
 
@@ -102,7 +102,7 @@ class GradientsReport:
         wrong = next((report for report in (*self.parameters, *self.parts, self.whole) if not report.ok), None)
         if wrong is None:
             return None
-        return f"the gradient of {wrong.name} is the first that is wrong in the backward pass: {wrong.problem}"
+        return f"the gradient of {wrong.name} is the first wrong gradient of the backward pass: {wrong.problem}"
 
     def worst(self) -> str:
         """The worst part and the worst parameter, in words."""

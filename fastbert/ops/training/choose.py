@@ -121,11 +121,11 @@ def cpu_obstacle(
     if not cpu.multiplies(dtype):
         return cpu.obstacle() or f"the C++ kernels do not multiply {dtype} on this processor"
     if head_size % 16 or head_size > 256:
-        return f"head size {head_size} is no multiple of 16 up to 256"
+        return f"head size {head_size} is not a multiple of 16 up to 256"
     if activation not in (GATED if gated else ACTIVATIONS):
         return f"there is no C++ kernel for {activation!r}"
     if hidden_size > cpu.MAX_HIDDEN:
         return f"hidden size {hidden_size} is above {cpu.MAX_HIDDEN}"
     if dtype == torch.bfloat16 and any(size % 2 for size in sizes):
-        return "the C++ kernels multiply bfloat16 in pairs, and a number of features is odd"
+        return "the C++ kernels multiply bfloat16 in pairs, and the number of features is odd"
     return None

@@ -112,10 +112,10 @@ class CpuKernels:
         want_residual: bool,
     ) -> NormGradients:
         total, mean, rstd = saved
-        found = cpu.residual_norm_backward(
+        gradients = cpu.residual_norm_backward(
             grad, grad_low, total, mean, rstd, weight, dropout, out_dropout, want_residual
         )
-        return NormGradients(*found)
+        return NormGradients(*gradients)
 
     def embedding_forward(
         self,

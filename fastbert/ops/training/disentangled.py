@@ -153,8 +153,8 @@ class _Attention(torch.autograd.Function):
             inputs = qkv, keys, queries, None, None
             return again(_plain(settings), grad, inputs, ctx.needs_input_grad)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-            found = ctx.kernels.backward(grad.contiguous(), qkv, keys, queries, out, lse, settings)
-        needed = zip(found, ctx.needs_input_grad, strict=False)
+            gradients = ctx.kernels.backward(grad.contiguous(), qkv, keys, queries, out, lse, settings)
+        needed = zip(gradients, ctx.needs_input_grad, strict=False)
         grads = *(gradient if need else None for gradient, need in needed), None, None
         return once(grads) if differentiable else grads
 

@@ -45,8 +45,8 @@ def again(
     with torch.enable_grad(), torch.autocast(grad.device.type, enabled=False):
         views: list[Any] = [t.view_as(t) if isinstance(t, Tensor) else None for t in inputs]
         output = function(*views)
-        found = torch.autograd.grad(output, [views[i] for i in places], grad, create_graph=differentiable)
+        gradients = torch.autograd.grad(output, [views[i] for i in places], grad, create_graph=differentiable)
     grads: list[Tensor | None] = [None] * len(inputs)
-    for i, gradient in zip(places, found, strict=True):
+    for i, gradient in zip(places, gradients, strict=True):
         grads[i] = gradient
     return tuple(grads)

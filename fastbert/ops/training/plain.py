@@ -228,8 +228,8 @@ def groups(batch: PackedBatch) -> list[Tensor]:
         rows = [starts[lengths == n][:, None] + torch.arange(n, device="cpu") for n in distinct]
         return [to_device(r, batch.device) for r in rows]
 
-    made: list[Tensor] = batch.plan("rows by length", make)
-    return made
+    groups: list[Tensor] = batch.plan("rows by length", make)
+    return groups
 
 
 def _split(x: Tensor, rows: Tensor, num_heads: int) -> Tensor:

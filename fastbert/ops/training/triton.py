@@ -154,8 +154,10 @@ class TritonKernels:
         from fastbert_kernels.layer_norm_backward import residual_norm_backward
 
         total, mean, rstd = saved
-        found = residual_norm_backward(grad, grad_low, total, mean, rstd, weight, dropout, out_dropout, want_residual)
-        return NormGradients(*found)
+        gradients = residual_norm_backward(
+            grad, grad_low, total, mean, rstd, weight, dropout, out_dropout, want_residual
+        )
+        return NormGradients(*gradients)
 
     def embedding_forward(
         self,

@@ -48,10 +48,10 @@ def mask_tokens(
         before = np.cumsum(n_tokens) - n_tokens
         chosen = places[np.arange(int(n_tokens.sum())) + np.repeat(word_firsts[numbers] - before, n_tokens)]
     labels = ids[chosen]
-    kinds, which = generator.random(len(chosen)), generator.random(len(chosen))
-    others = np.where(kinds < KEPT, labels, replacements[(which * len(replacements)).astype(np.int64)])
+    draws, which = generator.random(len(chosen)), generator.random(len(chosen))
+    others = np.where(draws < KEPT, labels, replacements[(which * len(replacements)).astype(np.int64)])
     input_ids = ids.copy()
-    input_ids[chosen] = np.where(kinds < REPLACED, others, mask_id)
+    input_ids[chosen] = np.where(draws < REPLACED, others, mask_id)
     return input_ids, chosen, labels
 
 

@@ -245,8 +245,8 @@ class Corpus:
     def __reduce__(self) -> Any:
         if self.folder is not None:
             return Corpus.open, (self.folder,)
-        made = (self._shards, self._bases, self.vocab_size, self.document_offsets, self.counts, self.fingerprint)
-        return Corpus, (*made, self._begins)
+        arguments = (self._shards, self._bases, self.vocab_size, self.document_offsets, self.counts, self.fingerprint)
+        return Corpus, (*arguments, self._begins)
 
     def __repr__(self) -> str:
         return f"Corpus(n_documents={self.n_documents}, n_tokens={self.n_tokens}, vocab_size={self.vocab_size})"

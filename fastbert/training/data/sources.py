@@ -40,8 +40,8 @@ def find_files(text: Sequence[str | Path] | str | Path) -> list[Path]:
     for item in items:
         paths = _matches(item)
         if not paths:
-            kinds = ", ".join(IN_FOLDERS)
-            raise FileNotFoundError(f"text: {str(item)!r} matches no file; in a folder these are taken: {kinds}")
+            suffixes = ", ".join(IN_FOLDERS)
+            raise FileNotFoundError(f"text: {str(item)!r} matches no file; in a folder these are taken: {suffixes}")
         for path in paths:
             need_library(path)
             files.setdefault(os.path.realpath(path), path)

@@ -59,9 +59,9 @@ class Record:
             return self.values[name]
         if name in self.values:
             raise RecordError(f"{self.place}: column {name!r} is empty")
-        there = ", ".join(repr(_cut(column)) for column in self.values)
+        names = ", ".join(repr(_cut(column)) for column in self.values)
         raise RecordError(
-            f"{self.place}: no column {name!r}; there are {there}. To choose one: {name}=COLUMN in columns"
+            f"{self.place}: no column {name!r}; there are {names}. To choose one: {name}=COLUMN in columns"
         )
 
 
@@ -72,17 +72,17 @@ def renames_of(names: Iterable[str], columns: Mapping[str, str], place: str) -> 
     for two columns that may be meant.
     """
     names = list(names)
-    found = {}
+    mapping = {}
     for ours, theirs in columns.items():
         if theirs not in names:
-            there = ", ".join(repr(_cut(name)) for name in names)
-            raise RecordError(f"{place}: no column {theirs!r}, which columns maps {ours!r} to; there are {there}")
-        found[ours] = theirs
+            listed = ", ".join(repr(_cut(name)) for name in names)
+            raise RecordError(f"{place}: no column {theirs!r}, which columns maps {ours!r} to; there are {listed}")
+        mapping[ours] = theirs
     plain: dict[str, list[str]] = {}
     for name in names:
         plain.setdefault(_plain(name), []).append(name)
     for ours, aliases in ALIASES.items():
-        if ours in found or ours in names:
+        if ours in mapping or ours in names:
             continue
         groups = [(ours,), *_groups(aliases)]
         for group in groups:
@@ -90,14 +90,14 @@ def renames_of(names: Iterable[str], columns: Mapping[str, str], place: str) -> 
             if len(candidates) > 1:
                 raise _ambiguous(ours, candidates, place)
             if candidates:
-                found[ours] = candidates[0]
+                mapping[ours] = candidates[0]
                 break
     # QNLI names its two texts "question" and "sentence": a text alone would be half of the example.
-    text = found.get("text")
+    text = mapping.get("text")
     is_half = "text" not in columns and text is not None and _plain(text) == "sentence"
-    if is_half and "question" in plain and not {"text_pair", "context"} & {*found, *names}:
+    if is_half and "question" in plain and not {"text_pair", "context"} & {*mapping, *names}:
         raise _ambiguous("text", [*plain["question"], str(text)], place)
-    return found
+    return mapping
 
 
 def _ambiguous(ours: str, candidates: Sequence[str], place: str) -> RecordError:

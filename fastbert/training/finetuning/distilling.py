@@ -34,8 +34,8 @@ def with_vectors(examples: list[Example], settings: EmbedSettings, processes: Pr
         settings.teacher, dtype="float32", device=device
     )
     texts = distinct([example.anchor for example in examples])
-    made = spread(processes, lambda share: encoder.encode(share, show_progress_bar=False), texts)
-    vectors = dict(zip(texts, made, strict=True))
+    teacher_vectors = spread(processes, lambda share: encoder.encode(share, show_progress_bar=False), texts)
+    vectors = dict(zip(texts, teacher_vectors, strict=True))
     return [dataclasses.replace(example, vector=vectors[example.anchor]) for example in examples]
 
 
@@ -56,12 +56,12 @@ def with_scores(examples: list[Example], settings: Any, processes: Processes) ->
     device = None if processes.n == 1 else str(processes.device)
     teacher = fastbert.pipelines.cross.CrossEncoder.from_pretrained(settings.teacher, dtype="float32", device=device)
     pairs = [(e.anchor, text) for e in examples for text in (e.positive, *e.negatives)]
-    made = spread(
+    teacher_scores = spread(
         processes,
         lambda share: teacher.predict(share, show_progress_bar=False, activation_fn=torch.nn.Identity())[:, None],
         pairs,
     )
-    scores = iter(made[:, 0].tolist())
+    scores = iter(teacher_scores[:, 0].tolist())
     return [dataclasses.replace(e, score=tuple(next(scores) for _ in (e.positive, *e.negatives))) for e in examples]
 
 
@@ -72,11 +72,11 @@ def way_of(teacher: int, model: int, wanted: str) -> str | None:
     """
     if teacher == model:
         return None
-    way = ("pca" if teacher > model else "dense") if wanted == "auto" else wanted
-    if way != "dense" and teacher < model:
-        raise ValueError(f"teacher_width: {way} makes vectors shorter; the teacher's have {teacher} numbers, and those "
-                         f"of the model {model}; dense fits the model")  # fmt: skip
-    return way
+    rule = ("pca" if teacher > model else "dense") if wanted == "auto" else wanted
+    if rule != "dense" and teacher < model:
+        raise ValueError(f"teacher_width: {rule} makes vectors shorter, but the teacher's have {teacher} "
+                         f"numbers and the model's {model}; expected dense")  # fmt: skip
+    return rule
 
 
 def add_dense(model: Any, width: int) -> None:
@@ -94,17 +94,17 @@ def add_dense(model: Any, width: int) -> None:
 
 
 def shortened(
-    examples: Sequence[Example], held: Sequence[Example], width: int, way: str, processes: Processes
+    examples: Sequence[Example], held: Sequence[Example], width: int, rule: str, processes: Processes
 ) -> tuple[list[Example], list[Example], float]:
     """Returns examples whose vectors have `width` numbers, and the share of the squared lengths that those keep.
 
     way: "pca" takes the directions that keep most of the training vectors' squared lengths, so that scalar products
     change least; "cut" takes the first numbers, as of a Matryoshka model. Each vector keeps its length.
     """
-    given = {example.anchor: example.vector for example in examples}
-    rows = np.asarray(list(given.values()), np.float64)
-    basis = by_first(processes, lambda: _directions(rows, width)) if way == "pca" else np.eye(rows.shape[1], width)
-    if way == "pca" and len(rows) < width:
+    targets = {example.anchor: example.vector for example in examples}
+    rows = np.asarray(list(targets.values()), np.float64)
+    basis = by_first(processes, lambda: _directions(rows, width)) if rule == "pca" else np.eye(rows.shape[1], width)
+    if rule == "pca" and len(rows) < width:
         logger.warning("teacher_width: %d texts for %d directions; more texts fit the teacher better", len(rows), width)
     kept = float(((rows @ basis) ** 2).sum() / max((rows**2).sum(), 1e-30))
 

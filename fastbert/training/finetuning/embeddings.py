@@ -50,24 +50,24 @@ def train_embeddings(model: Any, train: Any, output: Any, **settings: Any) -> Ve
     """Trains sentence embeddings on pairs, triplets, scored pairs, or a teacher's vectors or scores.
 
     model: a folder of sentence-transformers or of a plain encoder, which gets mean pooling, or a hub id. train: a file,
-    an iterable of dicts or a datasets.Dataset, with the columns anchor and positive, perhaps negative (a text, a list,
-    or negative_1 and so on) and score; or sentence1, sentence2 and score; or text and label, its class; or text,
-    perhaps text_pair, its translation, and vector, the teacher's. output: the folder of the result, which
+    an iterable of dicts or a datasets.Dataset. Its columns are anchor and positive, optionally with negative (a text, a
+    list, or negative_1 and so on) and score; or sentence1, sentence2 and score; or text and label (its class); or text,
+    optionally with text_pair (its translation) and vector (of a teacher). output: the folder of the result, which
     sentence-transformers and fastbert load. settings: the other fields of `EmbedSettings`.
 
     The scores of the evaluation are recall@1, recall@5, recall@10, mrr and ndcg@10 for pairs, spearman and pearson for
     scored pairs, map@r, nearest and mrr for classes, negative_mse and cosine for vectors.
 
-    Started by torchrun, every process calls it. They share the work, and the first one writes the result.
+    With torchrun, every process calls it. The processes share the work, and the first one writes the result.
 
-    Raises ValueError for settings and data that do not fit, RecordError for a record, with its place, and
+    Raises ValueError for wrong settings and data, RecordError for a wrong record, with its position, and
     FloatingPointError for a loss that is not finite.
     """
     return train_by(EmbedSettings(model=model, train=train, output=output, **settings))
 
 
 def train_by(settings: EmbedSettings) -> VectorResult:
-    """Does what `train_embeddings` does, by settings."""
+    """Does the work of `train_embeddings` for an `EmbedSettings`."""
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 
     processes = join(settings.device)
@@ -95,10 +95,10 @@ def train_by(settings: EmbedSettings) -> VectorResult:
         examples = distilling.with_scores(examples, settings, processes)
     width = model.get_sentence_embedding_dimension()
     if wide is not None and wide != width:
-        way = distilling.way_of(wide, width, settings.teacher_width)
-        assert way is not None
-        examples, held, kept = distilling.shortened(examples, held, width, way, processes)
-        facts["teacher"] = {"width": wide, "fitted by": way, "share kept": round(kept, 4)}
+        rule = distilling.way_of(wide, width, settings.teacher_width)
+        assert rule is not None
+        examples, held, kept = distilling.shortened(examples, held, width, rule, processes)
+        facts["teacher"] = {"width": wide, "fitted by": rule, "share kept": round(kept, 4)}
     if held and task is None:
         task = TeacherVectors(held)
     rows = _rows(examples, loss)
@@ -129,7 +129,7 @@ def train_by(settings: EmbedSettings) -> VectorResult:
 
 
 class _Scorer:
-    """Scores a model, at each width of Matryoshka too."""
+    """A `_Scorer` scores a model, also at each width of Matryoshka."""
 
     def __init__(self, task: Any, settings: EmbedSettings, prompts: tuple[str | None, str | None]) -> None:
         self.task, self.settings, self.prompts = task, settings, prompts
@@ -152,9 +152,9 @@ class _Scorer:
 
 
 def load(settings: EmbedSettings, device: str, teacher: int | None = None) -> Any:
-    """Loads the model, with its pooling and length as the settings have them, and lets fastbert run it.
+    """Loads the model, with the pooling and length of the settings, and lets fastbert run it.
 
-    teacher: the width of vectors to learn. A Dense is added where the model is to have it and has another one.
+    teacher: the width of the vectors to learn. If the model has another width, a Dense is added.
     """
     import transformers
     from sentence_transformers import SentenceTransformer
@@ -183,7 +183,7 @@ def load(settings: EmbedSettings, device: str, teacher: int | None = None) -> An
 
 
 def _examples(settings: EmbedSettings) -> tuple[list[Example], list[Example]]:
-    """The examples for training and those that are held out."""
+    """Returns the examples for training and the held-out examples."""
     options = (settings.kind, settings.columns, settings.score_scale)
     examples = read_examples(settings.train, *options)
     if settings.eval is None:
@@ -217,7 +217,7 @@ def _loss_name(examples: Sequence[Example], settings: EmbedSettings) -> str:
 
 
 def _prompts(model: Any, settings: EmbedSettings) -> tuple[str | None, str | None]:
-    """The prompts of anchors and of the other texts, which the model keeps for `encode_query` and `encode_document`."""
+    """Returns the prompts of anchors and of the other texts, which the model keeps for queries and documents."""
     for name, prompt in (("query", settings.query_prompt), ("document", settings.document_prompt)):
         if prompt is not None:
             model.prompts[name] = prompt
@@ -225,7 +225,7 @@ def _prompts(model: Any, settings: EmbedSettings) -> tuple[str | None, str | Non
 
 
 def _rows(examples: Sequence[Example], loss: str) -> list[dict[str, Any]]:
-    """The columns of a trainer; their order counts, and the names of labels are its own."""
+    """Returns the columns for a trainer, which depends on their order and has its own names for labels."""
     if loss in CLASS_LOSSES:
         numbers = {label: number for number, label in enumerate(sorted({example.label for example in examples}))}
         return [{"text": example.anchor, "label": numbers[example.label]} for example in examples]

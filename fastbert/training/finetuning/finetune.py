@@ -22,7 +22,7 @@ RUN, LAST = "run.json", "last"
 
 @dataclass(frozen=True)
 class Finetuned:
-    """What a run gave. metrics are those of the best model on the data for evaluation, {} where there are none."""
+    """A `Finetuned` is the result of a run. metrics: those of the best model, {} without evaluation data."""
 
     output: Path
     metrics: dict[str, Any]
@@ -36,13 +36,13 @@ class Finetuned:
 def finetune(settings: FinetuneSettings | None = None, **fields: Any) -> Finetuned:
     """Fine-tunes a pre-trained encoder; returns the metrics and the folder of the result.
 
-    settings: or its fields by name: task="classify", model="bert-base-uncased", train=..., output="folder". train and
-    eval are files, or any iterables of dicts, a datasets.Dataset for one.
+    settings: a `FinetuneSettings`, or its fields by name: task="classify", model="bert-base-uncased", train=...,
+    output="folder". train and eval are files, or any iterables of dicts, such as a datasets.Dataset.
 
-    The output folder holds the best model as transformers reads it, with its tokenizer, metrics.json, a report and a
-    card. The last model is in `last`, and the Trainer's checkpoints are in `checkpoints`. Raises RecordError, with the
-    place in the data, for records that the task cannot take; ValueError for settings that do not fit;
-    FloatingPointError where a gradient is not finite; OSError where a file cannot be read or written.
+    The output folder holds the best model in the format of transformers, with its tokenizer, metrics.json, a report and
+    a model card. The last model is in `last`, and the Trainer's checkpoints are in `checkpoints`. Raises RecordError,
+    with the position in the data, for a wrong record; ValueError for wrong settings; FloatingPointError for a gradient
+    that is not finite; OSError for a file that cannot be read or written.
     """
     from fastbert.adapters import counts
     from fastbert.training.finetuning.cut import warn_of_cut, what_was_cut
@@ -115,7 +115,7 @@ def _refuse_to_overwrite(settings: FinetuneSettings) -> None:
 
 
 def _identity(prepared: Prepared) -> dict[str, Any]:
-    """What must be the same when a run resumes: settings, labels and data."""
+    """Returns the settings, labels and data that must be the same when a run resumes."""
     digest = hashlib.sha256()
     for record in prepared.train:
         digest.update(repr(sorted(record.values.items())).encode())
@@ -124,7 +124,7 @@ def _identity(prepared: Prepared) -> dict[str, Any]:
 
 
 def _resumed(prepared: Prepared) -> Path | None:
-    """Returns the checkpoint to go on from, or None. Raises ValueError where the run was asked for something else."""
+    """Returns the checkpoint to resume from, or None. Raises ValueError if the run had other settings."""
     from fastbert.training.finetuning.running import checkpoint_folder, newest_checkpoint
 
     output = Path(prepared.settings.output)

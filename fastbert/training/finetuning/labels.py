@@ -33,15 +33,15 @@ class Labels:
 
     def numbers(self, record: Record, column: str = "labels", separator: str = ",") -> np.ndarray:
         """Returns the classes of a record with any number of them, as (L,) float32 of 0 and 1."""
-        found = np.zeros(len(self.names), np.float32)
+        vector = np.zeros(len(self.names), np.float32)
         for name in names_of(record, column, separator):
-            found[self._number(name, record, column)] = 1
-        return found
+            vector[self._number(name, record, column)] = 1
+        return vector
 
     def _number(self, name: str, record: Record, column: str) -> int:
         if name not in self._numbers:
-            there = ", ".join(map(repr, self.names[:8])) + (", …" if len(self.names) > 8 else "")
-            raise RecordError(f"{record.place}: {column} {name!r} is not among those of the training data: {there}")
+            listed = ", ".join(map(repr, self.names[:8])) + (", …" if len(self.names) > 8 else "")
+            raise RecordError(f"{record.place}: {column} {name!r} is not among those of the training data: {listed}")
         return self._numbers[name]
 
     def weights(self, rule: str | Mapping[str, float]) -> np.ndarray | None:
@@ -68,8 +68,8 @@ def find_labels(
     column = column or ("labels" if many else "label")
     places: dict[str, list[str]] = {}
     for record in records:
-        found = names_of(record, column, separator) if many else [class_name(record, column)]
-        for name in found:
+        record_labels = names_of(record, column, separator) if many else [class_name(record, column)]
+        for name in record_labels:
             places.setdefault(name, []).append(record.place)
     if not order and places and all(map(_is_number, places)):
         for name, where in places.items():
@@ -142,7 +142,7 @@ def numbers_of(records: Sequence[Record], column: str = "label") -> np.ndarray:
 
     Raises RecordError for a record without one, and for what is no finite number.
     """
-    found = []
+    values = []
     for record in records:
         value = record.value(column)
         try:
@@ -151,9 +151,9 @@ def numbers_of(records: Sequence[Record], column: str = "label") -> np.ndarray:
             number = math.nan
         if not math.isfinite(number):
             raise RecordError(f"{record.place}: {column} is {value!r}, expected a finite number")
-        found.append(number)
-    numbers = np.array(found)
-    if found and bool((numbers == np.round(numbers)).all()):
+        values.append(number)
+    numbers = np.array(values)
+    if values and bool((numbers == np.round(numbers)).all()):
         n_values = len(np.unique(numbers))
         logger.warning("%s: all are whole numbers, %d different ones, from %s on, and are taken as amounts; for names "
                        "of classes the task is classify", column, n_values, records[0].place)  # fmt: skip

@@ -81,12 +81,12 @@ def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> 
     confidence: (N,) floats from 0 to 1. right: (N,) bools.
     """
     place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
-    found = []
+    table = []
     for k in np.unique(place).tolist():
         inside = place == k
         means = {"confidence": float(confidence[inside].mean()), "accuracy": float(right[inside].mean())}
-        found.append({"low": k / bins, "high": (k + 1) / bins, **means, "count": int(inside.sum())})
-    return found
+        table.append({"low": k / bins, "high": (k + 1) / bins, **means, "count": int(inside.sum())})
+    return table
 
 
 def multilabel(labels: Any, probabilities: Any, threshold: float = 0.5) -> dict[str, Any]:
@@ -102,20 +102,20 @@ def multilabel(labels: Any, probabilities: Any, threshold: float = 0.5) -> dict[
     expect(bool(np.isin(truth, (0, 1)).all()), "labels", "other values", "0 and 1")
     expect(bool(np.isfinite(p).all()), "probabilities", "NaN or infinity", "finite numbers")
     truth = truth.astype(bool)
-    given = p >= threshold
-    hits, n_given, support = (truth & given).sum(0), given.sum(0), truth.sum(0)
+    predicted = p >= threshold
+    hits, n_given, support = (truth & predicted).sum(0), predicted.sum(0), truth.sum(0)
     precision, recall, f1 = _scores(hits, n_given, support)
     micro = _scores(hits.sum(), n_given.sum(), support.sum())
-    each = _scores((truth & given).sum(1), given.sum(1), truth.sum(1))[2]
+    each = _scores((truth & predicted).sum(1), predicted.sum(1), truth.sum(1))[2]
     return {
-        "accuracy": float((truth == given).all(1).mean()),
+        "accuracy": float((truth == predicted).all(1).mean()),
         "macro_f1": float(f1.mean()),
         "micro_f1": float(micro[2]),
         "weighted_f1": float(_ratio((f1 * support).sum(), support.sum())),
         "samples_f1": float(each.mean()),
         "micro_precision": float(micro[0]),
         "micro_recall": float(micro[1]),
-        "hamming_loss": float((truth != given).mean()),
+        "hamming_loss": float((truth != predicted).mean()),
         "examples": len(truth),
         "per_class": _per_class(precision, recall, f1, support),
     }
@@ -199,17 +199,17 @@ def spans_of(tags: Sequence[str]) -> list[Span]:
 
     Tags are "O", or B-, I-, E- or S- and a type, "_" without one. An I- that follows no span of its type begins one.
     """
-    found: list[Span] = []
+    spans: list[Span] = []
     before, type_before, start = "O", "", 0
     for i, whole in enumerate([*tags, "O"]):
         tag, kind = whole[:1] or "O", whole[1:].split("-", maxsplit=1)[-1] or "_"
         changed = type_before != kind
         if before in "ES" or (before in "BI" and tag in "BSO") or (before not in "O." and changed):
-            found.append((type_before, start, i - 1))
+            spans.append((type_before, start, i - 1))
         if tag in "BS" or (before in "ESO" and tag in "EI") or (tag not in "O." and changed):
             start = i
         before, type_before = tag, kind
-    return found
+    return spans
 
 
 def spans(true: Sequence[Sequence[Any]], predicted: Sequence[Sequence[Any]]) -> dict[str, Any]:

@@ -85,13 +85,13 @@ def mine_negatives(
     for start in range(0, len(queries), QUERIES):
         rows = range(start, min(start + QUERIES, len(queries)))
         beyond = max(len(forbidden[row]) for row in rows)
-        found, ids = semantic_search(
+        cosines, ids = semantic_search(
             query_vectors[start : rows.stop], corpus_vectors, top_k=depth + beyond, as_arrays=True
         )
         for row in rows:
             ranked = [
                 (float(score), int(i))
-                for score, i in zip(found[row - start], ids[row - start], strict=True)
+                for score, i in zip(cosines[row - start], ids[row - start], strict=True)
                 if int(i) not in forbidden[row]
             ][skip:depth]
             for pair in pairs_of[row]:

@@ -162,10 +162,10 @@ def place_of(record: Record) -> tuple[int, int] | None:
         start = 0 if start is None else start
         if start < 0 or not context.startswith(text, start):
             earlier, later = context.rfind(text, 0, max(start, 0) + len(text)), context.find(text, max(start, 0))
-            there = [at for at in (earlier, later) if at >= 0]
-            if not there:
+            starts = [at for at in (earlier, later) if at >= 0]
+            if not starts:
                 continue
-            start = min(there, key=lambda at, start=start: abs(at - start))  # type: ignore[misc]
+            start = min(starts, key=lambda at, start=start: abs(at - start))  # type: ignore[misc]
         return start, start + len(text)
     return None
 

@@ -148,12 +148,12 @@ def _loaded(text: str, place: str, *, fails: bool = True) -> Any:
     """The value of a JSON text. With fails=False, None for one that is none."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs) and fails:
+        record = dict(pairs)
+        if len(record) < len(pairs) and fails:
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
             raise RecordError(f"{place}: the key {twice!r} is there twice in an object")
-        return found
+        return record
 
     try:
         return json.loads(text, object_pairs_hook=unique)

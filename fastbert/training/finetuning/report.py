@@ -108,8 +108,8 @@ def _history(folder: Path) -> Sequence[Mapping[str, Any]]:
     path = folder / "trainer_state.json"
     if not path.is_file():
         return []
-    found = json.loads(path.read_text(encoding="utf-8")).get("log_history", [])
-    return found if isinstance(found, list) else []
+    history = json.loads(path.read_text(encoding="utf-8")).get("log_history", [])
+    return history if isinstance(history, list) else []
 
 
 def _page(
@@ -233,9 +233,9 @@ def _wrong(tables: Mapping[str, Any], names: Sequence[str], texts: Sequence[str]
         else:
             p = np.asarray(tables["probabilities"])[i]
             if labels.ndim == 2:
-                given = p >= tables.get("threshold", 0.5)
+                predicted = p >= tables.get("threshold", 0.5)
                 true, got = (", ".join(n for n, is_ in zip(names, row, strict=True) if is_) or NO_VALUE
-                             for row in (labels[i] > 0, given))  # fmt: skip
+                             for row in (labels[i] > 0, predicted))  # fmt: skip
             else:
                 true = f"{names[labels[i]]} ({p[labels[i]]:.1%})"
                 got = f"{names[p.argmax()]} ({p.max():.1%})"

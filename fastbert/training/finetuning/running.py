@@ -102,10 +102,10 @@ def arguments(settings: FinetuneSettings, task: Task, steps: int, batch_size: in
         }
         if every is not None:
             options["eval_steps"] = every
-    made = TrainingArguments(**options, **_grouped(settings))
-    if made.n_gpu > 1:  # Without torchrun the Trainer would take DataParallel.
-        made._n_gpu = 1
-    return made
+    arguments = TrainingArguments(**options, **_grouped(settings))
+    if arguments.n_gpu > 1:  # Without torchrun the Trainer would take DataParallel.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _forget_precision() -> None:
@@ -240,8 +240,10 @@ def checkpoints(folder: Path) -> list[Path]:
     """Returns the folders of checkpoints, whole or not, the oldest first."""
     if not folder.is_dir():
         return []
-    found = [(int(m[1]), path) for path in folder.iterdir() if path.is_dir() and (m := _NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    checkpoints = [
+        (int(m[1]), path) for path in folder.iterdir() if path.is_dir() and (m := _NAME.fullmatch(path.name))
+    ]
+    return [path for _, path in sorted(checkpoints)]
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -94,8 +94,8 @@ class Multilabel(SequenceTask):
 
     def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
         self.settings = settings
-        found = find_labels(records, order=settings.label_order, many=True, separator=settings.separator)
-        self.classes, self.n_records = ordered(found, settings), len(records)
+        labels = find_labels(records, order=settings.label_order, many=True, separator=settings.separator)
+        self.classes, self.n_records = ordered(labels, settings), len(records)
         self.labels = list(self.classes.names)
         self.classes.weights(settings.class_weights)  # for its errors
         without = sum(not any(self.label(record)) for record in records)
@@ -114,10 +114,10 @@ class Multilabel(SequenceTask):
 
     def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
         """Returns a loss where a label that a record has counts by its weight, and one that it lacks by 1."""
-        given = self.classes.weights(settings.class_weights)
-        if given is None:
+        class_weights = self.classes.weights(settings.class_weights)
+        if class_weights is None:
             return None
-        weights = torch.from_numpy(given)
+        weights = torch.from_numpy(class_weights)
         if settings.class_weights == "balanced":
             counts = torch.tensor(self.classes.counts, dtype=torch.float32)
             weights = torch.where(counts > 0, (self.n_records - counts) / counts.clamp(min=1), 1.0).clamp(min=1e-3)
@@ -138,8 +138,8 @@ class Multilabel(SequenceTask):
         return metrics.multilabel(self.targets(records).astype(np.int64), predictions, self.settings.threshold)
 
     def interval(self, predictions: Any, records: Sequence[Record]) -> tuple[float, float] | None:
-        def micro_f1(given: np.ndarray, true: np.ndarray) -> float:
-            return float(2 * (given & true).sum() / max((given.sum() + true.sum()), 1))
+        def micro_f1(predicted: np.ndarray, true: np.ndarray) -> float:
+            return float(2 * (predicted & true).sum() / max((predicted.sum() + true.sum()), 1))
 
         true = self.targets(records).astype(bool)
         return metrics.interval(micro_f1, predictions >= self.settings.threshold, true)

@@ -1,4 +1,4 @@
-"""`FinetuneSettings` hold everything that a fine-tuning run is asked for; they are checked when they are made."""
+"""`FinetuneSettings` holds the settings of a fine-tuning run, and checks them when it is made."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MAY_DIFFER = frozenset(
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """What a run is asked for. Numbers of tokens count special tokens.
+    """A `FinetuneSettings` holds the settings of a run. Numbers of tokens include special tokens.
 
-    Raises ValueError or TypeError, with the name of the field, for a value that no run can have.
+    Raises ValueError or TypeError, with the name of the field, for an invalid value.
     """
 
     # Data

@@ -26,13 +26,13 @@ def squad_rows(whole: Mapping[str, Any], name: str) -> Iterator[tuple[dict[str, 
             context = _text(paragraph, "context", where)
             for q, question in enumerate(_list(paragraph, "qas", where), start=1):
                 place = f"{where}, question {q}"
-                asked = _text(question, "question", place)
+                question_text = _text(question, "question", place)
                 answers = [] if question.get("is_impossible") else _list(question, "answers", place)
                 for answer in answers:
                     _text(answer, "text", f"{place}, answers")
                 starts = [answer.get("answer_start") for answer in answers]
                 row = {"id": str(question.get("id", place)), "title": article.get("title", "")}
-                row |= {"question": asked, "context": context}
+                row |= {"question": question_text, "context": context}
                 yield {**row, "answers": {"text": [x["text"] for x in answers], "answer_start": starts}}, place
 
 

@@ -85,8 +85,8 @@ class Tokens(Task):
         )
         weights_of(self._weights(settings), self.labels, [1] * len(self.labels))  # for its errors
         if rare := [f"{name} ({places[name][0]})" for name in names if len(places[name]) == 1]:
-            what = "tags have one word" if is_plain else "types have one span"
-            logger.warning("labels: %d %s each: %s", len(rare), what, ", ".join(rare[:8]))
+            phrase = "tags have one word" if is_plain else "types have one span"
+            logger.warning("labels: %d %s each: %s", len(rare), phrase, ", ".join(rare[:8]))
         facts = {"labels": self.labels, "counts": {name: len(places[name]) for name in names}, "scheme": self.scheme}
         if is_plain:
             return facts
@@ -313,18 +313,18 @@ def words_of(text: str, tokens: TokenizedText, pieces: bool) -> list[tuple[int, 
     """Returns the places of the words of a text, or of its tokens, without white space at their ends."""
     starts = np.ones(len(tokens.ids), bool) if pieces else tokens.starts_of_words()
     firsts = np.flatnonzero(starts).tolist()
-    found: list[tuple[int, int]] = []
+    positions: list[tuple[int, int]] = []
     for first, following in zip(firsts, [*firsts[1:], len(tokens.ids)], strict=True):
         start, end = int(tokens.offsets[first, 0]), int(tokens.offsets[following - 1, 1])
-        if found:
-            start = max(start, found[-1][1])  # two tokens of one character
+        if positions:
+            start = max(start, positions[-1][1])  # two tokens of one character
         while start < end and text[start].isspace():
             start += 1
         while start < end and text[end - 1].isspace():
             end -= 1
         if start < end:
-            found.append((start, end))
-    return found
+            positions.append((start, end))
+    return positions
 
 
 def first_tokens(text: str, tokens: TokenizedText, words: Sequence[tuple[int, int]]) -> np.ndarray:

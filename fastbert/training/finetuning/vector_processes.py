@@ -33,16 +33,16 @@ def by_first(processes: Processes, make: Callable[[], T]) -> T:
     import torch.distributed
 
     group = _patient_group()
-    made: list[Any] = [None, None]
+    result: list[Any] = [None, None]
     if processes.is_first:
         try:
-            made[0] = make()
+            result[0] = make()
         except Exception as error:
-            made[1] = error
-    torch.distributed.broadcast_object_list(made, src=0, group=group)
-    if made[1] is not None:
-        raise made[1]
-    value: T = made[0]
+            result[1] = error
+    torch.distributed.broadcast_object_list(result, src=0, group=group)
+    if result[1] is not None:
+        raise result[1]
+    value: T = result[0]
     return value
 
 
@@ -76,14 +76,14 @@ def mined(encoder: Any, examples: Sequence[Example], settings: VectorSettings, p
             )
         )
     )  # fmt: skip
-    found = by_first(
+    hits = by_first(
         processes,
         lambda: mine_negatives(
             shared, anchors, positives, n=settings.mine_negatives, skip=settings.mine_skip, depth=settings.mine_depth,
             margin=settings.mine_margin, max_score=settings.mine_max_score,
         ),
     )  # fmt: skip
-    return with_negatives(examples, found.texts)
+    return with_negatives(examples, hits.texts)
 
 
 class _Encoded:

@@ -91,7 +91,7 @@ def arguments_of(kind: Any, settings: VectorSettings, headline: str | None, **mo
             "eval_strategy": strategy, "eval_steps": settings.evaluate_every, "load_best_model_at_end": True,
             "metric_for_best_model": f"eval_{headline}", "greater_is_better": True,
         }  # fmt: skip
-    made = kind(
+    arguments = kind(
         output_dir=str(Path(settings.output) / CHECKPOINTS),
         num_train_epochs=settings.epochs,
         max_steps=settings.steps or -1,
@@ -116,9 +116,9 @@ def arguments_of(kind: Any, settings: VectorSettings, headline: str | None, **mo
         **best,
         **more,
     )
-    if made.n_gpu > 1:  # Without torchrun the trainer would take DataParallel.
-        made._n_gpu = 1
-    return made
+    if arguments.n_gpu > 1:  # Without torchrun the trainer would take DataParallel.
+        arguments._n_gpu = 1
+    return arguments
 
 
 def across_devices(loss: Any) -> dict[str, Any]:

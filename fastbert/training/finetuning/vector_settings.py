@@ -1,4 +1,4 @@
-"""Settings hold everything that a training of sentence embeddings or of a cross-encoder is asked for."""
+"""This module holds the settings of a training of sentence embeddings or of a cross-encoder."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ MAY_DIFFER = frozenset(
 
 @dataclass(frozen=True)
 class VectorSettings:
-    """What both trainings are asked for. Numbers of tokens count special tokens.
+    """A `VectorSettings` holds the settings of both trainings. Numbers of tokens include special tokens.
 
-    Raises ValueError or TypeError, with the name of the field, for a value that no run can have.
+    Raises ValueError or TypeError, with the name of the field, for an invalid value.
     """
 
     # Data
@@ -111,7 +111,7 @@ class VectorSettings:
 
 @dataclass(frozen=True)
 class EmbedSettings(VectorSettings):
-    """What `train_embeddings` is asked for, beside the fields of `VectorSettings`."""
+    """An `EmbedSettings` adds the settings of `train_embeddings` to those of `VectorSettings`."""
 
     loss: str = "auto"  # by the records: mnrl, cosent, marginmse, distillation or batch-all
     preserve: Any = None  # a file of texts, or any iterable of dicts with text, whose vectors stay as they are
@@ -140,7 +140,7 @@ class EmbedSettings(VectorSettings):
 
 @dataclass(frozen=True)
 class RerankSettings(VectorSettings):
-    """What `train_cross_encoder` is asked for, beside the fields of `VectorSettings`."""
+    """A `RerankSettings` adds the settings of `train_cross_encoder` to those of `VectorSettings`."""
 
     batch_size: int = 32
     loss: str = "auto"  # bce for labelled pairs and mined negatives, marginmse for scored triplets, lambda for lists

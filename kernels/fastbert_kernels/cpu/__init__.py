@@ -13,7 +13,15 @@ from fastbert_kernels.cpu.attention_training import (
     attention_training_forward,
 )
 from fastbert_kernels.cpu.batches import (
+    ALL,
+    Cutting,
+    StaticIntegers,
+    StaticList,
+    TileChoice,
     fill_words,
+    longest_of,
+    suitable_tiles,
+    work_list,
 )
 from fastbert_kernels.cpu.disentangled import disentangled_attention_backward, disentangled_attention_forward
 from fastbert_kernels.cpu.dropout import (
@@ -66,7 +74,6 @@ from fastbert_kernels.cpu.operations import (
     digest,
     ids_outside,
     linear_forward,
-    longest_of,
     pool_forward,
     varlen_attention_forward,
 )
@@ -87,14 +94,14 @@ from fastbert_kernels.cpu.rows import (
 )
 
 __all__ = [
-    "ACTIVATIONS", "MAX_HIDDEN", "VARIANTS", "Encoder", "EncoderConvolution", "EncoderLayer", "EncoderTables",
-    "Int8Encoder", "Int8EncoderLayer", "Int8Weight", "LayerTraits", "NormBackward", "NormForward", "ObjectRecord",
-    "PositionBias", "activation_backward", "attention_backward", "attention_training_forward", "bfloat16_rate",
-    "digest", "disentangled_attention_backward", "disentangled_attention_forward", "dropout_forward", "dropout_mask",
-    "embedding_norm_forward", "embedding_scatter", "encoder_forward", "encoder_int8_forward", "fill_words",
-    "gated_backward", "gated_forward", "has_amx", "ids_outside", "instructions", "int8_obstacle", "linear_forward",
-    "linear_int8_forward", "longest_of", "multiplies", "obstacle", "pack_int8", "pack_transposed", "pack_weight",
-    "pack_weights", "pool_forward", "quantize_forward", "residual_norm_backward", "residual_norm_forward",
-    "rotary_backward", "rotary_forward", "varlen_attention_forward", "weight_gradient", "window_bias",
-    "windowed_attention_forward",
+    "ACTIVATIONS", "ALL", "MAX_HIDDEN", "VARIANTS", "Cutting", "Encoder", "EncoderConvolution", "EncoderLayer",
+    "EncoderTables", "Int8Encoder", "Int8EncoderLayer", "Int8Weight", "LayerTraits", "NormBackward", "NormForward",
+    "ObjectRecord", "PositionBias", "StaticIntegers", "StaticList", "TileChoice", "activation_backward",
+    "attention_backward", "attention_training_forward", "bfloat16_rate", "digest", "disentangled_attention_backward",
+    "disentangled_attention_forward", "dropout_forward", "dropout_mask", "embedding_norm_forward", "embedding_scatter",
+    "encoder_forward", "encoder_int8_forward", "fill_words", "gated_backward", "gated_forward", "has_amx",
+    "ids_outside", "instructions", "int8_obstacle", "linear_forward", "linear_int8_forward", "longest_of", "multiplies",
+    "obstacle", "pack_int8", "pack_transposed", "pack_weight", "pack_weights", "pool_forward", "quantize_forward",
+    "residual_norm_backward", "residual_norm_forward", "rotary_backward", "rotary_forward", "suitable_tiles",
+    "varlen_attention_forward", "weight_gradient", "window_bias", "windowed_attention_forward", "work_list",
 ]  # fmt: skip

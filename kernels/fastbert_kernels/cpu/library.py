@@ -75,8 +75,6 @@ def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
         pool.restype = ctypes.c_int
     library.fastbert_ids_outside.argtypes = [pointer, size, size]
     library.fastbert_ids_outside.restype = ctypes.c_int
-    library.fastbert_longest.argtypes = [pointer, size, size, size]
-    library.fastbert_longest.restype = size
     library.fastbert_digest.argtypes = [pointer, size, size]
     library.fastbert_digest.restype = ctypes.c_uint64
     _declare_linear(library)

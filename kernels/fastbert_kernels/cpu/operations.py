@@ -59,16 +59,6 @@ def varlen_attention_forward(
     return out
 
 
-def longest_of(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
-    """Returns the length of the longest sequence. cu_seqlens: (B + 1,) int32 or int64 on the host, contiguous.
-
-    Returns -1 where they do not start at 0, decrease, or do not end at n_tokens.
-    """
-    arguments = cu_seqlens.data_ptr(), cu_seqlens.element_size(), cu_seqlens.shape[0], n_tokens
-    longest: int = library.function("longest")(*arguments)
-    return longest
-
-
 def ids_outside(ids: torch.Tensor, size: int) -> bool:
     """Says whether one of the ids, int64 and contiguous, is below 0 or not below size."""
     return bool(library.load()[0].fastbert_ids_outside(ids.data_ptr(), ids.numel(), size))

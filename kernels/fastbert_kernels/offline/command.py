@@ -15,8 +15,9 @@ from pathlib import Path
 import triton
 
 from fastbert_kernels import launch
-from fastbert_kernels.offline.compiling import compile_all, run_tool
+from fastbert_kernels.offline.compiling import compile_all
 from fastbert_kernels.offline.coverage import COVERAGE, DTYPES, EIGHT_BIT, MIN_ARCH, MODELS, OPS, Case, cases
+from fastbert_kernels.offline.disassembly import run_tool
 from fastbert_kernels.offline.disentangled import disentangled_cases
 from fastbert_kernels.offline.families import family_cases
 from fastbert_kernels.offline.planning import plan

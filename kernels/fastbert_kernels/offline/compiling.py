@@ -5,18 +5,21 @@ from __future__ import annotations
 import multiprocessing
 import re
 import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 
 from fastbert_kernels import launch
+from fastbert_kernels.offline.disassembly import instruction_counts, usage_of
 from fastbert_kernels.offline.planning import Kernel
 
 MATRIX_OPS = ("linear", "attention", "quantized_linear")
@@ -27,7 +30,6 @@ TENSOR_CORE = re.compile(r"(UTC)?[BHIOQ]?G?MMA")
 TENSOR_CORE_8_BIT = re.compile(r"(UTC)?[IQ]G?MMA")
 # These copy from global to shared memory past the registers: cp.async, and copies of the tensor memory accelerator.
 ASYNC_COPY = re.compile(r"LDGSTS|UTMALDG|UBLKCP")
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
 
 
 @dataclass
@@ -50,21 +52,44 @@ class Result:
 
 def compile_kernel(kernel: Kernel) -> Result:
     """Compiles and disassembles one kernel. An error of these is a finding; nothing is raised."""
+    return compile_kernels([kernel])[0]
+
+
+def compile_kernels(kernels: list[Kernel]) -> list[Result]:
+    """Does for several kernels what `compile_kernel` does for one, in less time."""
+    results: list[Result] = []
+    for arch, of_arch in groupby(kernels, attrgetter("arch")):
+        group = [(kernel, _compile(kernel)) for kernel in of_arch]
+        cubins = [made.asm["cubin"] for _, made in group if not isinstance(made, Result)]
+        try:
+            counts = iter(instruction_counts(arch, cubins) if cubins else [])
+        except subprocess.CalledProcessError:
+            counts = None  # Read one by one, each has an error of its own.
+        for kernel, made in group:
+            results.append(
+                made if isinstance(made, Result) else _read(kernel, made, None if counts is None else next(counts))
+            )
+    return results
+
+
+def _compile(kernel: Kernel) -> Any:
+    """Returns Triton's compiled kernel, or a `Result` that says why there is none."""
     try:
-        compiled = triton.compile(kernel.source, target=GPUTarget("cuda", kernel.arch, 32), options=kernel.options)
+        return triton.compile(kernel.source, target=GPUTarget("cuda", kernel.arch, 32), options=kernel.options)
     except Exception as error:
         # Triton's messages begin with the kernel's source up to the error, and end with the error.
         reason = " ".join(str(error).split())[-300:]
         return Result(findings=[f"does not compile: {type(error).__name__}: {reason}"])
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        try:
-            usage = dict(re.findall(r"\b(REG|STACK):(\d+)", run_tool("cuobjdump", "-res-usage", file.name)))
-            # -ndf leaves out dataflow analysis, which takes a third of nvdisasm's time and only annotates.
-            counts = Counter(INSTRUCTION.findall(run_tool("nvdisasm", "-c", "-ndf", file.name)))
-        except subprocess.CalledProcessError as error:
-            return Result(findings=[f"cannot be read: {error}: {error.stderr.strip()[:400]}"])
+
+
+def _read(kernel: Kernel, compiled: Any, counts: Counter[str] | None) -> Result:
+    """Says what the compiler made of a kernel. counts: its instructions, where they were counted with others'."""
+    cubin = compiled.asm["cubin"]
+    try:
+        usage = usage_of(cubin)
+        counts = instruction_counts(kernel.arch, [cubin])[0] if counts is None else counts
+    except subprocess.CalledProcessError as error:
+        return Result(findings=[f"cannot be read: {error}: {error.stderr.strip()[:400]}"])
     if usage.keys() != {"REG", "STACK"} or not counts["EXIT"]:
         return Result(findings=[f"cannot be read: cuobjdump gave {usage}, nvdisasm {counts.total()} instructions"])
     result = Result(
@@ -105,34 +130,31 @@ def findings_of(kernel: Kernel, result: Result, tensor_memory: int) -> list[str]
     return findings
 
 
-def run_tool(name: str, *arguments: str) -> str:
-    return subprocess.run(
-        [getattr(triton.knobs.nvidia, name).path, *arguments], check=True, capture_output=True, text=True
-    ).stdout
-
-
 # Worker processes compile these, by index. They are forked after the list is filled, and need no pickled kernels.
 _kernels: list[Kernel] = []
+MOST_AT_ONCE = 16  # kernels that are disassembled together
 
 
-def _compile_by_index(index: int) -> Result:
-    return compile_kernel(_kernels[index])
+def _compile_by_index(indices: range) -> list[Result]:
+    return compile_kernels([_kernels[index] for index in indices])
 
 
 def compile_all(kernels: list[Kernel], jobs: int) -> Iterator[Result]:
     """Gives the results in order. A kernel that kills the compiler is compiled again alone, so no other is blamed."""
     _kernels[:] = kernels
+    size = max(1, min(MOST_AT_ONCE, len(kernels) // (4 * jobs)))
+    pieces = [range(start, min(start + size, len(kernels))) for start in range(0, len(kernels), size)]
     pool = _pool(jobs)
-    futures: list[Future[Result]] = []
+    futures: list[Future[list[Result]]] = []
     try:
         with suppress(BrokenProcessPool):
-            for index in range(len(kernels)):
-                futures.append(pool.submit(_compile_by_index, index))
-        for index in range(len(kernels)):
+            for piece in pieces:
+                futures.append(pool.submit(_compile_by_index, piece))
+        for number, piece in enumerate(pieces):
             try:
-                yield futures[index].result() if index < len(futures) else _compile_alone(index)
+                yield from futures[number].result() if number < len(futures) else map(_compile_alone, piece)
             except BrokenProcessPool:
-                yield _compile_alone(index)
+                yield from map(_compile_alone, piece)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -140,7 +162,7 @@ def compile_all(kernels: list[Kernel], jobs: int) -> Iterator[Result]:
 def _compile_alone(index: int) -> Result:
     with _pool(1) as pool:
         try:
-            return pool.submit(_compile_by_index, index).result()
+            return pool.submit(_compile_by_index, range(index, index + 1)).result()[0]
         except BrokenProcessPool:
             return Result(findings=["does not compile: the compiler's process died"])
 

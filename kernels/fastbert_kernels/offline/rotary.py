@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from fastbert_kernels import attention, configs, embedding, gated, launch, layer_norm, rotary
+from fastbert_kernels import attention, configs, embedding, few_rows, gated, gated_linear, launch, layer_norm, rotary
 from fastbert_kernels.attention_window import Window
 from fastbert_kernels.offline.coverage import DTYPES, Case
 from fastbert_kernels.work_list import N_COLUMNS, WorkList
@@ -42,13 +42,28 @@ def rotary_cases(dtype: str) -> Iterator[Case]:
         both = grad, x, activation, torch.empty_like(grad)
         yield case("gated", f"{activation} both", archs, gated.gated_backward, *both)
 
+    rows = tensor(N_ROWS, HIDDEN)
+    multiply = rows, tensor(2 * INNER, HIDDEN)
+    for activation in gated.ACTIVATIONS:
+        archs = default if activation in ("gelu", "silu") else frozenset[int]()
+        for name, bias in ((activation, None), (f"{activation}, bias", tensor(2 * INNER))):
+            arguments = *multiply, bias, activation
+            which = archs if bias is None or activation == "gelu" else frozenset[int]()
+            yield case("linear", f"gated {name}", which, gated_linear.gated_linear_forward, *arguments)
+            by_pointers = frozenset({90, 100} if dtype == "bf16" and name == "gelu" else ())
+            yield case("linear", f"gated {name}, by pointers", by_pointers, _by_pointers, *arguments)
+    for n_rows in few_rows.BUCKETS if dtype == "bf16" else ():
+        few = tensor(n_rows, HIDDEN), multiply[1], None, "gelu"
+        call = gated_linear.gated_linear_forward
+        yield case("linear", f"gated gelu of {n_rows} rows", frozenset({90}), call, *few, by_rows=True)
+
     qkv, half = tensor(N_ROWS, 3 * HIDDEN), HIDDEN // N_HEADS // 2
     tables = torch.empty(N_ROWS, half), torch.empty(N_ROWS, half)
     yield case("rotary", "in place", default, rotary.rotary_forward, qkv, *tables, N_HEADS, in_place=True)
     yield case("rotary", "into a copy", some, rotary.rotary_forward, qkv, *tables, N_HEADS)
     yield case("rotary", "back", default, rotary.rotary_backward, qkv, *tables, N_HEADS)
 
-    ids, rows, vector = torch.zeros(N_ROWS, dtype=torch.int64), tensor(N_ROWS, HIDDEN), tensor(HIDDEN)
+    ids, vector = torch.zeros(N_ROWS, dtype=torch.int64), tensor(HIDDEN)
     notes = embedding.Notes(torch.zeros(4, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), 1)
     embed, words = embedding.embedding_layer_norm_forward, tensor(1000, HIDDEN)
     yield case("embedding", "words, noted", default, embed, ids, None, None, words, None, None, vector, None, 1e-5,
@@ -70,3 +85,11 @@ def _in_small_tiles(qkv: torch.Tensor, tiles: WorkList) -> torch.Tensor:
     """Calls attention within a window in the small tile of the architecture."""
     config = {**configs.small_tile(launch.arch(qkv.device)), "BLOCK_D": HIDDEN // N_HEADS}
     return attention.varlen_attention_forward(qkv, tiles, N_HEADS, 0.125, config=config, window=Window(WINDOW))
+
+
+def _by_pointers(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """Calls the product with a gate by the kernel that takes pointers, whatever the tables say."""
+    n_out = weight.shape[0] // 2
+    config = configs.linear_config(x.dtype, launch.arch(x.device), (x.shape[1], 2 * n_out), "gated").block_sizes
+    out = launch.empty((len(x), n_out), like=x)
+    return gated_linear.gated_linear_pointer_forward(x, weight, bias, activation, config, out)
