@@ -2,6 +2,7 @@
 
     python benchmarks/gemm_clocks.py                          up + GELU of BERT-base on 16,384 rows
     python benchmarks/gemm_clocks.py --rows 128 --l2 8448     few rows, with twice the rate of the L2 cache
+    python benchmarks/gemm_clocks.py --m 2304 --epilogue gated    up and gate of ModernBERT-base
 
 A tile takes, for each step of K, clocks of the tensor cores, of shared memory (written by copies, read by wgmma) and of
 the L2 cache; then instructions of its epilogue. Whatever can overlap is taken to overlap wholly. Assumed, and not known
@@ -22,8 +23,9 @@ MULTIPROCESSORS, CLOCKS_A_US = 132, 1755
 MULTIPLY_ADDS, SHARED_BYTES, L2_BYTES = 2048, 128, 64  # a clock and multiprocessor, of bf16
 L2_LOW, L2_HIGH = 4000, 8448  # bytes a clock for all together: 7 TB/s, and as much as the multiprocessors can take
 LATENCY = 1000  # clocks from the start of a program to its first product
-# Instructions of an epilogue an output, for 32 lanes of 4 schedulers: GELU of 16 bits as compiled, 961 a warp of 64.
-INSTRUCTIONS = {"gelu": 15.0, "none": 4.0}
+# Instructions of an epilogue a column of the product, for 32 lanes of 4 schedulers: GELU of 16 bits as compiled, 961 a
+# warp of 64; a gate with GELU, 997 of 128, which are 64 outputs.
+INSTRUCTIONS = {"gelu": 15.0, "gated": 8.0, "none": 4.0}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ def _files(*names: str) -> tuple[str, ...]:
 GROUPS: dict[str, tuple[str, ...]] = {
     **{op: _files(f"ops/op_{op}") for op in OPS},
     "attention": _files("ops/op_attention", "on_kernels/attention_short", "on_kernels/attention_tiles"),
-    "disentangled": _files("ops/disentangled", "ops/disentangled_gradients", "models/deberta_gradients"),
+    "disentangled": _files(
+        "ops/disentangled", "ops/disentangled_gradients", "ops/disentangled_compile", "models/deberta_gradients"
+    ),
     "attention_backward": _files("ops/attention_backward", "ops/position_bias", "ops/window_backward"),
     "dropout": _files("ops/dropout_kernels"),
     "training_rows": _files(
@@ -42,7 +44,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "training_layer": _files(
         "ops/training_triton", "ops/training_forms", "ops/strided_gradients", "engine/training_families"
     ),
-    "linear": _files("ops/op_linear", "ops/op_linear_persistent", "ops/op_linear_variants"),
+    "linear": _files("ops/op_linear", "ops/op_linear_persistent", "ops/op_linear_variants", "ops/gated_linear"),
     "cross_entropy": _files("ops/op_cross_entropy"),
     "rotary": _files("ops/rotary_kernels", "on_kernels/rotary_models"),
     "graphs": _files(

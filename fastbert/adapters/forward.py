@@ -149,7 +149,9 @@ def _input_obstacle(live: nn.Module, state: EncoderState, call: dict[str, Any]) 
     if mask is not None:
         if mask.dim() != 2:
             return f"a {mask.dim()}-D attention_mask"
-        if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+        # DeBERTa multiplies its embeddings by the mask; other families ask whether it is 0.
+        multiplies = state.mapping.family.text == "deberta" and mask.dtype != torch.bool
+        if (mask.is_floating_point() or multiplies) and not bool(((mask == 0) | (mask == 1)).all()):
             return "an attention_mask with numbers other than 0 and 1"
     for name, value in inputs.items():
         fits = tuple(value.shape[:2]) == shape or (name == "position_ids" and tuple(value.shape) == (1, shape[1]))

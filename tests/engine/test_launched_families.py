@@ -12,7 +12,7 @@ import fastbert
 from family_cases import config_of_transformers, randomised
 from fastbert.engine.launched import LaunchedLayers
 from fastbert_kernels import launch
-from helpers import cu_seqlens_of
+from helpers import cu_seqlens_of, rms_error
 from model_cases import VOCAB, generator
 
 LENGTHS = [3, 1, 14]
@@ -146,6 +146,27 @@ def test_a_part_that_is_not_plain(family: str, device: torch.device, runs: list[
         assert not torch.equal(states_of(model)[0], before)
         handle.remove()
     assert not any(runs[2:])
+
+
+@pytest.mark.parametrize("family", ["gte", "modernbert", "jina", "jina code"])
+def test_a_product_with_its_gate(
+    family: str, device: torch.device, runs: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a listener that does not see the whole product, where one kernel would multiply and gate."""
+    model = make(family, device, torch.bfloat16)
+    kernels = []
+    run = launch.run
+    monkeypatch.setattr(launch, "run", lambda k, *a, **b: kernels.append(k.__name__) or run(k, *a, **b))
+    before = states_of(model)[0]
+    assert "_gated_linear_kernel" in kernels and "_gated_kernel" not in kernels
+    up = next(m for m in model.encoder.layer[1].mlp.modules() if isinstance(m, torch.nn.Linear))
+    seen: list[Tensor] = []
+    handle = up.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    heard = states_of(model)[0]
+    handle.remove()
+    assert seen[0].shape[-1] == up.weight.shape[0] and "_gated_kernel" in kernels
+    assert rms_error(heard, before) < 0.03  # the product is rounded before its gate
+    assert torch.equal(states_of(model)[0], before)
 
 
 def launches_of(model: Any, lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> list[Any]:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fork_server
 import helpers
 from fastbert.training import finetune
 from finetune_cases import FAST, losses, moods, save_encoder
@@ -53,9 +53,8 @@ def test_a_run_that_was_killed_while_it_saved(encoder: str, tmp_path: Path, capl
     """Catches a torn checkpoint that is resumed from, and a resumed run that ends elsewhere than an unbroken one."""
     whole = finetune(**fields(encoder, tmp_path / "whole"))
     broken = fields(encoder, tmp_path / "broken")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(broken)], env=helpers.source_env(), capture_output=True, text=True
-    )
+    command, env = [sys.executable, "-c", KILLED, json.dumps(broken)], helpers.source_env(OMP_NUM_THREADS="1")
+    done = fork_server.run(command, env=env, modules=fork_server.TRAINERS, timeout=200)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "broken/checkpoints/checkpoint-8").is_dir()
     shutil.move(tmp_path / "broken", tmp_path / "moved")

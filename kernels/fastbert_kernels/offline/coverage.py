@@ -53,8 +53,9 @@ default  every kernel on every architecture. bf16: the three models with each li
          residual + LayerNorm, embedding, activation, pooling, attention with dropout and the linear that saves its
          pre-activation, forward and backward; of base also with a float32 stream; on sm_80 and sm_90 also attention
          with head sizes 16, 80 and 128. Of families with rotary positions, in the sizes of ModernBERT-base: gates
-         forward and backward, rotation, embeddings without positions, norms without bias, sums with their norms, and
-         attention within a window; in fp8 and int8 products with a gate, sums, rows, embeddings and windows.
+         forward and backward, products with a gate, rotation, embeddings without positions, norms without bias, sums
+         with their norms, and attention within a window; in fp8 and int8 products with a gate, sums, rows, embeddings
+         and windows.
          Attention with MPNet's position bias, forward and backward, in bf16. Of base in bf16 and fp8, on sm_90: linears
          for few rows, split and launched dependently, and the candidates of `fastbert tune`. Disentangled attention in
          the sizes of DeBERTa-v3-base, in bf16 also with head sizes 16, 32, 80 and 128, for inference and for training.
