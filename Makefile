@@ -17,6 +17,8 @@ ADAPTER_TESTS := $(wildcard tests/adapters/test_a*.py tests/adapters/test_train_
 VENV := .venv
 CPP := $(wildcard kernels/fastbert_kernels/cpu/*.cpp kernels/fastbert_kernels/cpu/*.h)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+LINT = $(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check . && \
+    $(VENV)/bin/clang-format --dry-run --Werror $(CPP) && $(VENV)/bin/mypy
 # A CUDA build of PyTorch brings the Triton that it was built with; beside a CPU build this one is installed.
 TRITON_FOR_CPU := triton==3.6.0; sys_platform == "linux"
 
@@ -42,11 +44,13 @@ demo: $(VENV)/.demo-stamp ## embed sentences with real MiniLM weights, beside tr
 	$(VENV)/bin/fastbert demo
 
 # The kernels run under Triton's interpreter in pytest and through its compiler in the offline report. One process
-# cannot hold both, so the report has its own.
+# cannot hold both, so the report has its own. It takes what time the tests and lint leave, and prints when they are done.
 test: $(VENV)/.test-stamp ## run the tests, compile the kernels offline, lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
-	env -u TRITON_INTERPRET $(VENV)/bin/python -m fastbert_kernels.offline
-	@$(MAKE) --no-print-directory lint
+	@env -u TRITON_INTERPRET nice -n 19 $(VENV)/bin/python -m fastbert_kernels.offline >$(VENV)/report.log 2>&1 & \
+	report=$$!; trap 'kill $$report 2>/dev/null' EXIT; trap 'exit 130' INT TERM; \
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS) || exit 1; \
+	($(LINT)); lint=$$?; \
+	wait $$report; report=$$?; trap - EXIT; cat $(VENV)/report.log; [ $$report -eq 0 ] && [ $$lint -eq 0 ]
 
 test-transformers: ## run the tests of the adapters against another version of transformers
 	@test -n "$(TRANSFORMERS)" || { echo "error: name a version: make $@ TRANSFORMERS=4.57.6" >&2; exit 1; }
@@ -87,10 +91,7 @@ finetune-report: $(VENV)/.test-stamp ## fine-tune on public data, beside what ha
 	env -u TRITON_INTERPRET $(VENV)/bin/python benchmarks/finetune_report.py $(FINETUNE_ARGS)
 
 lint: $(VENV)/.test-stamp ## ruff check, ruff format --check, clang-format, mypy
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
-	$(VENV)/bin/mypy
+	$(LINT)
 
 format: $(VENV)/.test-stamp ## sort the imports and format the code
 	$(VENV)/bin/ruff check --select I --fix .

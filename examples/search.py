@@ -1,4 +1,4 @@
-"""Semantic search over the paragraphs of a file, and reranking of the best by a cross-encoder if one is named.
+"""This script searches the paragraphs of a file, and reranks the best ones with a cross-encoder if you name one.
 
     python examples/search.py [QUERY] [--file FILE] [--model MODEL] [--cross-encoder MODEL]
 
@@ -24,13 +24,13 @@ encoder = fastbert.SentenceEncoder.from_pretrained(model)
 
 corpus = encoder.encode_document(paragraphs)  # np.save keeps it, and np.load(..., mmap_mode="r") searches it on disk
 hits = fastbert.semantic_search(encoder.encode_query(arguments.query), corpus, top_k=5)[0]
-found = [(hit["score"], paragraphs[hit["corpus_id"]]) for hit in hits]
+results = [(hit["score"], paragraphs[hit["corpus_id"]]) for hit in hits]
 
 if arguments.cross_encoder:
     cross_encoder = fastbert.CrossEncoder.from_pretrained(arguments.cross_encoder)
-    texts = [text for _, text in found]
-    found = [(hit["score"], texts[hit["corpus_id"]]) for hit in cross_encoder.rank(arguments.query, texts)]
+    texts = [text for _, text in results]
+    results = [(hit["score"], texts[hit["corpus_id"]]) for hit in cross_encoder.rank(arguments.query, texts)]
 
 print(arguments.query)
-for score, text in found[:3]:
+for score, text in results[:3]:
     print(f"{score:.2f}  {' '.join(text.split())[:100]}")

@@ -1,8 +1,9 @@
 """Python programs start as forks of a process that has imported PyTorch, where a test is not about their start.
 
-`start` and `run` are `subprocess.Popen` and `subprocess.run` for `[sys.executable, "-m", MODULE, ...]` and
-`[sys.executable, SCRIPT, ...]`. What a program does, its signals and its exit code are those of a process of its own;
-only the import of the libraries is missing, which takes 2 to 8 s. Ranks of `torch.distributed.run` are forks as well.
+`start` and `run` are `subprocess.Popen` and `subprocess.run` for `[sys.executable, "-m", MODULE, ...]`,
+`[sys.executable, "-c", CODE, ...]` and `[sys.executable, SCRIPT, ...]`. What a program does, its signals and its exit
+code are those of a process of its own; only the import of the libraries is missing, which takes 2 to 8 s. Ranks of
+`torch.distributed.run` are forks as well.
 
 As a program this file is the server: `python fork_server.py SOCKET MODULE ...`. It ends with the one that started it.
 """
@@ -31,9 +32,10 @@ from typing import Any
 
 TORCH = "torch", "torch.distributed.run", "numpy", "safetensors.torch", "tokenizers", "tqdm", "fastbert"
 TRAINERS = *TORCH, "transformers.trainer", "sentence_transformers", "datasets", "accelerate"
+COMPILER = "torch", "triton", "triton.backends.nvidia.compiler"
 SERVER = "FASTBERT_TESTS_FORK_SERVER"  # the variable that names the socket to ranks of torch.distributed.run
 # What libraries read while they are imported. Programs that want other values have another server.
-READ_AT_IMPORT = "OMP_NUM_THREADS", "TRITON_INTERPRET", "ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES"
+READ_AT_IMPORT = "PYTHONHASHSEED", "OMP_NUM_THREADS", "TRITON_INTERPRET", "ATEN_CPU_CAPABILITY", "CUDA_VISIBLE_DEVICES"
 NUMBER = struct.Struct("i")
 
 
@@ -126,6 +128,8 @@ def serve(address: str, modules: Sequence[str]) -> Callable[[], object]:
     own_path = sys.path[1:]  # without the folder of this file
     for name in modules:
         importlib.import_module(name)
+    if "triton" in modules:
+        importlib.import_module("triton.runtime.cache").triton_key()  # It reads 400 MB, once in a process.
     sys.modules.pop("torch.distributed.run", None)  # It is run as __main__.
     gc.collect()
     gc.freeze()
@@ -188,17 +192,19 @@ def _program(request: dict[str, Any], address: str, path: list[str]) -> Callable
     os.environ.clear()
     os.environ.update(request["env"], **{SERVER: address})
     arguments = [word for word in request["arguments"] if word != "-u"]
-    is_module = arguments[0] == "-m"
-    program, *sys.argv[1:] = arguments[1:] if is_module else arguments
-    sys.argv[0] = program
-    first = os.getcwd() if is_module else str(Path(program).resolve().parent)
+    option = arguments.pop(0) if arguments[0] in ("-m", "-c") else None
+    program, *sys.argv[1:] = arguments
+    sys.argv[0] = option or program
+    first = os.getcwd() if option else str(Path(program).resolve().parent)
     theirs = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [first, *filter(None, theirs), *(folder for folder in path if folder not in before)]
     if program == "torch.distributed.run":
         from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
         subprocess_handler.Popen = start  # type: ignore[assignment]
-    if is_module:
+    if option == "-c":
+        return functools.partial(exec, compile(program, "<string>", "exec"), {"__name__": "__main__"})
+    if option == "-m":
         return functools.partial(runpy.run_module, program, run_name="__main__", alter_sys=True)
     return functools.partial(runpy.run_path, program, run_name="__main__")
 

@@ -35,7 +35,7 @@ class Accelerated:
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced = super().__reduce_ex__(max(int(protocol), 2))
         original = originals.get(type(self))
-        if original is None or not isinstance(reduced, tuple):  # Somebody has derived a class from ours.
+        if original is None or not isinstance(reduced, tuple):  # a user's subclass of the derived class
             return reduced
         kind, bases = original
         return (_blank, (kind, bases), *reduced[2:])

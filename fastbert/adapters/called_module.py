@@ -1,4 +1,4 @@
-"""This module tries whether a module in the place of one of ours works row by row."""
+"""This module tests whether a module that replaces one of fastbert's modules works row by row."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 
 class CalledModule:
-    """A `CalledModule` stands in the place of a linear or of the word embeddings, as an adapter or a quantised linear.
+    """A `CalledModule` replaces a linear or the word embeddings, as an adapter or a quantised linear does.
 
-    Our path calls it with the rows of the tokens, (T, K), where transformers calls it with (B, S, K), padding included.
-    `obstacle` tries once in each mode whether both give the same. Classes of PEFT, and linears that differ in their
-    weight alone, are known to do so.
+    fastbert calls it with the rows of the tokens, (T, K); transformers calls it with (B, S, K), with padding.
+    `obstacle` tests once in each mode whether both results are the same. For classes of PEFT, and for linears with
+    another weight only, this is known.
     """
 
     def __init__(self, path: str, module: nn.Module, like: nn.Module) -> None:
@@ -66,7 +66,7 @@ class CalledModule:
 
 
 def _without_dropout(module: nn.Module) -> nn.Module:
-    """Copies a module that is to be tried in training mode: a call may change it, and its dropouts draw at random."""
+    """Copies a module for the test in training mode, because a call may change it and its dropouts are random."""
     copied = copy.deepcopy(module)
     for each in copied.modules():
         each.training = each.training and not isinstance(each, nn.modules.dropout._DropoutNd)

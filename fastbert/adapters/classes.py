@@ -1,8 +1,8 @@
-"""This module derives the classes of accelerated objects from their originals, and has pickle find them.
+"""This module derives the classes of accelerated objects from their originals, so that pickle finds them.
 
-A derived class has the `__name__` and the `__module__` of the original, which transformers goes by. Under that name
-pickle would find the original. So the metaclass of derived classes has an entry in `copyreg`: a derived class is
-pickled as its original and the name of its mixin, and derived again where it is loaded.
+A derived class has the `__name__` and the `__module__` of the original, because transformers reads them. Under that
+name pickle would find the original. So the metaclass of derived classes has an entry in `copyreg`: a derived class is
+pickled as its original and the name of its mixin, and derived again when it is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _derived: dict[tuple[type, str], type] = {}
 class Derived(type):
     """This is the metaclass of derived classes.
 
-    cloudpickle asks no `copyreg` about classes. It makes the class anew from its bases, and gets the present one here.
+    cloudpickle does not use `copyreg` for classes. It makes the class from its bases, and gets the present class here.
     """
 
     def __new__(mcls, name: str, bases: tuple[type, ...], namespace: dict[str, Any], ours: bool = False, **rest: Any):
@@ -54,7 +54,7 @@ def derived_class(original: type, mixin: str) -> type:
 def _reduce_class(kind: type) -> Any:
     if kind in originals:
         return derived_class, originals[kind]
-    return kind.__qualname__  # Somebody has derived this class from ours: it is found by its name.
+    return kind.__qualname__  # a user's subclass of the derived class, found by its name
 
 
 for _each in _metaclasses.values():
@@ -72,9 +72,9 @@ def _metaclass(original: type) -> type[Derived]:
 def derive(original: type, mixin: type, method: str, replacement: Any) -> type:
     """Returns the class of accelerated objects of the class `original`.
 
-    Its `method` calls `replacement(self, state, original method, args, kwargs)` where the object has a state, and keeps
-    the signature. The original method is looked up at each call: where somebody has patched it, theirs runs, and the
-    state counts the call.
+    Its `method` calls `replacement(self, state, original method, args, kwargs)` if the object has a state, and keeps
+    the signature. The original method is looked up at each call: if it was patched, the patch runs, and the state
+    counts the call.
     """
     key = original, mixin.__name__
     before = getattr(original, method)

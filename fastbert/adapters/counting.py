@@ -1,4 +1,4 @@
-"""This module lets a diagnosis call an accelerated model without a trace in the counts of its calls."""
+"""This module lets a diagnosis call an accelerated model without a change of its counts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def first_encoder(model: Any) -> nn.Module | None:
 
 
 def twins(model: Any) -> Iterator[tuple[nn.Module, BertModel]]:
-    """Yields every accelerated encoder in a model with our encoder on its modules, where there is one."""
+    """Yields every accelerated encoder in a model with fastbert's encoder on its modules, if there is one."""
     for part in parts(model):
         state = part.__dict__[STATE]
         if isinstance(state, EncoderState):
@@ -32,9 +32,9 @@ def twins(model: Any) -> Iterator[tuple[nn.Module, BertModel]]:
 
 @contextmanager
 def uncounted(model: Any) -> Iterator[list[str]]:
-    """Leaves the counts of calls as they were.
+    """Restores the counts of calls at the end.
 
-    Gives a list that has in the end the reasons why calls within ran as before.
+    Yields a list, to which the reasons are added why the original code ran calls within.
     """
     reasons: list[str] = []
     before = {part: Counter(part.__dict__[STATE].counts) for part in parts(model)}
@@ -49,7 +49,7 @@ def uncounted(model: Any) -> Iterator[list[str]]:
 
 @contextmanager
 def lenient(model: Any) -> Iterator[None]:
-    """Lets calls within run as before where ours cannot, under strict too, and leaves the counts as they were."""
+    """Lets the original code run unsupported calls within, also with strict=True, and restores the counts."""
     options = {part: part.__dict__[STATE].options for part in parts(model)}
     try:
         for part, before in options.items():

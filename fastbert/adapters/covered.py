@@ -1,6 +1,6 @@
-"""This module says which classes of other libraries are covered, and where the parts of our encoder lie in them.
+"""This module lists the covered classes of other libraries, and the paths of an encoder's parts in them.
 
-Names of parameters and settings are those of fastbert.checkpoint.families. Classes, dropouts, activations, buffers and
+Names of parameters and settings are in fastbert.checkpoint.families. Classes, dropouts, activations, buffers and
 outputs, which no checkpoint has, are here. Another family needs another `Mapping`.
 """
 
@@ -23,7 +23,7 @@ from fastbert.models.bert import BertModel
 
 @dataclass(frozen=True, eq=False)
 class Mapping:
-    """A `Mapping` says where the parts of our encoder lie in one family of transformers.
+    """A `Mapping` holds the paths of an encoder's parts in one family of transformers.
 
     Paths are dotted. Those of a layer are relative to it.
     """
@@ -49,7 +49,7 @@ class Mapping:
         return self.family.class_name("BertModel")
 
     def covers(self, kind: type) -> bool:
-        """Says whether a class is the model's by name and module. Classes of accelerated objects are, too."""
+        """Tells whether a class is the model's by name and module, also for classes of accelerated objects."""
         return kind.__module__ == self.module and kind.__name__ == self.model
 
     def original(self, kind: type) -> type:
@@ -62,15 +62,15 @@ class Mapping:
         return self.family.to_theirs("encoder.layer")
 
     def layer(self, i: int) -> str:
-        """Returns the path of layer i, of those that are stored."""
+        """Returns the path of stored layer i."""
         return self.family.to_theirs(f"encoder.layer.{i}")
 
     def is_list(self, path: str) -> bool:
-        """Says whether a ModuleList of layers, or of groups of them, may stand there."""
+        """Tells whether a ModuleList of layers, or of groups of them, is allowed at this path."""
         return self.layer(0).startswith(re.sub(r"\d+", "0", path) + ".")
 
     def sized(self, config: BertConfig, n_stored: int) -> BertConfig:
-        """Returns the config for as many layers as are stored. Raises ValueError where layers that share are others."""
+        """Returns the config for the number of stored layers. Raises ValueError for other shared layers."""
         if not self.family.shared_layers:
             return replace(config, num_hidden_layers=n_stored)
         n_sets = max(config.layer_order) + 1
@@ -91,7 +91,7 @@ class Mapping:
         return next(iter(self.family.config_to_theirs({ours: None})))
 
     def leaves(self, ours: BertModel) -> Iterator[tuple[str, str]]:
-        """Gives (path in our model, path in theirs) of every module without children that theirs has, too."""
+        """Yields (path in fastbert's model, path in the live model) of every module without children in both."""
         for path, module in ours.named_modules():
             if next(module.children(), None) is not None or isinstance(module, nn.ModuleList):
                 continue
@@ -104,9 +104,9 @@ class Mapping:
                 yield path, f"{self.layer(int(i))}.{self.dropouts[name]}"
 
     def config(self, config: Any, embeddings: nn.Module) -> BertConfig:
-        """Makes our config of a live model's. Raises ValueError for settings that we do not compute.
+        """Makes a BertConfig from a live model's config. Raises ValueError for unsupported settings.
 
-        The model's class says which family it is of: DPR's config, or a user's, may stand in the place of BERT's.
+        The model's class determines the family, because its config may be DPR's or a user's class.
         """
         if not isinstance(getattr(config, self.hidden_act), str):
             raise ValueError(f"{self.hidden_act}: got a function, expected a name")
@@ -266,17 +266,17 @@ COVERED = (
 
 
 def find(kind: type) -> Mapping | None:
-    """Returns the mapping of exactly this class. A class derived from a covered one may compute something else."""
+    """Returns the mapping of exactly this class. A subclass of a covered class may compute another result."""
     return next((mapping for mapping in COVERED if mapping.covers(kind)), None)
 
 
 def derived_from(kind: type) -> Mapping | None:
-    """Returns the mapping of a covered class that this one is derived from, without being covered."""
+    """Returns the mapping of a covered base class of a class that is not covered."""
     return None if find(kind) else next(filter(None, map(find, kind.__mro__)), None)
 
 
 def is_of_sentences(kind: type, name: str) -> bool:
-    """Says whether a class is exactly the one of that name of sentence-transformers, as "SentenceTransformer"."""
+    """Tells whether a class is sentence-transformers' class of that name, such as "SentenceTransformer"."""
     return kind.__module__.split(".")[0] == "sentence_transformers" and kind.__name__ == name
 
 

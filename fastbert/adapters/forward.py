@@ -1,4 +1,4 @@
-"""This module runs one call of an accelerated encoder: here if every argument is known, else by the original forward.
+"""This module runs one call of an accelerated encoder: by fastbert if it is supported, else by the original forward.
 
 B sequences, S longest, H hidden.
 """
@@ -39,13 +39,13 @@ def parameter_names(forward: Any) -> tuple[str, ...]:
 
 @functools.cache
 def ignored_names(forward: Any) -> frozenset[str]:
-    """Lists the arguments that a forward takes and makes no use of."""
+    """Lists the arguments that a forward accepts and ignores."""
     takes_any = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(forward).parameters.values())
     return frozenset((*_IGNORED, *_MADE_BEFORE) if takes_any else _IGNORED)
 
 
 def forward(live: nn.Module, state: EncoderState, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Computes the output of `original(live, *args, **kwargs)`, here or by the original."""
+    """Computes the output of `original(live, *args, **kwargs)`, by fastbert or by the original."""
     if tracing.recorded(*args, *kwargs.values()):
         return original(live, *args, **kwargs)  # It is neither counted nor logged: a tracer would record that.
     return _forward(live, state, original, args, kwargs)
@@ -79,11 +79,11 @@ def after_error(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """Runs the original code after ours has raised. It raises its own error if the fault is the caller's.
+    """Runs the original code after fastbert's has raised. It raises its own error if the call is wrong.
 
-    Raises `error` where the original must not be tried: under strict, where memory is exhausted or the device has
-    failed, and for ids beyond their table, which on a GPU end the process's use of it. Checkpointing around the model
-    stops a recomputation by an error, at the last tensor that is needed.
+    Raises `error` if the original must not run: with strict=True, after exhausted memory or a failed device, and for
+    ids outside their table, which on a GPU would make it unusable for the process. Checkpointing around the model stops
+    a recomputation with an error, at the last needed tensor.
     """
     names = {kind.__name__ for kind in type(error).__mro__}
     if "_StopRecomputationError" in names:
@@ -105,7 +105,7 @@ def after_error(
 
 
 def model_obstacle(live: nn.Module) -> str | None:
-    """Says which state of the whole model our path does not support, or returns None."""
+    """Says which state of the whole model fastbert does not support, or returns None."""
     if getattr(live, "_is_replica", False):
         return "a replica of DataParallel"
     if getattr(live.config, "is_decoder", False) or getattr(live.config, "is_causal", False):
@@ -114,7 +114,7 @@ def model_obstacle(live: nn.Module) -> str | None:
 
 
 def _call_obstacle(live: nn.Module, state: EncoderState, call: dict[str, Any], original: Any) -> str | None:
-    """Says what our path does not support in a call, or in the state of the whole model, or returns None."""
+    """Says which argument or which state of the model fastbert does not support, or returns None."""
     if (obstacle := tracing.observed() or model_obstacle(live)) is not None:
         return obstacle
     config: Any = live.config
@@ -149,7 +149,9 @@ def _input_obstacle(live: nn.Module, state: EncoderState, call: dict[str, Any]) 
     if mask is not None:
         if mask.dim() != 2:
             return f"a {mask.dim()}-D attention_mask"
-        if mask.is_floating_point() and not bool(((mask == 0) | (mask == 1)).all()):
+        # DeBERTa multiplies its embeddings by the mask; other families ask whether it is 0.
+        multiplies = state.mapping.family.text == "deberta" and mask.dtype != torch.bool
+        if (mask.is_floating_point() or multiplies) and not bool(((mask == 0) | (mask == 1)).all()):
             return "an attention_mask with numbers other than 0 and 1"
     for name, value in inputs.items():
         fits = tuple(value.shape[:2]) == shape or (name == "position_ids" and tuple(value.shape) == (1, shape[1]))
@@ -164,9 +166,9 @@ def _input_obstacle(live: nn.Module, state: EncoderState, call: dict[str, Any]) 
 
 
 def _run(live: nn.Module, state: EncoderState, encoder: LiveEncoder, call: dict[str, Any]) -> Any:
-    """Runs a call here, counts it, and returns its output. Raises Unsupported where texts are padded on the left.
+    """Runs a call with fastbert, counts it, and returns its output. Raises Unsupported for texts padded on the left.
 
-    The first column of such texts holds zeros here, and with the original what padding attends to.
+    The first column of such texts has zeros in fastbert, and other values in the original.
     """
     model, mapping = encoder.model, state.mapping
     config: Any = live.config

@@ -1,8 +1,8 @@
-"""This module makes a fastbert.BertModel on the leaves of a live model of another library, without a copy of weights.
+"""This module makes a fastbert.BertModel on the modules of a live model of another library, without a copy of weights.
 
-The live model stays the only owner. Every call looks at it first: whether its modules are the same, without hooks, of
-one dtype. A module that was replaced (an adapter, resized embeddings) is taken, and so are modes and dropouts. A change
-that our path does not support is an obstacle: the original forward runs.
+The live model stays the only owner of the weights. Every call first checks that its modules are the same, without
+hooks, and of one dtype. A replaced module (an adapter, resized embeddings) is used, and modes and dropouts are copied.
+After an unsupported change the original forward runs.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from fastbert.ops.rotary import inverse_frequencies
 
 
 class Unsupported(ValueError):
-    """An `Unsupported` says why our path does not support a live model."""
+    """An `Unsupported` says why fastbert does not support a live model."""
 
 
 class LiveEncoder:
-    """A `LiveEncoder` holds our model on the leaves of a live model. `is_current` says whether they are still the same.
+    """A `LiveEncoder` holds fastbert's model on the modules of a live model; `is_current` tells if they are the same.
 
-    Raises Unsupported for a part of the live model that is not known.
+    Raises Unsupported for an unknown part of the live model.
     """
 
     def __init__(self, live: nn.Module, mapping: Mapping, options: Options) -> None:
@@ -110,13 +110,13 @@ class LiveEncoder:
         self.modes.follow()
 
     def is_current(self) -> bool:
-        """Says whether no module of the live model was replaced, added or removed, and no setting changed."""
+        """Tells whether no module of the live model was replaced, added or removed, and no setting changed."""
         same_modules = all(children == before for children, before in self._children)
         same_modules = same_modules and list(map(type, self._leaves)) == self._kinds
         return same_modules and self._count_from() == self._counted_from and self._settings.unchanged()
 
     def obstacle(self) -> str | None:
-        """Says why our path must not replace the original forward in the modules' present state, or returns None."""
+        """Says why fastbert must not replace the original forward in the modules' present state, or returns None."""
         if (patch := self._watch.obstacle()) is not None:
             return patch
         if (obstacle := self.modes.obstacle()) is not None:
@@ -136,7 +136,7 @@ class LiveEncoder:
         return all(versions.is_own_forward(m) for m in self._looked_at if "forward" in m.__dict__)
 
     def _buffer_obstacle(self) -> str | None:
-        """Checks the buffers that transformers 5 takes default ids from, which anyone may have written to."""
+        """Checks the buffers with the default ids of transformers 5, which other code may have changed."""
         present = [
             (path, buffers[name], kind) for path, buffers, name, kind in self._buffers if buffers.get(name) is not None
         ]
@@ -163,12 +163,12 @@ class LiveEncoder:
         return inverse_frequencies(config.head_size, layers[kind].base, layers[kind].factor)
 
     def invalidate(self) -> None:
-        """Makes the tensors derived from weights anew: the weights may have been written to through `.data`."""
+        """Marks derived tensors to be made again, because weights may have been written to through `.data`."""
         self.model.renew(self.model.training)
 
 
 def _watch(live: nn.Module, mapping: Mapping) -> Watch:
-    """Watches the classes of the model and its parts, but not those of another library, whose modules are called."""
+    """Watches the classes of the model and its parts, except classes of other libraries, whose modules are called."""
     kinds = [mapping.original(type(live)), *map(type, list(live.modules())[1:])]
     known = [kind for kind in kinds if kind.__module__.startswith(("torch.nn.", "transformers."))]
     return Watch(known, importlib.import_module(mapping.module), live.config)
@@ -225,7 +225,7 @@ def _check_dropout(theirs: str, leaf: nn.Module) -> None:
 def _site(
     ours: str, theirs: str, dropout: nn.Dropout, leaf: nn.Module, live: nn.Module, mapping: Mapping
 ) -> DropoutSite:
-    """Makes the site of a dropout of ours. A layer's attention reads the probability of its own as it wants to."""
+    """Makes the site of one of fastbert's dropouts. A layer's attention reads its probability in its own way."""
     if mapping.attention_p and ours.endswith(f".{mapping.heads}.dropout"):
         attention = _get(live, mapping.family.to_theirs(ours.removesuffix(".dropout")))
         return DropoutSite(theirs, dropout, attention, mapping.attention_p, attention)
@@ -237,7 +237,7 @@ def _site(
 
 
 def _reads(ours: str, theirs: str, expected: nn.Module, leaf: nn.Module) -> bool:
-    """Says whether our path reads the leaf's parameters. Otherwise it calls the leaf."""
+    """Tells whether fastbert reads the leaf's parameters; otherwise it calls the leaf."""
     kind = type(leaf)
     if kind is type(expected):
         if kind is nn.Embedding:
@@ -257,7 +257,7 @@ def _check_settings(path: str, module: nn.Module) -> None:
 
 
 def _check_layer(path: str, layer: nn.Module, mapping: Mapping, config: BertConfig, name: str) -> nn.Module:
-    """Returns the activation of a layer. Raises Unsupported if it, or the attention, is not what the config says."""
+    """Returns the activation of a layer. Raises Unsupported if it, or the attention, differs from the config."""
     from transformers.activations import ACT2FN
 
     activation: nn.Module = _get(layer, mapping.activation)

@@ -1,7 +1,7 @@
-"""This module has our model drop out, and keep its activations, where a live model would in the modes of its modules.
+"""This module copies the modes, dropouts and gradient checkpointing of a live model to fastbert's model.
 
-Our model has dropouts of its own. Their probabilities are those of the live dropouts that are in training mode, and 0
-elsewhere, so that every mix of modes runs as it is. Nothing here writes to a live module.
+fastbert's model has its own dropouts. A dropout has the probability of the live dropout if that is in training mode,
+and 0 otherwise, so every mix of modes is exact. This module does not write to a live module.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from fastbert.models.bert import BertModel
 
 @dataclass(frozen=True, eq=False)
 class DropoutSite:
-    """A `DropoutSite` is a dropout of ours, and where the live model has its probability and its mode.
+    """A `DropoutSite` connects one of fastbert's dropouts with the live model's probability and mode.
 
-    path: of the live dropout. holder: the module that has the probability, as the attribute `name`; an nn.Identity has
-    none. moded: the module whose mode says whether it drops out.
+    path: that of the live dropout. holder: the module with the probability as the attribute `name`; an nn.Identity has
+    none. moded: the module whose mode turns the dropout on.
     """
 
     path: str
@@ -42,15 +42,15 @@ class DropoutSite:
         return f"{self.path} has no {self.name}" if missing and self.moded.training else None
 
     def probability(self) -> float:
-        """Returns the probability with which the live model drops out here at present."""
+        """Returns the live model's present probability of this dropout."""
         probability: float = self.holder.__dict__.get(self.name, 0.0)
         return probability if self.moded.training else 0.0
 
 
 class Modes:
-    """`Modes` are the modes and dropouts of a live model as they were when our model last took them.
+    """A `Modes` holds the modes and dropouts of a live model from the last copy to fastbert's model.
 
-    model: ours. own: its modules that are not the live model's. encoder: the live module around the layers.
+    model: fastbert's. own: its modules that are not the live model's. encoder: the live module around the layers.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class Modes:
         self._obstacle: str | None = None
 
     def unchanged(self) -> bool:
-        """Says whether our model has them as they are at present."""
+        """Tells whether fastbert's model has the present modes and dropouts."""
         return self._present() == self._seen
 
     def obstacle(self) -> str | None:
-        """Says which dropout our model cannot take over, or returns None."""
+        """Says which dropout fastbert's model cannot copy, or returns None."""
         return self._obstacle
 
     def follow(self) -> None:
-        """Gives our model the present ones."""
+        """Copies the present modes and dropouts to fastbert's model."""
         present = self._present()
         self._obstacle = next(filter(None, (site.obstacle() for site in self._sites)), None)
         for site in self._sites:

@@ -1,6 +1,7 @@
-"""This module makes our pipeline of a live SentenceTransformer, and says why it cannot where it cannot.
+"""This module makes a fastbert pipeline from a live SentenceTransformer, or says why it cannot.
 
-A pipeline of Transformer, Pooling and any of Dense, LayerNorm, Dropout, Normalize is known. Its tokenizer stays theirs.
+It supports a pipeline of Transformer, Pooling and any of Dense, LayerNorm, Dropout, Normalize. The tokenizer stays the
+live one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _PROBES = ["  A caf\u00e9, IN   Paris ", "word " * 600, "1"]
 
 
 class SentenceState(AcceleratedState):
-    """A `SentenceState` belongs to an accelerated SentenceTransformer. A copy has the options alone."""
+    """A `SentenceState` belongs to an accelerated SentenceTransformer. A copy has only the options."""
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, "SentenceTransformer.encode")
@@ -47,7 +48,7 @@ class SentenceState(AcceleratedState):
         self._probed = None
 
     def check_methods(self, live: nn.Module, modules: list[nn.Module]) -> None:
-        """Raises Unsupported where a method that our way leaves out was patched, in an object or in its class."""
+        """Raises Unsupported if a method that fastbert does not call was patched, in an object or in its class."""
         kinds = tuple(map(type, modules))
         if self._watch is None or self._watch[0] != kinds:
             original = next(kind for kind in reversed(type(live).__mro__) if kind.__name__ == type(live).__name__)
@@ -59,7 +60,7 @@ class SentenceState(AcceleratedState):
                 raise Unsupported("a module has its own method")
 
     def check_tokens(self, transformer: nn.Module, tokenizer: LiveTokenizer) -> None:
-        """Compares our way to tokens with theirs, once for each tokenizer and limit. Raises Unsupported."""
+        """Compares fastbert's tokens with the original's, once for each tokenizer and limit. Raises Unsupported."""
         probed = tokenizer.theirs, tokenizer.limit
         if self._probed is not None and self._probed[0] is probed[0] and self._probed[1] == probed[1]:
             return
@@ -92,7 +93,7 @@ class Step:
 
 
 def live_pipeline(live: Any, state: SentenceState, prompted: bool) -> Pipeline:
-    """Makes a pipeline of the live modules, which each call looks at anew. Raises Unsupported."""
+    """Makes a pipeline of the live modules, which each call checks again. Raises Unsupported."""
     modules: list[Any] = list(live.children())
     kinds = [_kind(module) for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or not set(kinds[2:]) <= {"Dense", "LayerNorm", "Dropout", "Normalize"}:
@@ -150,7 +151,7 @@ def pipeline_in(model: Any) -> Pipeline | None:
 
 
 def _check_transformer(transformer: Any) -> None:
-    """Raises Unsupported for settings of the Transformer module that our path does not follow."""
+    """Raises Unsupported for settings of the Transformer module that fastbert does not support."""
     expected: dict[str, tuple[Any, ...]] = {
         "backend": ("torch",),
         "transformer_task": ("feature-extraction",),

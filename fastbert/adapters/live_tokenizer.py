@@ -1,4 +1,4 @@
-"""This module gives a live tokenizer of transformers the methods of ours: packed rows, truncated."""
+"""This module gives a live tokenizer of transformers the methods of fastbert's: packed, truncated rows."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from fastbert.text.encoding import PackedEncoding
 
 
 class LiveTokenizer:
-    """A `LiveTokenizer` is a tokenizer of transformers with the methods that `Run` and `verify` call on ours.
+    """A `LiveTokenizer` is a tokenizer of transformers with the methods that `Run` and `verify` call.
 
-    limit: tokens of a text, at most. cleaned: prepares texts for the tokenizer.
+    limit: the greatest sequence length. cleaned: prepares texts for the tokenizer.
     """
 
     def __init__(self, theirs: Any, limit: int, cleaned: Callable[[list[str]], list[str]] = list) -> None:
@@ -63,7 +63,7 @@ class LiveTokenizer:
         return PackedEncoding(tensors[0], tensors[1], torch.from_numpy(ends), 0, 0)
 
     def _rows(self, texts: list[str], limit: int) -> tuple[list[list[int]], list[list[int]]]:
-        """Returns ids and segment ids of a few texts. Rust sees no more of a long text than what fills the limit."""
+        """Returns ids and segment ids of a few texts. Rust gets only the part of a long text that fills the limit."""
         size = 256 + 16 * limit  # Characters.
         rows = self._whole([self._cut(text, size) for text in texts], limit)
         # A row that does not fill the limit is tried again with more of its text.
@@ -74,7 +74,7 @@ class LiveTokenizer:
         return [row[0] for row in rows], [row[1] for row in rows]
 
     def _is_long(self, text: str, size: int) -> bool:
-        """Says whether it pays to cut the text, and whether a cut leaves its tokens as they are."""
+        """Tells whether cutting the text saves time and does not change its tokens."""
         if len(text) <= 2 * size or self.rust is None:
             return False
         if self._splits is None:

@@ -1,7 +1,7 @@
-"""This module sees changes in a live module whose class stays: changes of parameters and of settings.
+"""This module detects changes in a live module of the same class: changes of parameters and of settings.
 
-Every call makes each check. A check compares lists that C code collects, and looks closer where they differ.
-(`patches.py` sees changes of code: of methods and functions.)
+Every call makes each check. A check compares lists that C code collects, and makes further checks if they differ.
+(`patches.py` detects changes of code: of methods and functions.)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _EXPECTED = {
 
 
 def unexpected_setting(module: nn.Module) -> str | None:
-    """Names an attribute, with its value, by which the module computes something else, or returns None."""
+    """Names an attribute, with its value, that changes the module's result, or returns None."""
     for name, expected in _EXPECTED.items():
         value = getattr(module, name, expected)
         if value is not None and value != expected:
@@ -38,7 +38,7 @@ def unexpected_setting(module: nn.Module) -> str | None:
 
 
 def same_function(one: nn.Module, other: nn.Module) -> bool:
-    """Says whether two modules without parameters compute the same, by their classes and the functions they hold."""
+    """Tells whether two modules without parameters compute the same, by their classes and functions."""
 
     def form(value: Any) -> Any:
         if isinstance(value, functools.partial):
@@ -54,7 +54,7 @@ def same_function(one: nn.Module, other: nn.Module) -> bool:
 
 
 class Settings:
-    """`Settings` hold the plain attributes of modules at the time when they were made."""
+    """A `Settings` holds the plain attributes of modules at the time of its construction."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
@@ -65,7 +65,7 @@ class Settings:
         self._values = [read(values) for read, values in self._readers]
 
     def unchanged(self) -> bool:
-        """Says whether all attributes are as they were."""
+        """Tells whether all attributes are unchanged."""
         if list(map(type, self._modules)) != self._kinds:
             return False
         try:
@@ -85,7 +85,7 @@ def _settings_of(module: nn.Module) -> list[str]:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A `Leaf` is a module whose parameters our path reads."""
+    """A `Leaf` is a module whose parameters fastbert reads."""
 
     path: str
     module: nn.Module
@@ -113,7 +113,7 @@ class Leaf:
 
 
 class Parameters:
-    """`Parameters` are those of the leaves that our path reads."""
+    """A `Parameters` holds the parameters of the leaves that fastbert reads."""
 
     def __init__(self, leaves: Sequence[Leaf]) -> None:
         self._leaves = leaves
@@ -121,7 +121,7 @@ class Parameters:
         self._checked: list[int] | None = None
 
     def obstacle(self) -> str | None:
-        """Says why our path cannot read the parameters, or returns None."""
+        """Says why fastbert cannot read the parameters, or returns None."""
         parameters = [p for p in chain.from_iterable(map(dict.values, self._dicts)) if p is not None]
         if not all(kind is nn.Parameter or kind is Tensor for kind in set(map(type, parameters))):
             return "parameters are tensors of another kind"

@@ -1,7 +1,7 @@
-"""This module sees code that replaces another library's: mocks, instrumentation and quick fixes.
+"""This module detects code that replaces another library's: mocks, instrumentation and quick fixes.
 
-A replacement of a method or a function of transformers, of sentence-transformers or of PyTorch would not run on our
-path, so the path must not be taken. (`live_values.py` sees changes of parameters and settings.)
+fastbert would not call a replaced method or function of transformers, sentence-transformers or PyTorch, so the original
+code must run. (`live_values.py` detects changes of parameters and settings.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastbert.adapters import versions
 # the angles of rotary positions, which have no gradients.
 _CONTEXTS = "torch.utils._contextlib"
 _DECORATORS = {"sentence_transformers": (_CONTEXTS,)}
-# Packages whose callables in a module's namespace are nobody's patch.
+# Packages whose callables in a module's namespace are not patches.
 _HARMLESS = (sys.stdlib_module_names | {"torch", "transformers", "numpy", "fastbert"}) - {"unittest"}
 _OF_MODULES = ("__call__", "_call_impl", "_wrapped_call_impl", "__getattr__")  # Methods of nn.Module, in all modules.
 # Functions of PyTorch that modules call, and that others replace, as with an attention of their own.
@@ -39,9 +39,9 @@ _HOOKS = tuple(getattr(torch.nn.modules.module, f"_global_{kind}_hooks", {})
 
 
 def is_own(kind: type, name: str) -> bool:
-    """Says whether a class has, as its method of that name, the function that its library's source defines there.
+    """Tells whether a class has the method of that name that its library's source defines.
 
-    The library's own decorators may stand around the function. True for a method that the class does not have.
+    The library's own decorators may wrap the function. True for a method that the class does not have.
     """
     for base in kind.__mro__:
         if name in base.__dict__:
@@ -67,7 +67,7 @@ def _is_of(function: Any, base: type, name: str) -> bool:
 
 
 def _is_harmless(value: Any) -> bool:
-    """Says whether a callable in the namespace of a module of transformers belongs to one of the harmless packages."""
+    """Tells whether a callable in the namespace of a module of transformers belongs to one of the harmless packages."""
     while isinstance(value, functools.partial):
         value = value.func
     if type(value) is not FunctionType:
@@ -80,10 +80,10 @@ def _is_harmless(value: Any) -> bool:
 
 
 class Watch:
-    """A `Watch` looks at the code that our path replaces: methods, functions in a module, and registered attention.
+    """A `Watch` checks the code that fastbert replaces: methods, functions in a module, and registered attention.
 
     kinds: classes of modules. module: the source of their family. config: the model's, which names its attention.
-    names: the methods to look at, where the classes have them. None stands for all that a forward may call.
+    names: the methods to check, if the classes have them; None for all methods that a forward may call.
     """
 
     def __init__(
@@ -103,7 +103,7 @@ class Watch:
         self._seen: tuple[Any, ...] = ()
 
     def obstacle(self) -> str | None:
-        """Says which code is not its library's, or returns None if all is."""
+        """Says which code is not its library's own, or returns None."""
         if any(_HOOKS):
             return "hooks on all modules"
         if (current := self._current()) == self._seen:
@@ -137,7 +137,7 @@ class Watch:
 
 
 def _methods(kind: type) -> list[str]:
-    """Lists forward, and the methods that a class of modules has beside those of nn.Module and PreTrainedModel."""
+    """Lists forward, and the methods of a class that nn.Module and PreTrainedModel do not have."""
     names = {"forward", "__call__", *(name for name in _OF_MODELS if hasattr(kind, name))}
     for base in kind.__mro__:
         if base.__module__.startswith("torch.") or base.__name__.endswith("PreTrainedModel"):

@@ -1,4 +1,4 @@
-"""This module makes CrossEncoder.predict keep what is made of the weights from call to call."""
+"""This module makes CrossEncoder.predict keep derived tensors from call to call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastbert.engine import Options
 
 
 class ScoreState(AcceleratedState):
-    """A `ScoreState` belongs to an accelerated CrossEncoder. A copy has the options alone."""
+    """A `ScoreState` belongs to an accelerated CrossEncoder. A copy has only the options."""
 
     def __init__(self, options: Options) -> None:
         super().__init__(options, "CrossEncoder.predict")
@@ -26,7 +26,7 @@ class ScoreState(AcceleratedState):
 def predict(
     live: nn.Module, state: AcceleratedState, original: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
-    """Calls CrossEncoder.predict, whose eval() of a model in eval mode shall not renew what is made of the weights."""
+    """Calls CrossEncoder.predict; its eval() of a model in eval mode must not renew derived tensors."""
     states = [(module, module.__dict__.get(STATE)) for module in live.modules()]
     encoders = [(module, inner) for module, inner in states if isinstance(inner, EncoderState)]
     for module, inner in encoders:

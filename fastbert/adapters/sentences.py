@@ -1,6 +1,6 @@
 """This module runs SentenceTransformer.encode over the live modules, packed from text to vector.
 
-A pipeline that is not known, and a call that asks for more than vectors or token vectors of texts, go to the original.
+The original runs an unknown pipeline, and a call that requests more than vectors or token vectors of texts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def encode(live: Any, state: SentenceState, original: Any, args: tuple[Any, ...]
 
 
 def _is_wrong(live: Any, texts: Any, call: dict[str, Any]) -> bool:
-    """Says whether the original would raise, or return something empty."""
+    """Tells whether the original would raise, or return an empty result."""
     batch_size, name = call.get("batch_size", 32), call.get("prompt_name")
     wrong_size = isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
     wrong_prompt = call.get("prompt") is None and name is not None and name not in live.prompts
@@ -138,7 +138,7 @@ class _Plan:
         return self._finished(vectors if as_numpy and dtype == torch.bfloat16 else vectors.to(dtype))
 
     def _finished(self, vectors: Tensor) -> Any:
-        """Converts (n, dim) vectors to the form that the call asks for."""
+        """Converts (n, dim) vectors to the form that the call requests."""
         output: Any = vectors
         if self.precision != "float32":
             output = versions.quantize_embeddings(vectors.cpu().numpy(), self.precision)
@@ -152,7 +152,7 @@ class _Plan:
 
 
 def _same_device(device: Any, present: torch.device) -> bool:
-    """Says whether the device that a call asks for is the present one."""
+    """Tells whether the device argument of a call is the present device."""
     wanted = torch.device(device)
     return wanted.type == present.type and (wanted.index is None or wanted.index == present.index)
 

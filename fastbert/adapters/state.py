@@ -1,4 +1,4 @@
-"""This module holds what an accelerated module carries: its options, its counts, and what its first call makes."""
+"""This module holds the state of an accelerated module: options, counts, and objects from its first call."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ OURS = "fastbert"  # The count of calls that ran here.
 
 
 class AcceleratedState:
-    """An `AcceleratedState` holds the options of an accelerated module, and counts where its calls ran.
+    """An `AcceleratedState` holds the options of an accelerated module, and counts its calls.
 
-    subject: the method whose calls are counted, in words.
+    subject: the name of the counted method.
     """
 
     def __init__(self, options: Options, subject: str) -> None:
@@ -31,7 +31,7 @@ class AcceleratedState:
         self.counts: Counter[str] = Counter()
 
     def forget(self) -> None:
-        """Drops what was made of the modules. The next call makes it anew."""
+        """Drops the objects made from the modules. The next call makes them again."""
 
     def decline(self, reason: str, error: Exception | None = None) -> None:
         """Counts a call of the original code, and logs each reason once, with the error that led to it.
@@ -46,10 +46,10 @@ class AcceleratedState:
 
 
 class EncoderState(AcceleratedState):
-    """An `EncoderState` belongs to an accelerated encoder, and keeps our encoder on its modules.
+    """An `EncoderState` belongs to an accelerated encoder, and keeps fastbert's encoder on its modules.
 
-    A copy, and the object that a pickle gives, have the arguments alone. padding_reader: a module around the encoder
-    whose results depend on rows of padding, which are zeros here.
+    A copy, and an unpickled object, have only the arguments. padding_reader: a module around the encoder whose results
+    depend on rows of padding, which are zeros in fastbert.
     """
 
     def __init__(self, options: Options, mapping: Mapping, padding_reader: str | None = None) -> None:
@@ -67,15 +67,15 @@ class EncoderState(AcceleratedState):
         return EncoderState(self.options, self.mapping, self.padding_reader)
 
     def forget(self) -> None:
-        """Drops what was made of the modules. The next call makes it anew."""
+        """Drops the objects made from the modules. The next call makes them again."""
         self._encoder = None
 
     def invalidate(self) -> None:
-        """Has the next call make anew what is made of the weights."""
+        """Lets the next call make derived tensors again."""
         self._stale = self._stale or not self.settled
 
     def encoder(self, live: nn.Module) -> LiveEncoder:
-        """Returns our encoder on the live model as it is. Raises Unsupported."""
+        """Returns fastbert's encoder on the present live model. Raises Unsupported."""
         encoder = self._encoder
         if encoder is None or not encoder.is_current() or self._stale or not encoder.modes.unchanged():
             with self._lock:

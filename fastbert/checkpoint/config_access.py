@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fastbert.checkpoint.family import Family
 from fastbert.checkpoint.files import read_json, write_text
 
-# The values of transformers' configs where nobody has set any.
+# The default values of transformers' configs.
 DEFAULTS: dict[str, Any] = {
     "output_attentions": False,
     "output_hidden_states": False,

@@ -37,7 +37,7 @@ from fastbert.cli.options import MINILM
 from fastbert.threads import set_threads
 
 # A file each, in the order of --help. `add` adds the arguments and names what runs; PyTorch is imported only there, so
-# that nobody waits for it with --help and --version.
+# that --help and --version do not wait for it.
 COMMANDS = (
     embed, similarity, search, rerank, fill_mask, next_sentence, classify, entities, answer, finetune, pretrain,
     tokenizer, serve, info, verify, bench, tune, demo,

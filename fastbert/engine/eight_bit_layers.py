@@ -70,7 +70,7 @@ class EightBitLayers:
             after = y + self._convolve(block.convolution, before), None, None, *block.convolution.norm.arguments()
         if i + 1 < len(self.blocks):
             return quantized.bias_residual_layer_norm(*after, self.precision, policy=policy)
-        return ops.bias_residual_layer_norm(*after, policy=policy), q  # nobody multiplies it in 8 bits
+        return ops.bias_residual_layer_norm(*after, policy=policy), q  # it is not multiplied in 8 bits
 
     def _pre_norm(self, i: int, x: Tensor, q: Quantized) -> tuple[Tensor, Quantized]:
         block, policy = self.blocks[i], self.policy

@@ -20,7 +20,7 @@ class Encoded:
     last_hidden_state: Tensor  # (T, H)
     hidden_states: list[Tensor] | None  # L + 1 times (T, H)
     attentions: tuple[Tensor, ...] | None  # L times (B, N, S, S)
-    pooled: Tensor | None = None  # (B, H), where somebody has pooled already
+    pooled: Tensor | None = None  # (B, H), if already pooled
 
     def padded(self) -> dict[str, Any]:
         """The fields that the outputs of all models share, padded."""

@@ -56,7 +56,7 @@ def weights(module: Any) -> Any:
 
 
 def fusible(module: Any) -> bool:
-    """Tells whether every linear is plain, so that nobody sees that one product stands for all."""
+    """Tells whether every linear is plain, so that one product may replace all of them."""
     linears = [getattr(module, name) for name in module.projections]
     if all(map(is_plain, linears)):
         return True
@@ -66,7 +66,7 @@ def fusible(module: Any) -> bool:
 
 
 def project(module: Any, x: Tensor, policy: Policy, batch: PackedBatch | None) -> Tensor:
-    """The outputs of the linears side by side, by one product where nobody sees it. (T, K) -> (T, M)"""
+    """Returns the joined outputs of the linears, by one product if possible. (T, K) -> (T, M)"""
     if fusible(module):
         return ops.linear(x, *module.fused_qkv(), policy=policy, keep=not module.training)
     call = rotary.project if getattr(module, "without_bias", False) else call_module
@@ -74,7 +74,7 @@ def project(module: Any, x: Tensor, policy: Policy, batch: PackedBatch | None) -
 
 
 def project_and_gate(module: Any, x: Tensor, activation: str, policy: Policy, batch: PackedBatch | None) -> Tensor:
-    """activation(first half) * second half of `project`, in one operation where nobody listens. (T, K) -> (T, I)"""
+    """activation(first half) * second half of `project`, in one operation without hooks. (T, K) -> (T, I)"""
     if fusible(module):
         weight, bias = module.fused_qkv()
         return ops.gated_linear(x, weight, bias, activation, policy=policy, keep=not module.training)

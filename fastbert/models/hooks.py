@@ -69,7 +69,7 @@ def call(module: Any, batch: PackedBatch, policy: Policy, *rows: Tensor, **more:
 
 
 def call_embeddings(module: Any, batch: PackedBatch, policy: Policy, **ids: Tensor | None) -> Tensor:
-    """The rows (T, E) that the embeddings give for packed ids, which are padded where somebody listens."""
+    """Returns the embeddings (T, E) of packed ids, computed on padded ids if there are hooks."""
     if not _wants_padding(module):
         return module(**ids, batch=batch, policy=policy)
     view = padded_view(batch)
@@ -96,7 +96,7 @@ def call_with_pooled(
 
 
 def states_of_encoder(encoder: Any, batch: PackedBatch, policy: Policy, x: Tensor, keep_states: bool) -> list[Tensor]:
-    """The encoder's hidden states, all or the last, where somebody listens to it."""
+    """Returns the hidden states, all or the last, of an encoder with hooks."""
     view = padded_view(batch)
     token = _under_way.set((batch, policy))
     try:

@@ -1,4 +1,4 @@
-"""Calls of modules inside a model: fused where nobody would see it, and by the module itself elsewhere."""
+"""This module calls modules inside a model: fused if the result is the same, otherwise the module itself."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def look_up(
 def project_and_gate(
     linear: nn.Module, x: Tensor, activation: str, policy: Policy, batch: PackedBatch | None
 ) -> Tensor:
-    """activation(first half) * second half of linear(x), in one operation where nobody listens. (T, K) -> (T, I)"""
+    """activation(first half) * second half of linear(x), in one operation without hooks. (T, K) -> (T, I)"""
     if is_bare(linear, nn.Linear):
         weight: Any = linear.weight
         if type(weight) in tracing.PLAIN:

@@ -1,4 +1,4 @@
-"""The angles of a batch's rows are made once a forward pass, for all layers that turn by them."""
+"""The angles of a batch's rows are made once a forward pass, for all layers with rotary positions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAN = "rotary positions"
 
 
 class Rotations:
-    """The cosines and sines of a batch's rows, for each base that its layers ask for."""
+    """A `Rotations` holds the cosines and sines of a batch's rows, for each base of its layers."""
 
     def __init__(self, position_ids: Tensor) -> None:
         self.position_ids = position_ids
@@ -37,6 +37,6 @@ class Rotations:
 
 
 def rotations_of(batch: PackedBatch) -> Rotations:
-    """The rotations of a batch, by its columns where nobody has set other positions."""
+    """Returns the rotations of a batch, by its columns if no other positions are set."""
     rotations: Rotations = batch.plan(PLAN, lambda: Rotations(batch.position_ids))
     return rotations

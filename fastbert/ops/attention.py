@@ -162,7 +162,7 @@ def _compiled(
 
 
 def cpu_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:
-    """Tells why the cpu backend takes PyTorch's attention and not the C++ kernel, or None."""
+    """Tells why the cpu backend runs PyTorch's attention and not the C++ kernel, or returns None."""
     if qkv.dtype not in (torch.float32, torch.bfloat16):
         return f"there is no C++ kernel for {qkv.dtype}"
     if head_size % 16 or head_size > 256:
@@ -188,7 +188,7 @@ def triton_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -
 
 @untraced
 def prepare(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy = AUTO) -> None:
-    """Makes the batch's plan before the layers ask for it, outside of what torch.compile traces."""
+    """Makes the batch's plan before the layers need it, outside of the code that torch.compile traces."""
     if torch.compiler.is_exporting() or (recording.on and recording.is_dry()):
         return
     obstacle = triton_obstacle(head_size, torch.empty(0, dtype=qkv_dtype, device=batch.device))
@@ -209,11 +209,11 @@ def varlen_attention(
 ) -> torch.Tensor:
     """softmax(scale * q k^T + bias) v within each sequence of the batch.
 
-    qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. position_bias: (N, 2R + 1), what
-    is added to the score of a key -R to R columns after the query, and beyond (fastbert.ops.position_bias); columns are
-    those of the batch, after `packing.find_holes`. window: how many columns a query reaches on either side, None for
+    qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. position_bias: (N, 2R + 1), added
+    to the score of a key -R to R columns after the query, or further away (fastbert.ops.position_bias); columns are
+    those of the batch, after `packing.find_holes`. window: the number of columns on either side of a query, None for
     all; not together with a position bias. dropout: of the probabilities. Returns (T, N * D) in qkv's dtype. Raises
-    ValueError for shapes that do not fit.
+    ValueError for wrong shapes.
     """
     table, columns = position_bias, None if position_bias is None else batch.columns
     if table is not None:

@@ -1,4 +1,4 @@
-"""What attention's Triton kernels need of a batch: lists of tiles, and which tile they are of."""
+"""This module makes the lists of tiles that attention's Triton kernels need for a batch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class Plan(NamedTuple):
-    """A `Plan` is what the kernel needs of a batch, int32 on its device: the parts of `work_list.WorkList`.
+    """A `Plan` holds the work list of a batch, int32 on its device: the parts of `work_list.WorkList`.
 
-    row_spans: (T,), or (0,) where no tile is shared. tiles: (W, 5). short_tiles: those of short sequences, (W', 5), or
-    None where they have no list of their own. small: whether `tiles` are of `configs.small_attention_config`.
+    row_spans: (T,), or (0,) if no tile is shared. tiles: (W, 5). short_tiles: those of short sequences, (W', 5), or
+    None if these have no separate list. small: whether `tiles` are of `configs.small_attention_config`.
     """
 
     row_spans: torch.Tensor
@@ -131,10 +131,10 @@ def launch_arguments(
 
 
 def takes_small_tiles(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy) -> bool:
-    """Tells whether the batch is better off in smaller tiles: one of short texts, or a short one.
+    """Tells whether the batch runs faster in smaller tiles, because its texts are short or few.
 
-    A tile of several texts multiplies all its rows by all its keys, so that smaller ones waste less. And few tiles
-    leave multiprocessors without work. Where bits must not depend on the batch, the answer is no.
+    A tile of several texts multiplies all its rows by all its keys, so smaller tiles waste less. Few tiles also leave
+    multiprocessors idle. The answer is no if bits must not depend on the batch.
     """
     if policy.batch_invariant:
         return False
@@ -162,7 +162,7 @@ def plan_key(dtype: torch.dtype, head_size: int, policy: Policy) -> tuple[Any, .
 
 
 def triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy) -> Plan:
-    """Returns what the kernel needs, made once a batch."""
+    """Returns the plan for the kernel, made once a batch."""
 
     def make() -> Plan:
         small = takes_small_tiles(batch, dtype, head_size, policy)
@@ -179,7 +179,7 @@ def batch_in_rows(
 ) -> PackedBatch:
     """Returns the same sequences, with their triton plan, in the rows of position_ids, the last ones empty.
 
-    What attention gives for the empty rows is undefined.
+    The results of attention for the empty rows are undefined.
     """
     plan = triton_plan(batch, qkv_dtype, head_size, policy)
     return batch.in_rows(position_ids, _plans_of(plan, qkv_dtype, head_size, policy))
@@ -251,7 +251,7 @@ def host_work_lists(
 def gradient_plan(
     batch: PackedBatch, dtype: torch.dtype, head_size: int, biased: bool = False, windowed: bool = False
 ) -> Any:
-    """Returns what the kernels of attention's gradients need of a batch, made once for all layers.
+    """Returns the plan for the kernels of attention's gradients, made once a batch for all layers.
 
     biased: with a position bias. windowed: within a window.
     """

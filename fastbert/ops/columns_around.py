@@ -1,4 +1,4 @@
-"""What stands in the columns around a token of packed texts: rows for a convolution, and the rows within a window."""
+"""This module finds the rows in the columns around a token of packed texts, for a convolution and for a window."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastbert.ops.packed_batch import PackedBatch
 
 
 def beside(x: Tensor, batch: PackedBatch, size: int) -> Tensor:
-    """The rows of `size` columns around each token beside one another, zeros where there is none: (T, size * H)."""
+    """Joins the rows of `size` columns around each token, with zeros for missing tokens: (T, size * H)."""
     if recording.on and recording.is_dry():
         return recording.stand_in((x.shape[0], size * x.shape[1]), x.dtype)
     zero = x.new_zeros(1, x.shape[1])
@@ -19,7 +19,7 @@ def beside(x: Tensor, batch: PackedBatch, size: int) -> Tensor:
 
 
 def _rows_around(batch: PackedBatch, n_rows: int, size: int) -> Tensor:
-    """(T, size) int64: the row of the token in each column around a token's, T where there is none."""
+    """(T, size) int64: the row of the token in each column around a token's; T for a missing token."""
     device, half = batch.device, size // 2
     rows, offsets = torch.arange(n_rows, device=device)[:, None], torch.arange(-half, half + 1, device=device)
     if batch.valid is not None:
@@ -44,7 +44,7 @@ def _rows_around(batch: PackedBatch, n_rows: int, size: int) -> Tensor:
 
 
 def ranges_of(batch: PackedBatch, window: int) -> Tensor | None:
-    """Returns the first row and the end of the rows that each row reaches, (T, 2) int32, where masks have holes."""
+    """Returns the first row and the end of the rows in each row's window, (T, 2) int32, for any mask."""
     columns = batch.columns
     if columns is None:
         return None

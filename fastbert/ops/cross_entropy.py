@@ -1,16 +1,18 @@
-"""The cross entropy of a linear layer's outputs, by chunks of rows: the logits, (T, V), never exist as a whole.
+"""The cross entropy of a linear layer's outputs is computed in chunks of rows, without the whole logits (T, V).
 
-Only labelled rows enter a product. The forward pass keeps two numbers a row, and the logits of the last chunk. The
-backward pass multiplies again for the other chunks, and writes the gradient of a chunk's logits over them, which gives
-its part of the gradients of hidden states, weight and bias. A batch that fits into one chunk multiplies nothing twice.
+Only labelled rows are multiplied. The forward pass keeps two numbers for each row, and the logits of the last chunk.
+The backward pass computes the logits of the other chunks again. It replaces the logits of a chunk by their gradient,
+and adds this chunk's part of the gradients of hidden states, weight and bias. A batch in one chunk multiplies nothing
+twice.
 
 Liger-Kernel computes gradients in the forward pass, scales them in the backward pass, and never multiplies again. Here
-they are computed in the backward pass. For memory: a gradient as large as the weight would lie there from the forward
-pass on. For exactness: a gradient in float16 would be rounded, many to 0, before a GradScaler's factor reaches it. And
-PyTorch still notices a weight that changes in between, and gradients can be asked for twice.
+the backward pass computes them, for three reasons. Memory does not hold a gradient as large as the weight between the
+passes. A GradScaler's factor reaches a float16 gradient before it is rounded. PyTorch detects a weight that changes
+between the passes, and gradients can be computed twice.
 
-PyTorch's own `linear_cross_entropy`, which 2.13 has, is not taken. Without any label it gives NaN. In chunks it smooths
-no labels, rounds sums of 16 bits after each chunk, ignores autocast, and adds with atomics on GPUs. It has no z-loss.
+PyTorch 2.13 has a function `linear_cross_entropy`, which is not used. Without any label its result is NaN. In chunks it
+does not smooth labels, rounds 16-bit sums after each chunk, ignores autocast, and adds with atomics on GPUs. It has no
+z-loss.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def n_rows_within(n_cols: int, like: Tensor) -> int:
-    """Returns how many rows of this length, in the dtype and on the device of a tensor, a chunk may have."""
+    """Returns the number of rows in a chunk, for rows of this length in a tensor's dtype and on its device."""
     n_bytes = CHUNK_BYTES.get(like.device.type, CHUNK_BYTES["cuda"])
     return max(1, n_bytes // max(1, n_cols * like.dtype.itemsize))
 
@@ -235,14 +237,14 @@ def linear_cross_entropy(
     """The cross entropy of hidden @ weight^T + bias with the labels, of the rows whose label is not ignore_index.
 
     hidden: (T, H), weight: (V, H), bias: (V,) or None, of one floating dtype; labels: (T,) integers. Under autocast the
-    products are in its dtype, and gradients in that of each tensor. label_smoothing: as in PyTorch. z_loss: how much of
-    the squared log-sum-exp is added. reduction: "mean" divides the "sum" by the number of labelled rows, "none" gives
-    (T,), 0 in rows without a label. check=False: every row has a label and each is in range, as the caller has seen;
-    nothing looks at the device.
+    products are in its dtype, and gradients in that of each tensor. label_smoothing: as in PyTorch. z_loss: the weight
+    of the squared log-sum-exp in the loss. reduction: "mean" divides the "sum" by the number of labelled rows; "none"
+    returns (T,), 0 in rows without a label. check=False: the caller has checked that every row has a valid label; no
+    values are read from the device.
 
-    Returns float32, or float64 of float64. Without any label the loss is 0, and so are all gradients. Differentiable
-    once. Raises ValueError for shapes, for an option out of its range and, before any kernel runs, for labels out of
-    theirs; TypeError for dtypes; BackendError under a strict policy, and under one that is batch-invariant.
+    Returns float32, or float64 for float64 inputs. Without any label the loss and all gradients are 0. Differentiable
+    once. Raises ValueError for wrong shapes, options or labels, before any kernel runs; TypeError for wrong dtypes;
+    BackendError under a strict policy, and under a batch-invariant one.
     """
     _check(hidden, weight, bias, labels, reduction)
     terms = _terms(label_smoothing, z_loss)

@@ -1,16 +1,16 @@
 """`Derived` keeps tensors that are derived from parameters: a fused QKV matrix, 8-bit weights.
 
-What is kept follows its parameters. Each use compares their addresses, PyTorch's counts of writes, dtypes and devices,
-and looks for writes that PyTorch does not count (fastbert.ops.silent_writes); on a GPU, where a look at numbers waits,
-the model does that once a call. `invalidate` asks for everything to be made anew.
+The kept tensors follow their parameters. Each use compares the parameters' addresses, PyTorch's counts of writes,
+dtypes and devices, and checks for writes that PyTorch does not count (fastbert.ops.silent_writes). On a GPU, where a
+check of numbers waits, the model makes this check once a call. `invalidate` marks everything to be made again.
 
-Others may hold the addresses of what is kept, as CUDA graphs do. Where only `invalidate` asks, the new numbers are
-therefore written to where the old ones were; where the parameters are others, so is the memory, and `changes` counts
-that, so that whoever holds an address knows when to ask for it again.
+Other code may hold the addresses of kept tensors, as CUDA graphs do. So after `invalidate` alone, the new numbers are
+written to the old memory. For other parameters there is new memory, and `changes` counts this, so that the holder of an
+address can ask for it again.
 
-Nothing is kept where it would be wrong later: gradients that flow to the parameters, a compiler or an exporter that
-traces, parameters that are inference tensors (which have no count of writes), and a capture of a CUDA graph (in which
-nothing has run yet).
+No tensor is kept if it could be wrong later: if gradients flow to the parameters, if a compiler or an exporter traces,
+if the parameters are inference tensors (which have no count of writes), and during the capture of a CUDA graph (in
+which no kernel has run yet).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _on_rewrite: list[Callable[[Sequence[Tensor]], None]] = []
 
 
 def on_rewrite(listener: Callable[[Sequence[Tensor]], None]) -> None:
-    """Calls the listener with kept tensors that have been written anew where they were, from now on."""
+    """Registers a listener, which is called with kept tensors that were written again in their old memory."""
     _on_rewrite.append(listener)
 
 
@@ -45,15 +45,15 @@ class _Entry:
     writes: Writes
 
     def fits(self, state: Any, asked: int, parameters: Sequence[Tensor]) -> bool:
-        """Tells whether it is what would be made now."""
+        """Tells whether the entry is equal to a new one."""
         return self.asked == asked and self.state == state and self.writes.none_since(parameters)
 
 
 class Derived:
-    """Kept tensors by name. Copies and pickles of it are empty; threads may share it.
+    """A `Derived` keeps tensors by name. Copies and pickles of it are empty; threads may share it.
 
-    changes: how often something was made, written or dropped, or was asked to be. While it stands still, and the
-    parameters do, so do the addresses and the numbers.
+    changes: the number of times that a tensor was made, written, dropped or invalidated. While it and the parameters do
+    not change, the addresses and the numbers do not change.
     """
 
     def __init__(self) -> None:
@@ -68,7 +68,7 @@ class Derived:
         self.changes += 1
 
     def invalidate(self) -> None:
-        """Makes everything anew when it is next used, in its old memory where the parameters look the same."""
+        """Marks everything to be made again at its next use, in its old memory if the parameters are the same."""
         self._asked += 1
         self.changes += 1
 
@@ -79,10 +79,10 @@ class Derived:
         make: Callable[[], tuple[Tensor, ...]],
         key: Hashable = None,
     ) -> tuple[Tensor, ...]:
-        """Returns what `make` gives, the same tuple until a parameter changes. `make` reads the parameters alone.
+        """Returns the result of `make`, the same tuple until a parameter changes. `make` reads only the parameters.
 
-        name: what it is kept under. key: what else it depends on. On a GPU it is complete when this returns, on
-        whichever stream it is read then.
+        name: the name under which it is kept. key: other values that it depends on. On a GPU it is complete when this
+        returns, for every stream.
         """
         if tracing.observed() is not None:
             return make()
@@ -122,11 +122,11 @@ class Derived:
         return tensors
 
     def tensors(self) -> list[Tensor]:
-        """Returns everything that is kept."""
+        """Returns all kept tensors."""
         return [tensor for entry in tuple(self._entries.values()) for tensor in entry.tensors]
 
     def addresses(self, name: str, tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-        """Returns the addresses of tensors that `get` gave and that are kept; none if they were made for one use."""
+        """Returns the addresses of tensors that `get` returned and keeps; none if they were made for one use."""
         entry = self._entries.get(name)
         return tuple(t.data_ptr() for t in tensors) if entry is not None and entry.tensors is tensors else ()
 

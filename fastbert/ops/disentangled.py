@@ -1,9 +1,9 @@
-"""Disentangled attention over packed sequences: scores have terms for how many columns query and key are apart.
+"""Disentangled attention over packed sequences has terms for the distance in columns between query and key.
 
     s_ij = scale * (q_i k_j + q_i pk[b(i - j)] + k_j pq[b(i - j)])
 
-b gives each distance in columns, the query's less the key's, a row of pk and pq, which are projections of a table of
-distances, (2R, H). Rows in the middle are for one distance each, and those farther out for more of them.
+b maps each distance in columns (the query's column minus the key's) to a row of pk and pq. These are projections of a
+table of distances, (2R, H). A row in the middle is for one distance, and a row further out is for several.
 Source: He et al., "DeBERTa", 2020, arXiv:2006.03654.
 """
 
@@ -126,7 +126,7 @@ def _mixed_dtypes(qkv: Tensor, positions: Positions) -> str | None:
 
 
 def _gradient_obstacle(qkv: Tensor, positions: Positions) -> str | None:
-    """Tells why no kernel runs for gradients that are wanted though it is no pass of training, or None."""
+    """Tells why no kernel runs for gradients outside of a training pass, or returns None."""
     tensors = [tensor for tensor in (qkv, *positions[:2]) if tensor is not None]
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
         return None
@@ -136,7 +136,7 @@ def _gradient_obstacle(qkv: Tensor, positions: Positions) -> str | None:
 def by_kernel(
     qkv: Tensor, positions: Positions, batch: PackedBatch, num_heads: int, scale: float, invariant: bool
 ) -> Tensor:
-    """Does what `disentangled_attention` does on the triton backend, with arguments that were checked."""
+    """Works as `disentangled_attention` on the triton backend, with checked arguments."""
     from fastbert_kernels import disentangled as kernels
 
     if batch.n_tokens == 0:
@@ -161,8 +161,8 @@ def disentangled_attention(
 
     qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). positions: at least one of its tensors, in qkv's dtype.
     Columns are those of the batch, after `packing.find_holes`. dropout: of the probabilities.
-    Returns (T, N * D) in qkv's dtype. Raises ValueError for shapes that do not fit, BackendError under a policy that
-    nothing can follow.
+    Returns (T, N * D) in qkv's dtype. Raises ValueError for wrong shapes, BackendError if no backend can follow the
+    policy.
     """
     for name, tensor in (("keys", positions.keys), ("queries", positions.queries)):
         if tensor is not None and tracing.differ(tensor.shape[1] * 3, qkv.shape[1]):

@@ -1,9 +1,9 @@
-"""This module decides which backend runs an operation, and says why.
+"""This module decides which backend runs an operation, and gives the reason.
 
-`triton`: the kernels of fastbert_kernels, on CUDA devices (and on the CPU under Triton's interpreter, for tests).
-`cpu`: PyTorch on packed tokens, for CPUs, and C++ kernels where there are some. `torch`: the same in plain PyTorch on
-any device. `auto` takes triton on CUDA and cpu on CPUs. What the chosen backend cannot do raises under `strict`;
-otherwise another one does it, and the reason is logged once.
+`triton`: the kernels of fastbert_kernels, on CUDA devices (and on the CPU in Triton's interpreter, for tests). `cpu`:
+PyTorch on packed tokens, and C++ kernels for some operations, on CPUs. `torch`: plain PyTorch on any device. `auto`
+selects triton on CUDA and cpu on CPUs. If the selected backend does not support an operation, this raises under
+`strict`; otherwise another backend runs it, and the reason is logged once.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ BACKENDS = ("auto", "triton", "cpu", "torch")
 
 
 class BackendError(RuntimeError):
-    """A strict backend was asked for something that it cannot do."""
+    """This error says that a backend does not support an operation and no fallback is allowed."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A policy is what the user asked for: a backend, and whether another may step in (`strict=False`).
+    """A `Policy` is the user's choice of a backend, and whether a fallback is allowed (`strict=False`).
 
-    batch_invariant: a row's bits must not depend on the rows beside it. Only the Triton kernels promise that, and on
-    CPUs the C++ kernels, so that it excludes the backend "torch", and is strict.
+    batch_invariant: a row's bits must not depend on other rows. Only the Triton kernels and, on CPUs, the C++ kernels
+    support it, so it excludes the backend "torch" and allows no fallback.
     """
 
     backend: str = "auto"
@@ -56,7 +56,7 @@ AUTO = Policy()
 
 @dataclass(frozen=True)
 class Decision:
-    """A decision names the backend that runs `op`, and, where it is not the one asked for, the reason."""
+    """A `Decision` names the backend that runs `op`, and the reason if it is not the selected one."""
 
     op: str
     backend: str
@@ -64,15 +64,15 @@ class Decision:
 
 
 def decide(op: str, policy: Policy, device: torch.device, obstacle: str | None) -> Decision:
-    """Picks the backend. obstacle: why the triton backend cannot run this call, whatever the machine, or None.
+    """Selects the backend. obstacle: the reason why the triton backend cannot run this call on any machine, or None.
 
-    Does not raise or log; `choose` does.
+    It does not raise or log; `choose` does.
     """
     return Decision(op, *_decided(policy.backend, device, obstacle))
 
 
 def wants_triton(backend: str, device: torch.device) -> bool:
-    """Tells whether this choice of backend means the triton backend if nothing is in its way."""
+    """Tells whether this choice of backend selects the triton backend if there is no obstacle."""
     return backend == "triton" or (backend == "auto" and device.type == "cuda")
 
 
@@ -108,7 +108,7 @@ def _log_once(op: str, wanted: str, chosen: str, reason: str) -> None:
 
 
 def check_batch_invariant(policy: Policy, device: torch.device, precision: str | None = None) -> None:
-    """Raises BackendError if the policy asks for batch invariance and the device has no kernels that promise it."""
+    """Raises BackendError if the policy requires batch invariance and the device has no kernels that support it."""
     if not policy.batch_invariant:
         return
     if device.type == "cpu" and policy.backend != "triton":
@@ -129,9 +129,9 @@ def check_batch_invariant(policy: Policy, device: torch.device, precision: str |
 
 
 def check_invariant(op: str, policy: Policy, backend: str, obstacle: str | None = None) -> None:
-    """Raises BackendError if the policy asks for batch invariance, and `backend`, not "triton", cannot promise it.
+    """Raises BackendError if the policy requires batch invariance, and `backend`, not "triton", does not support it.
 
-    obstacle: why the C++ kernels cannot run this call, or PyTorch where it promises it too; or None.
+    obstacle: the reason why the C++ kernels (or an invariant PyTorch operation) cannot run this call, or None.
     """
     if policy.batch_invariant:
         reason = obstacle if backend == "cpu" else "the tensors are neither on a GPU nor on a CPU"
@@ -144,7 +144,7 @@ def check_invariant(op: str, policy: Policy, backend: str, obstacle: str | None 
 
 
 def refuse(op: str, reason: str) -> None:
-    """Raises BackendError, since a batch-invariant policy does not allow the operation, or a module's call (op "")."""
+    """Raises BackendError: a batch-invariant policy does not allow the operation, or the call of a module (op "")."""
     if not (recording.on and recording.note_refusal(op, f"batch_invariant: {reason}")):
         _raise(f"batch_invariant: {op}: {reason}" if op else f"batch_invariant: {reason}")
 
@@ -193,7 +193,7 @@ def _arch_obstacle(arch: int) -> str | None:
 
 
 def arch_of(device: torch.device) -> int:
-    """Returns the compute capability of the device as one integer, or that of the GPU that is asked about."""
+    """Returns the compute capability of the device, or of the GPU in a dry run, as one integer."""
     from fastbert_kernels import launch
 
     assumed = recording.assumed_arch() if recording.on else None
@@ -201,7 +201,7 @@ def arch_of(device: torch.device) -> int:
 
 
 def dtype_obstacle(*tensors: torch.Tensor | None) -> str | None:
-    """Tells why the triton backend cannot take these, or None. All given tensors must share one dtype."""
+    """Tells why the triton backend does not support these tensors, or returns None. They must have one dtype."""
     present = [t for t in tensors if t is not None]
     dtype = present[0].dtype
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -214,24 +214,24 @@ def dtype_obstacle(*tensors: torch.Tensor | None) -> str | None:
 
 
 def dropout_obstacle(dropout_p: float) -> str | None:
-    """Tells why the triton backend cannot drop out, or None."""
+    """Tells why the triton backend does not support this dropout, or returns None."""
     return f"dropout (p = {dropout_p:.4g}) that PyTorch draws has no Triton kernel" if dropout_p > 0.0 else None
 
 
 def training_obstacle(dropout_p: float) -> str | None:
-    """Tells why a batch-invariant policy refuses to drop out, or None."""
+    """Tells why a batch-invariant policy does not allow dropout, or returns None."""
     return f"dropout (p = {dropout_p:.4g}) is drawn for the whole batch" if dropout_p > 0.0 else None
 
 
 def direct(x: torch.Tensor) -> bool:
-    """Tells whether a C++ kernel may be given x's address: nobody traces, watches or wants gradients of the result."""
+    """Tells whether a C++ kernel may get x's address: there is no tracer, no observer, and no gradient is needed."""
     if type(x) not in (torch.Tensor, recording.StandIn) or tracing.observed() is not None:
         return False
     return not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def hidden_size_obstacle(hidden_size: int) -> str | None:
-    """Tells why the row-wise kernels cannot take rows of this size, or None."""
+    """Tells why the row-wise kernels do not support rows of this size, or returns None."""
     return f"hidden size {hidden_size} is above 4096" if hidden_size > 4096 else None
 
 

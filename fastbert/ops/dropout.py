@@ -44,7 +44,7 @@ def of_batch(p: float, batch: PackedBatch | None, site: int) -> Drop:
 
 
 def probability_of(dropout: Drop) -> float:
-    """Returns the probability with which elements are dropped, by whoever draws the mask."""
+    """Returns the probability with which elements are dropped, for any generator of the mask."""
     return dropout.threshold / masks.RANGE if isinstance(dropout, Dropout) else dropout or 0.0
 
 

@@ -1,4 +1,4 @@
-"""Token + position + segment embedding, LayerNorm, dropout."""
+"""This module holds the embedding operation: token + position + segment embedding, LayerNorm, dropout."""
 
 from __future__ import annotations
 
@@ -112,11 +112,11 @@ def embedding_layer_norm(
 ) -> torch.Tensor:
     """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
 
-    Ids: (T,), int32 or int64; `check_ids` has compared them with the tables, or the kernel does and notes it, inside of
-    `noting`. Tables: word (V, H), token_type (types, H), position (P, H); weight, ln_bias: (H,). inputs_embeds, (T, H),
-    stands for word[input_ids] where input_ids is None. token_type and token_type_ids None: a model without segments,
-    and no such term; and so position and position_ids, and ln_bias. padding_idx: the word whose row gets no gradient.
-    Returns (T, H) in the tables' dtype.
+    Ids: (T,), int32 or int64. `check_ids` has compared them with the tables, or inside of `noting` the kernel checks
+    them. Tables: word (V, H), token_type (types, H), position (P, H); weight, ln_bias: (H,). inputs_embeds, (T, H),
+    replaces word[input_ids] if input_ids is None. token_type and token_type_ids are None for a model without segments,
+    position and position_ids without positions, and ln_bias without a bias: then there is no such term. padding_idx:
+    the word whose row gets no gradient. Returns (T, H) in the tables' dtype.
     """
     hidden_size, dropout_p = word.shape[1], probability_of(dropout)
     if (token_type is None) != (token_type_ids is None):
@@ -163,9 +163,9 @@ def embedding_layer_norm(
 
 
 def seen_within(ids: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> bool:
-    """Tells whether all ids lie in tables of these sizes, and it took but a look of the C++ kernel for CPUs.
+    """Tells whether the C++ kernel for CPUs has found all ids inside tables of these sizes.
 
-    Where it says no, `check_ids` knows.
+    If it returns False, `check_ids` decides.
     """
     if tracing.observed(*ids) is not None or cpu.obstacle() is not None:
         return False
@@ -180,9 +180,9 @@ def _is_seen_within(ids: torch.Tensor | None, size: int) -> bool:
 
 @untraced
 def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
-    """Raises IndexError where an id lies outside its table; name=(ids, table size). One look at the device for all.
+    """Raises IndexError if an id is outside its table; name=(ids, table size). One read of the device checks all.
 
-    Raises TypeError for ids that are not integers. No program that is exported, traced or transformed looks at values.
+    Raises TypeError for ids that are not integers. An exported, traced or transformed program does not check values.
     """
     tensors = []
     for name, (tensor, _) in ids.items():

@@ -89,9 +89,10 @@ def activation_obstacle(activation: str) -> str | None:
 def gated(x: Tensor, activation: str = "gelu", *, policy: Policy = AUTO) -> Tensor:
     """activation(first half) * second half, of each row. x: (T, 2 I). Returns (T, I) in x's dtype.
 
-    activation: as in `bias_gelu`. On the triton backend one kernel does both, with a backward pass of its own; on CPUs
-    without gradients one C++ kernel; elsewhere `bias_gelu` activates, and PyTorch multiplies. Source: Shazeer, "GLU
-    Variants Improve Transformer", 2020, arXiv:2002.05202. Raises ValueError for an odd width or an unknown activation.
+    activation: as in `bias_gelu`. On the triton backend one kernel computes both, and another the gradients. On CPUs
+    without gradients one C++ kernel computes both. Otherwise `bias_gelu` runs, and PyTorch multiplies. Source: Shazeer,
+    "GLU Variants Improve Transformer", 2020, arXiv:2002.05202. Raises ValueError for an odd width or an unknown
+    activation.
     """
     if tracing.has_sizes() and (x.dim() != 2 or x.shape[1] % 2):
         raise ValueError(f"x: expected shape (T, 2 I), got {tuple(x.shape)}")

@@ -13,7 +13,7 @@ _FAR = 1 << 62  # beyond any label
 
 
 def readable(labels: Tensor) -> bool:
-    """Tells whether values may be read on the host: nobody exports, traces or transforms the program."""
+    """Tells whether values may be read on the host: the program is not exported, traced or transformed."""
     return not torch.compiler.is_exporting() and tracing.transformed(labels) is None
 
 

@@ -84,8 +84,8 @@ def bias_residual_layer_norm(
 ) -> torch.Tensor:
     """LayerNorm(dropout(x + bias) + residual) * weight + ln_bias over the last axis.
 
-    x, residual: (T, H) of one floating dtype; bias, weight, ln_bias: (H,); ln_bias None stands for zeros. Returns
-    (T, H) in x's dtype. Raises ValueError for shapes that do not fit, BackendError under a strict policy.
+    x, residual: (T, H) of one floating dtype; bias, weight, ln_bias: (H,); ln_bias None means zeros. Returns (T, H) in
+    x's dtype. Raises ValueError for wrong shapes, BackendError under a strict policy.
     """
     hidden_size = x.shape[-1]
     if tracing.has_sizes():
@@ -125,7 +125,7 @@ def norm_queries_and_keys(
     *,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
-    """LayerNorm of each row's query and of its key, all heads together; values stay as they are.
+    """Applies LayerNorm to each row's query and key, all heads together; values are not changed.
 
     qkv: (T, 3H). query_norm, key_norm: weight and bias, (H,), and eps. Returns (T, 3H). Raises what
     `bias_residual_layer_norm` raises.

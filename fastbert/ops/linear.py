@@ -152,8 +152,8 @@ def linear(
     """activation(x @ weight^T + bias). x: (T, K), weight: (M, K), bias: (M,) or None, of one floating dtype.
 
     activation: "none", "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.checkpoint.activations.OTHERS. keep:
-    whether a packed copy of the weight may be kept, which a module in training mode does not want. Returns (T, M) in
-    x's dtype. Raises ValueError for shapes that do not fit, BackendError under a strict policy.
+    whether a packed copy of the weight may be kept; False in training mode. Returns (T, M) in x's dtype. Raises
+    ValueError for wrong shapes, BackendError under a strict policy.
     """
     check_shapes(x, weight, bias)
     if activation in OTHERS:
@@ -248,9 +248,8 @@ def linear_residual_layer_norm(
     """LayerNorm(dropout(x @ weight^T + bias) + residual) * ln_weight + ln_bias.
 
     x: (T, K), weight: (H, K), bias: (H,) or None, residual: (T, H), ln_weight, ln_bias: (H,). keep: as in `linear`.
-    Returns (T, H). Where the
-    GEMM is ours, or the weight packed, it adds bias and residual; where only the LayerNorm kernel runs, that does;
-    elsewhere the GEMM adds the bias.
+    Returns (T, H). The matrix product adds bias and residual if it is fastbert's GEMM or has a packed weight. Otherwise
+    the LayerNorm kernel adds them, or without it the matrix product adds the bias.
     """
     check_shapes(x, weight, bias)
     may_train = choose.perhaps(dropout, torch.compiler.is_compiling())

@@ -25,7 +25,7 @@ SHORT_BATCH = 8
 
 
 def batch_of(mask: Tensor, reads_columns: bool = False) -> PackedBatch:
-    """Returns the batch of a mask, (B, S) on a device, with 1 to MOST_PLACES places: nobody looks at the mask.
+    """Returns the batch of a mask, (B, S) on a device, with 1 to MOST_PLACES elements: the mask is not read.
 
     Its T stands for B * S, its cu_seqlens and places are there when a kernel has written them (`unpack`), and it has no
     position_ids. reads_columns: whether layers read columns, as if the mask had holes.

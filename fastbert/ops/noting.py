@@ -1,6 +1,6 @@
 """Kernels note what the host would otherwise wait to see: ids beyond their table, and weights that were written to.
 
-Whoever runs a batch says where, by `noting`; the operations of the same thread ask for it by `current`.
+The runner of a batch sets the place with `noting`; the operations of the same thread get it from `current`.
 """
 
 from __future__ import annotations

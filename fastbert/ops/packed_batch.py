@@ -1,4 +1,4 @@
-"""A `PackedBatch` says where the sequences of a batch lie, and keeps what operations make of that."""
+"""A `PackedBatch` holds the positions of a batch's sequences, and data that operations derive from them."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from fastbert_kernels import cpu
 
 @dataclass(eq=False)
 class PackedBatch:
-    """A packed batch says how B sequences of different lengths lie in T packed tokens.
+    """A `PackedBatch` describes B sequences of different lengths in T packed tokens.
 
     cu_seqlens: (B + 1,) int32 on the tensors' device, starts at 0, ends at T; sequence b is rows cu_seqlens[b] to
-    cu_seqlens[b + 1]. cu_seqlens_cpu: the same on the host. position_ids: (T,) int64, the column each token came from.
-    indices: (T,) int64, where each token stands in the flattened (B * S) batch, None if it never was padded.
-    valid: (B, S) bool, where tokens are, in a batch that keeps the rows of its padding (`in_place`); None in any other.
-    first_column: whether each sequence has a token in the first column, as it has without padding on the left.
-    last_position: the largest of position_ids, -1 without tokens; None where that is not known on the host. counted:
-    whether position_ids count from 0 in each sequence; else host_columns are the same on the host, if it knows them;
-    host_indices are the indices there. columns: (T,) int32, the column of each token, where a mask has holes; None
-    where the tokens of each sequence are neighbours, or nobody has asked (`packing.find_holes`). n_layers_before: how
-    many places a layer that runs several times stands behind its first one, for its masks of dropout.
+    cu_seqlens[b + 1]. cu_seqlens_cpu: the same on the host. position_ids: (T,) int64, the column of each token.
+    indices: (T,) int64, the index of each token in the flattened (B * S) batch, None if it never was padded.
+    valid: (B, S) bool, the mask of tokens in a batch that keeps the rows of padding (`in_place`); None in any other.
+    first_column: whether each sequence has a token in the first column, as without padding on the left. last_position:
+    the largest of position_ids, -1 without tokens; None if the host does not know it. counted: whether position_ids
+    count from 0 in each sequence. If not, host_columns are the columns on the host, if known, and host_indices are the
+    indices on the host. columns: (T,) int32, the column of each token, if a mask has zeros between tokens; None if the
+    tokens of each sequence are neighbours, or before `packing.find_holes`. n_layers_before: for a layer that runs
+    several times, the number of layers since its first run, for its dropout masks.
 
-    mask: (B * S,), in a batch whose lengths stay on the device (`masked.batch_of`), where T stands for B * S; None in
-    any other. places: (B * S,) int32, the row of each place of the mask, -1 where no token is. reads_columns: whether
-    layers read the columns of such a batch.
+    mask: (B * S,), in a batch whose lengths stay on the device (`masked.batch_of`), where T is B * S; None in any
+    other. places: (B * S,) int32, the row of each element of the mask, -1 for padding. reads_columns: whether layers
+    read the columns of such a batch.
 
-    What the device holds of a batch whose lengths the host knows is made when somebody first asks for it (`later`): a
-    CUDA graph has its own.
+    If the host knows the lengths, tensors on the device are made at their first use (`later`), because a CUDA graph has
+    its own.
     """
 
     cu_seqlens: torch.Tensor
@@ -63,7 +63,7 @@ class PackedBatch:
     def later(
         cls, make: dict[str, Callable[[PackedBatch], Any]], n_tokens: int, device: torch.device, **fields: Any
     ) -> PackedBatch:
-        """Returns a batch whose fields in `make` are made at their first use."""
+        """Returns a batch whose fields in `make` are computed at their first use."""
         return cls.of_fields(cls.fields_later(make, n_tokens, device, **fields))
 
     @staticmethod
@@ -115,21 +115,21 @@ class PackedBatch:
         return offsets, padded, self.columns is not None or self.reads_columns
 
     def plan(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Returns what is made from the lengths once a batch, for all layers: work lists, groups of equal length."""
+        """Returns data made from the lengths once a batch, for all layers: work lists, groups of equal length."""
         if key not in self._plans:
             self._plans[key] = make()
         return self._plans[key]
 
     def known_plan(self, key: Any) -> Any:
-        """Returns what `plan` has made, or None."""
+        """Returns the result of an earlier `plan`, or None."""
         return self._plans.get(key)
 
     def plans(self) -> dict[Any, Any]:
-        """Returns what `plan` has made so far."""
+        """Returns all results of `plan` so far."""
         return dict(self._plans)
 
     def set_plans(self, plans: dict[Any, Any]) -> None:
-        """Forgets what `plan` has made beside these."""
+        """Replaces all results of `plan` by these."""
         self._plans = dict(plans)
 
     def has_plan(self, key: Any) -> bool:
@@ -150,7 +150,7 @@ def sequence_ids(cu_seqlens: torch.Tensor, n_tokens: int) -> torch.Tensor:
 
 
 def within_sequences(rows: torch.Tensor, cu_seqlens: torch.Tensor, seq_ids: torch.Tensor) -> torch.Tensor:
-    """(T,) the place in its sequence of each of the packed rows, in their dtype; all on one device."""
+    """(T,) the position of each packed row in its sequence, in the dtype of the rows; all on one device."""
     return rows - cu_seqlens.index_select(0, seq_ids)
 
 

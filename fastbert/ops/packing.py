@@ -1,8 +1,8 @@
-"""Packing: from padded (B, S, ...) batches to the T tokens that are there, and back.
+"""Packing converts padded (B, S, ...) batches to rows of T tokens, and back.
 
-A batch is unpadded once, at the edge of the model; every layer runs on (T, H); outputs are padded once, if at all.
-Position is the column index, as in transformers: left-padded rows and masks with holes keep their column positions.
-RoBERTa's family counts otherwise: `positions_after_padding`.
+A batch is unpadded once, at the input of the model. Every layer runs on (T, H). Outputs are padded once, if at all. The
+position is the column index, as in transformers, also for left-padded rows and for masks with zeros between tokens.
+RoBERTa's family counts in another way: `positions_after_padding`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _INTEGERS = torch.int32, torch.int64
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Copies a tensor of the host to the device without waiting for it, unless it is there already.
+    """Copies a tensor from the host to the device without waiting; returns a tensor on the device unchanged.
 
-    A GPU copies by itself only from pinned memory. For other memory the driver waits until the stream is idle, unless
-    it is at most 64 kB.
+    A GPU copies asynchronously only from pinned memory. For other memory the driver waits until the stream is idle,
+    unless it is at most 64 kB.
     """
     device = torch.device(device)
     if pins(device) and tensor.device.type == "cpu":
@@ -38,22 +38,22 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
 
 
 def pins(device: torch.device) -> bool:
-    """Tells whether the device copies by itself from pinned memory of the host, while the host goes on."""
+    """Tells whether the device copies asynchronously from pinned memory of the host."""
     return device.type == "cuda"
 
 
 def on_host(device: torch.device) -> bool:
-    """Tells whether the host reads the device's memory without waiting for anybody."""
+    """Tells whether the host can read the device's memory without waiting."""
     return device == _HOST or device.type == "cpu"
 
 
 def takes_from_host(device: torch.device, tensor: torch.Tensor) -> bool:
-    """Tells whether the tensor is on the host, and the device a GPU that it may be copied to."""
+    """Tells whether the tensor is on the host and the device is a GPU."""
     return pins(device) and tensor.device.type == "cpu"
 
 
 def wait_for(device: torch.device) -> None:
-    """Waits until everything that was launched on the device has run."""
+    """Waits until all launched work of the device has run."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -62,9 +62,9 @@ def wait_for(device: torch.device) -> None:
 def unpad(attention_mask: torch.Tensor, device: torch.device | None = None) -> PackedBatch:
     """Returns the packing of a padded batch. attention_mask: (B, S), any numeric dtype, nonzero where a token is.
 
-    Holes and left padding are fine. A row without any token becomes a sequence of length 0. device: where the batch
-    runs, by default where the mask is. A mask on a GPU is waited for once, since the number of tokens decides how many
-    rows the kernels have; for a mask on the host nobody waits.
+    The mask may have zeros between tokens and on the left. A row without tokens becomes a sequence of length 0. device:
+    the device of the batch, by default that of the mask. For a mask on a GPU the host waits once, because the number of
+    tokens decides the number of rows; for a mask on the host it does not wait.
     """
     _refuse_recording("attention_mask", attention_mask)
     device = attention_mask.device if device is None else device
@@ -106,9 +106,9 @@ def unpad(attention_mask: torch.Tensor, device: torch.device | None = None) -> P
 
 
 def _shape_of(valid: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns, of each row of a mask on a device, its tokens, where the last one ends, and whether it has a first one.
+    """Returns for each row of a mask its tokens, the end of the last one, and whether the first column has one.
 
-    All are (B,) int32. This waits for the device, once.
+    All are (B,) int32. The host waits for the device, once.
     """
     columns = torch.arange(1, valid.shape[1] + 1, dtype=torch.int32, device=valid.device)
     ends = torch.nn.functional.pad(columns * valid, (1, 0)).amax(1)
@@ -118,7 +118,7 @@ def _shape_of(valid: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _unpad_on_device(valid: torch.Tensor, lengths: np.ndarray, ends: np.ndarray, first: np.ndarray) -> PackedBatch:
-    """Packs a mask of any form whose counts the host has: each token finds its row by counting those before it."""
+    """Packs any mask whose counts the host has: the row of a token is the number of tokens before it."""
     n_rows, device = valid.numel(), valid.device
     offsets = offsets_of(lengths)
     n_tokens = int(offsets[-1])
@@ -158,7 +158,7 @@ def _unpad_exported(attention_mask: torch.Tensor) -> PackedBatch:
 
 @untraced
 def without_padding(batch_size: int, length: int, device: torch.device) -> PackedBatch:
-    """Returns the packing of a (B, S) batch in which every position holds a token; needs no look at a mask."""
+    """Returns the packing of a (B, S) batch in which every position holds a token, without reading a mask."""
     make: dict[str, Any] = {
         "cu_seqlens": lambda batch: torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length,
         "position_ids": lambda batch: torch.arange(length, device=device).repeat(batch_size),
@@ -176,10 +176,10 @@ def without_padding(batch_size: int, length: int, device: torch.device) -> Packe
 
 
 def in_place(like: torch.Tensor, attention_mask: torch.Tensor | None) -> PackedBatch:
-    """Returns the packing that packs nothing: T = B * S rows, those of padding among them. like: (B, S, ...).
+    """Returns the packing that keeps all T = B * S rows, with the rows of padding. like: (B, S, ...).
 
-    For tracers and transforms, which have no values to pack by. Its shapes may be those of a tracer, and stay open;
-    no value is read. Attention masks the padding, `pack` fills it and `pad` clears it.
+    It is for tracers and transforms, which have no values. Its shapes may be symbolic, and no value is read. Attention
+    masks the padding, `pack` fills it and `pad` clears it.
     """
     batch_size, padded_length = like.shape[:2]
     device = like.device
@@ -223,7 +223,7 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
 
 
 def makes_later(device: torch.device) -> bool:
-    """Tells whether what the device holds of a batch is made when somebody first asks for it, as for a GPU."""
+    """Tells whether a batch's tensors on the device are made at their first use, as for a GPU."""
     return device.type != "cpu"
 
 
@@ -231,10 +231,10 @@ def makes_later(device: torch.device) -> bool:
 def _fields_of(
     numbers: bytes, dtype: torch.dtype, n_tokens: int, device: torch.device, inference: bool
 ) -> dict[str, Any]:
-    """Returns the fields of a batch on a GPU. numbers: the bytes of its offsets, which are checked.
+    """Returns the fields of a batch on a GPU. numbers: the bytes of its checked offsets.
 
-    They are kept for the lengths that came last, since many programs run batches of a few forms. inference: whether
-    inference mode is on, so that none of its tensors is kept for others.
+    They are kept for the last lengths, because many programs run batches of a few forms. inference: whether inference
+    mode is on, because its tensors must not be kept for other modes.
     """
     cu_seqlens = torch.frombuffer(bytearray(numbers), dtype=dtype)
     longest = longest_sequence(cu_seqlens, n_tokens)
@@ -246,9 +246,9 @@ def _fields_of(
 
 @untraced
 def find_holes(batch: PackedBatch) -> None:
-    """Sets the batch's `columns` if its mask has holes, for operations that depend on how far two tokens are apart.
+    """Sets the batch's `columns` if its mask has zeros between tokens, for operations that depend on distances.
 
-    On a GPU it waits for it, where the batch was padded and its mask is there.
+    If the batch was padded and its mask is on a GPU, the host waits.
     """
     if batch.indices is None or batch.columns is not None or batch.valid is not None:
         return
@@ -288,9 +288,9 @@ def from_lengths(lengths: Sequence[int], device: torch.device) -> PackedBatch:
 
 
 def from_offsets(offsets: np.ndarray, longest: int, device: torch.device) -> PackedBatch:
-    """Returns the packing of sequences with these offsets, (B + 1,) int32 on the host, which nobody changes later.
+    """Returns the packing of sequences with these offsets, (B + 1,) int32 on the host, which must not change later.
 
-    longest: the length of the longest one.
+    longest: the greatest sequence length.
     """
     cu_seqlens = torch.from_numpy(offsets)
     if makes_later(device):
@@ -309,7 +309,7 @@ def from_offsets(offsets: np.ndarray, longest: int, device: torch.device) -> Pac
 def _fields_on_a_gpu(
     cu_seqlens: torch.Tensor, numbers: bytes, n_tokens: int, device: torch.device, longest: int
 ) -> dict[str, Any]:
-    """Returns the fields of a batch whose tensors on the device are made when somebody first asks for them.
+    """Returns the fields of a batch whose tensors on the device are made at their first use.
 
     cu_seqlens: (B + 1,) int32 on the host; numbers: their bytes.
     """
@@ -335,7 +335,7 @@ _MADE_LATER: dict[str, Any] = {
 def positions_after_padding(input_ids: torch.Tensor, pad_id: int, batch: PackedBatch | None = None) -> torch.Tensor:
     """RoBERTa's positions of ids, padded (B, S) or packed (T,) with their batch, in int64.
 
-    In each sequence the ids that are not pad_id count from pad_id + 1 on; one that is has pad_id as its position.
+    In each sequence the ids that are not pad_id count from pad_id + 1. The position of pad_id is pad_id.
     """
     counted = input_ids != pad_id
     numbers = counted.cumsum(-1)
@@ -349,7 +349,7 @@ def positions_after_padding(input_ids: torch.Tensor, pad_id: int, batch: PackedB
 
 
 def pad_rows(x: Any, n_rows: int) -> Any:
-    """Pads a tensor (T, ...) to (n_rows, ...) with zeros; returns the same one, or None, where nothing is to do."""
+    """Pads a tensor (T, ...) to (n_rows, ...) with zeros; returns a tensor of that size, or None, unchanged."""
     if x is None or x.shape[0] == n_rows:
         return x
     out = x.new_zeros(n_rows, *x.shape[1:])
@@ -358,7 +358,7 @@ def pad_rows(x: Any, n_rows: int) -> Any:
 
 
 def pack(x: torch.Tensor, batch: PackedBatch, fill: int = 0) -> torch.Tensor:
-    """(B, S, ...) -> (T, ...): the rows where tokens are. fill: what rows of padding hold, in a batch that has some."""
+    """(B, S, ...) -> (T, ...): the rows of tokens. fill: the value for rows of padding, in a batch that keeps them."""
     if batch.mask is not None:
         return masked.pack(x, batch, fill)
     if batch.valid is not None:
@@ -386,7 +386,7 @@ def pad(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 
 
 def first_rows(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """(T, H) -> (B, H): the row of each sequence's first token, zeros where there is none, in an `in_place` batch."""
+    """(T, H) -> (B, H): the row of each sequence's first token; in an `in_place` batch zeros without a token."""
     assert batch.valid is not None
     x = x.reshape(batch.batch_size, batch.padded_length, x.shape[-1])
     is_first = batch.valid & (batch.valid.long().cumsum(1) == 1)  # in ONNX bools have no sum

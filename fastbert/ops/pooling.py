@@ -1,4 +1,4 @@
-"""Pooling of each sequence to one vector, with optional L2 normalisation."""
+"""This module pools each sequence to one vector, with optional L2 normalisation."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _sums(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 def _maxima(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """(T, H) -> (B, H): the greatest of each column over each sequence; anything for an empty one.
 
-    The gradient goes to the first of equal rows, as that of torch.max does. That of segment_reduce goes to all of them,
-    and whole where it is negative.
+    The gradient goes to the first of equal rows, as in torch.max. In segment_reduce it goes to all of them, and a
+    negative gradient is not divided.
     """
     if tracing.transformed(hidden) is not None:  # segment_reduce has no rule for transforms
         parts = hidden.split(offsets.diff().tolist())
@@ -220,7 +220,7 @@ def pool(
     out_dtype: torch.dtype | None = None,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
-    """One vector a sequence. hidden: (T, H); cu_seqlens: (B + 1,) int32 on the same device.
+    """Returns one vector for each sequence. hidden: (T, H); cu_seqlens: (B + 1,) int32 on the same device.
 
     mode: "cls" (first token), "mean", "max", "weighted_mean" (weights 1 to n by place in the sequence), "last" or
     "mean_sqrt_len". normalize: y / max(||y||_2, 1e-12). Returns (B, H) in out_dtype (hidden's by default); a sequence

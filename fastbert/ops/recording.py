@@ -8,7 +8,7 @@ An operation that has decided what runs says so (`note`) if its thread has a rec
 empty result instead of computing one, and nothing that a decision else leads to happens: no log, no exception, no
 kernel. A dry run works on `StandIn` tensors, which have a shape and a dtype, and the device that is asked about.
 
-Operations look at `on` first, so that nobody else pays for this.
+Operations read `on` first, so that the recording costs nothing when it is off.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def note(
 
 
 def note_reason(op: str, reason: str | None, raises: bool) -> bool:
-    """Records why an operation falls back, or that it does not. Returns whether nobody may log or raise it."""
+    """Records why an operation falls back, or that it does not. Returns whether it must not be logged or raised."""
     recorder = _current.get()
     if recorder is None:
         return False

@@ -1,4 +1,4 @@
-"""Rotary positions: queries and keys are turned by an angle that grows with their position."""
+"""Rotary positions rotate queries and keys by an angle that is proportional to their position."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KERNELS = {
 
 
 def inverse_frequencies(head_size: int, base: float, factor: float = 1.0) -> Tensor:
-    """The angle that each pair of elements turns by at each position, (D / 2,) float32 on the CPU.
+    """Returns the angle of rotation of each pair of elements for one position, (D / 2,) float32 on the CPU.
 
     It is base^(-2i / D), divided by the factor. Source: Su et al., "RoFormer", 2021, arXiv:2104.09864.
     """
@@ -119,12 +119,12 @@ def _kernels_obstacle() -> str | None:
 def rotary(
     qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, *, policy: Policy = AUTO, fresh: bool = False
 ) -> Tensor:
-    """Turns queries and keys: elements i and i + D / 2 of a head turn together by the row's angle i.
+    """Rotates queries and keys: elements i and i + D / 2 of a head are a pair, rotated by the row's angle i.
 
-    qkv: (T, 3 * N * D), laid out [q | k | v]. cos, sin: (T, D / 2) float32, as `rotations` gives them; they get no
-    gradients. Products are in float32 at least. fresh: whether nobody else has qkv, so that the result may take its
-    memory. Returns a tensor like qkv, with the values as they are. Raises ValueError for shapes that do not fit,
-    BackendError under a strict policy.
+    qkv: (T, 3 * N * D), laid out [q | k | v]. cos, sin: (T, D / 2) float32, from `rotations`; they get no gradients.
+    Products are in float32 at least. fresh: whether no other code uses qkv, so that the result may overwrite it.
+    Returns a tensor like qkv, with unchanged values v. Raises ValueError for wrong shapes, BackendError under a strict
+    policy.
     """
     if tracing.has_sizes() and (qkv.dim() != 2 or qkv.shape[1] % (6 * num_heads)):
         raise ValueError(f"qkv: expected shape (T, 3 * N * D), N = {num_heads}, D even, got {tuple(qkv.shape)}")

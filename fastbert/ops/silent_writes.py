@@ -1,10 +1,10 @@
-"""Writes to weights that PyTorch does not count: by fused optimizers, through `.data`, NumPy views, other processes.
+"""This module detects writes that PyTorch does not count: by fused optimizers, `.data`, NumPy, other processes.
 
-Two signs show them. A hook that PyTorch calls after every step of an optimizer notes whose parameters it was. A sample
-of numbers of each tensor, spread over it, is compared with what it was before. Whoever prunes or averages a model
-writes to many tensors, in some of which the sample may be spared: once a sample shows a write, nothing that was looked
-at before it counts as unwritten. A write that leaves every number of all samples alone (one row of a matrix through
-`.data`, say) cannot be seen so: `eval()` of the model makes everything anew.
+There are two ways. A hook that PyTorch calls after every step of an optimizer records its parameters. And a sample of
+the numbers of each tensor is compared with its earlier numbers. A pruned or averaged model has writes to many tensors,
+and some samples may miss them. So after one sample has shown a write, all earlier checks of other tensors are invalid.
+A write that no sample shows (such as one row of a matrix through `.data`) is not detected: `eval()` of the model makes
+all derived tensors again.
 """
 
 from __future__ import annotations
@@ -43,25 +43,25 @@ register_optimizer_step_post_hook(_after_step)
 
 
 def waits(device: torch.device) -> bool:
-    """Tells whether a look at a number on this device waits for it: a model then looks once a call, not at each use."""
+    """Tells whether reading a number on this device waits for it; a model then checks once a call, not at each use."""
     return device.type not in ("cpu", "meta")
 
 
 def signs() -> tuple[int, int]:
-    """Returns counts that stand still while no optimizer has stepped and no sample has shown a write."""
+    """Returns counts that change with every step of an optimizer and every detected write."""
     return _n_steps, _n_seen
 
 
 def _last_step(parameters: Iterable[Tensor]) -> int:
-    """Returns the number of the last optimizer step that wrote one of the parameters; 0 where none has."""
+    """Returns the number of the last optimizer step that wrote one of the parameters, or 0."""
     return max(map(_stepped.get, map(id, parameters), repeat(0)), default=0)
 
 
 class Samples:
     """A sample of the numbers of tensors, for `digest` to read again and again.
 
-    The tensors' memory must be where it was: the caller compares `data_ptr` before each digest. What is no dense tensor
-    with memory is left out.
+    The tensors' memory must not move: the caller compares `data_ptr` before each digest. Tensors that are not dense or
+    have no memory are left out.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -84,7 +84,7 @@ class Samples:
         }
 
     def digest(self) -> Any:
-        """Returns a value that differs where one of the numbers does. For tensors on a GPU this waits for it."""
+        """Returns a value that changes if one of the numbers changes. For tensors on a GPU the host waits."""
         if self._compiled:
             digests: list[Any] = [cpu.digest(*call) for call in self._calls]
         else:
@@ -95,10 +95,10 @@ class Samples:
 
 
 class LateSamples:
-    """A sample of the numbers of tensors on a GPU, which a kernel compares with what they were before.
+    """A `LateSamples` is a sample of the numbers of tensors on a GPU, which a kernel compares with earlier numbers.
 
-    Nobody waits: the kernel notes a difference for the host (`fastbert.ops.noting`). Addresses and numbers lie where a
-    CUDA graph may read them.
+    The host does not wait: the kernel records a difference for it (`fastbert.ops.noting`). Addresses and numbers are in
+    memory that a CUDA graph may read.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -113,14 +113,14 @@ class LateSamples:
             }
 
     def look(self, notes: Any) -> None:
-        """Launches the comparison, which notes a write in the notes of the batch."""
+        """Launches the comparison, which records a write in the notes of the batch."""
         from fastbert_kernels.samples import compare_samples
 
         for dtype, before in self._before.items():
             compare_samples(self._addresses[dtype], before, notes)
 
     def stepped(self) -> bool:
-        """Tells whether an optimizer has written one of the tensors since the last time, as its hook says."""
+        """Tells whether the optimizers' hook has reported a write to one of the tensors since the last call."""
         if self._n_steps == _n_steps:
             return False
         self._n_steps, before = _n_steps, self._last_step
@@ -128,7 +128,7 @@ class LateSamples:
         return self._last_step > before
 
     def renew(self) -> None:
-        """Takes the numbers as they are now, in the same memory."""
+        """Stores the present numbers, in the same memory."""
         with torch.inference_mode(False), torch.no_grad():
             for dtype, parts in self._views.items():
                 self._before[dtype].copy_(torch.cat(parts))
@@ -141,9 +141,9 @@ def _addresses_of(views: Sequence[Tensor]) -> Tensor:
 
 
 class Writes:
-    """A look at parameters, to tell later whether they were written to without PyTorch's count.
+    """A `Writes` tells later whether parameters were written to without PyTorch's count.
 
-    PyTorch's counts and the addresses are the caller's to compare first. sampled: whether numbers are looked at.
+    The caller first compares PyTorch's counts and the addresses. sampled: whether to compare samples of numbers.
     """
 
     def __init__(self, parameters: Sequence[Tensor], sampled: bool = True) -> None:
@@ -154,7 +154,7 @@ class Writes:
         self._digest = self._samples.digest()
 
     def none_since(self, parameters: Sequence[Tensor]) -> bool:
-        """Tells whether nobody has written to the same parameters since, as far as that can be seen."""
+        """Tells whether no write to the same parameters was detected since then."""
         n_steps = _n_steps
         if self._seen_steps != n_steps:
             if _last_step(parameters) > self._last_step:
@@ -164,7 +164,7 @@ class Writes:
 
 
 def note_seen() -> bool:
-    """Notes that a sample has shown a write, of which other tensors may have had a part. Returns False."""
+    """Records that a sample has shown a write, which may also concern other tensors. Returns False."""
     global _n_seen
     _n_seen += 1
     return False

@@ -41,10 +41,10 @@ def max_tiles(
     policy: Policy,
     kind: Kind = ANY_BATCH,
 ) -> tuple[int, int | None]:
-    """Tells how long static work lists for n_tokens tokens are; None where there is no list of short sequences.
+    """Returns the lengths of static work lists for n_tokens tokens; None without a list of short sequences.
 
-    No batch needs a longer one where neighbours share tiles, unless the list is dense. Where they share none, ones of a
-    few tokens each may.
+    If neighbours share tiles, no batch needs a longer list, unless the list is dense. If they do not share tiles,
+    batches of very short sequences may need a longer one.
     """
     from fastbert_kernels import configs, launch, work_list
 
@@ -56,10 +56,10 @@ def max_tiles(
 
 
 class StaticPlan:
-    """A `StaticPlan` says how the integers of attention lie in static memory, for batches in the rows of a bucket.
+    """A `StaticPlan` is the layout of attention's integers in static memory, for batches in the rows of a bucket.
 
-    They are int32, each part 16-byte aligned. A smaller bucket needs no more of them than a larger one of its kind.
-    Where all are 0, there are no tiles. n_tiles: how long the lists are, by default as `max_tiles` says.
+    They are int32, each part 16-byte aligned. A smaller bucket needs no more of them than a larger one of its kind. If
+    all are 0, there are no tiles. n_tiles: the length of the lists, by default that of `max_tiles`.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class StaticPlan:
         return (columns, seq_ids) if self.kind.holes else None
 
     def fits(self, batch: PackedBatch) -> bool:
-        """Tells whether `write` would write the batch, or, where lengths stay on the device, any such batch."""
+        """Tells whether `write` can write the batch, or, for lengths on the device, any such batch."""
         if batch.mask is None:
             return self.write(batch, np.empty(self.n_integers, np.int32))
         shape = batch.batch_size, batch.padded_length
@@ -122,7 +122,7 @@ class StaticPlan:
     def write(self, batch: PackedBatch, out: np.ndarray) -> bool:
         """Writes a batch of at most `bucket` tokens and sequences to out, (n_integers,) int32 on the host.
 
-        Returns False, with nothing written, where a list does not fit.
+        Returns False, and writes nothing, if a list does not fit.
         """
         lists = host_work_lists(batch, *self._qkv, self.policy, self.kind.small)
         rows = [made.tiles.numpy().reshape(-1) for made in lists if made is not None]

@@ -4,7 +4,7 @@ It imports no compiler.
 
 Two questions are asked in the whole library before it leaves PyTorch's dispatcher, and both are answered here:
 
-`transformed`: does somebody run the program on something else than numbers, so that no value may be read on the host?
+`transformed`: tells whether the program runs on other objects than numbers, so that no value may be read on the host.
 A tracer would keep it for ever, a transform of torch.func has none. Our registered operations have no rule for these
 either. A model then takes plain operations of PyTorch on padded rows (`packing.in_place`).
 
@@ -96,7 +96,7 @@ def differentiated() -> bool:
 
 
 def has_sizes() -> bool:
-    """Tells whether sizes are numbers that can be compared. torch.jit.trace has tensors, which nobody compares."""
+    """Tells whether sizes are numbers that can be compared. torch.jit.trace has tensors, which cannot be compared."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is None
 
 

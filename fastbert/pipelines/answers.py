@@ -18,7 +18,7 @@ from fastbert.text import offsets
 from fastbert.text.overlap import overlapping
 from fastbert.text.tokenizer import Tokenizer
 
-LONGEST = 384  # tokens of a row where nobody chose another, as in transformers
+LONGEST = 384  # tokens of a row by default, as in transformers
 STRIDE = 128
 PAIRS = 16  # questions whose rows are in memory at once
 

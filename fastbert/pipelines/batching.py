@@ -19,7 +19,7 @@ TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 
 
 def default_token_budget(device: torch.device) -> int:
-    """Returns the number of tokens in a batch on that device, where nobody chose another."""
+    """Returns the default number of tokens in a batch on that device."""
     return TOKEN_BUDGET.get(device.type, TOKEN_BUDGET["cuda"])
 
 

@@ -18,7 +18,7 @@ from fastbert.text.overlap import overlapping, owners
 from fastbert.text.tokenizer import Tokenizer
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
-STRIDE = 128  # tokens, where nobody chose another and half a window is not less
+STRIDE = 128  # tokens, by default, and at most half a window
 TEXTS = 256  # texts whose rows are in memory at once, at most
 CHARACTERS = 2**20  # of these texts, at most, or one text
 

@@ -287,7 +287,7 @@ class _Crew:
         )
 
     def _refuse(self) -> None:
-        """Fails the jobs that nobody will take."""
+        """Fails the jobs that no process will take."""
         while True:
             try:
                 job = self.jobs.get_nowait()
@@ -330,7 +330,7 @@ def _serve(connection: Any, path: str, device_name: str, n_threads: int, process
     try:
         _answer(connection, jobs, work, device)
     except OSError:
-        return  # nobody is there to be answered
+        return  # the caller has gone
 
 
 def _read_jobs(connection: Any, jobs: queue.SimpleQueue[Any]) -> None:

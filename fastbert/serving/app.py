@@ -30,7 +30,7 @@ from fastbert.serving.service import Service
 
 Handler = Callable[[Call], Awaitable[Any]]
 
-GONE = 499  # for the log and the metrics: nobody reads this status
+GONE = 499  # only for the log and the metrics
 FEW_TEXTS, FEW_TOKENS = 16, 512  # of which the answer takes less time to write than a thread does to begin
 _ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _JSON = (b"content-type", b"application/json")

@@ -1,4 +1,4 @@
-"""Whoever calls shows an API key, where the server has some."""
+"""Requests need an API key if the server has keys."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def _size(lane: Lane, n_tokens: int) -> tuple[str, int]:
 
 
 def _resolve(work: Work) -> None:
-    """Hands the results over, unless nobody waits for them any more."""
+    """Passes the results on, unless no caller waits for them any more."""
     if work.future.set_running_or_notify_cancel():
         work.future.set_result(work.results)
 

@@ -17,14 +17,15 @@ from fastbert.serving.served import Served, ServedEncoder
 from fastbert.serving.service import Answer, Service
 from fastbert.serving.work import Lane
 
-UNWATCHED_SECONDS = 0.02  # until somebody looks whether the caller is still there: most answers take less
+UNWATCHED_SECONDS = 0.02  # until the first check that the caller is still there: most answers take less
 
 
 @dataclass
 class Call:
     """A Call has the fields of a request, the model that answers, and what the log says of it.
 
-    scope, receive: of ASGI. headers: the first of each name, in lower case. is_only: nobody else asks meanwhile.
+    scope, receive: of ASGI. headers: the first of each name, in lower case. is_only: there is no other request at the
+    same time.
     """
 
     scope: Scope

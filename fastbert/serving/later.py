@@ -11,7 +11,7 @@ SECONDS = 0.05  # until it is done, of many answers at once
 
 
 class Later:
-    """A Later is a list of calls that are made soon: by the event loop, or by whoever reads what they count."""
+    """A `Later` is a list of calls that are made soon: by the event loop, or by a reader of their counts."""
 
     def __init__(self) -> None:
         self._calls: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()

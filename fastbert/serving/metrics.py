@@ -50,7 +50,7 @@ class Metrics:
         )
         self.queue = Gauge("fastbert_queue_tokens", "Tokens that wait or run.", ("model",), registry=registry)
         self.in_flight = Gauge("fastbert_requests_in_flight", "Requests without an answer.", registry=registry)
-        self.ready = Gauge("fastbert_ready", "1 when requests are taken and no stop was asked for.", registry=registry)
+        self.ready = Gauge("fastbert_ready", "1 if the server is ready and no stop was requested.", registry=registry)
 
     def of(self, model: str) -> ModelMetrics:
         """Returns the figures of one model."""

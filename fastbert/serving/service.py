@@ -149,7 +149,7 @@ class Service:
     def named(self, name: str) -> Served:
         """Returns the model of a name. Raises ApiError 404 where there is none."""
         if name not in self.models:
-            message = f"the model does not exist here; there are {', '.join(self.models)}"
+            message = f"there is no model of this name; there are {', '.join(self.models)}"
             raise ApiError(404, "model_not_found", message, param="model")
         return self.models[name]
 
@@ -163,12 +163,12 @@ class Service:
             if model.tasks & tasks:
                 return model
         wanted = " or ".join(sorted(tasks))
-        raise ApiError(424, "unsupported_task", f"no model that was asked for does this: {wanted}", param="model")
+        raise ApiError(424, "unsupported_task", f"none of the requested models supports {wanted}", param="model")
 
     def is_only_caller(self, address: Any) -> bool:
         """Tells whether no other connection than that of this request has asked in the last ALONE_SECONDS.
 
-        Of one connection there is one request at a time: then nobody waits while it is computed.
+        One connection has one request at a time: then no other request waits while it is computed.
         """
         now = time.perf_counter()
         last, at = self._last_caller
@@ -180,7 +180,7 @@ class Service:
     async def compute(
         self, model: Served, lane: Lane, texts: list[Any], truncate: bool | None, is_only: bool = False
     ) -> Answer:
-        """Returns the results of texts. Whoever cancels this takes them out of the queue.
+        """Returns the results of texts. A cancellation takes them out of the queue.
 
         truncate: whether longer texts are cut, None for the settings' choice. is_only: no other request is there or
         expected, so that this one may hold the event loop for a moment. Raises ApiError: 429 for a full queue, 413 for
@@ -189,7 +189,7 @@ class Service:
         batcher, limits = self.batchers[model.name], self.settings.limits
         if model.limit is None:
             limits.check_characters(texts)
-        # The guess may exceed what a request may have; then nobody else is to be refused for it.
+        # The guess may exceed the limit of a request; other requests must not be refused because of it.
         work = batcher.reserve(min(sum(model.bound(lane, text) for text in texts), limits.tokens))
         try:
             if len(texts) <= FEW_TEXTS and sum(map(n_characters, texts)) <= FEW_CHARACTERS:

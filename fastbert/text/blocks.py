@@ -153,7 +153,7 @@ class Parts:
             return
         before = self._read()
         if not resume:
-            state = "a finished output" if before.get("complete") else "an unfinished one, with which --resume goes on"
+            state = "a finished output" if before.get("complete") else "an unfinished one, which --resume continues"
             raise ValueError(f"output: the folder {self.folder!r} holds {state}")
         for name, value in {"format": FORMAT, "blocks": self.n_blocks, **self.fingerprint}.items():
             value = json.loads(json.dumps(value))

@@ -79,7 +79,7 @@ class Checkpoints:
             reason = obstacle(self.path(step), contents=verify)
             if reason is None:
                 return self.path(step)
-            logger.warning("checkpoint %s is passed over: %s", self.path(step), reason)
+            logger.warning("checkpoint %s is skipped: %s", self.path(step), reason)
         return None
 
     def _numbers(self) -> list[int]:
@@ -219,7 +219,7 @@ def _checksum(path: Path) -> int:
 
 
 def _delete(path: Path, folder: Path) -> None:
-    """Deletes a folder, which is `path` or was, under a name that nobody takes for a whole one after a kill."""
+    """Deletes a folder under another name than `path`, so that a killed deletion leaves no seemingly complete one."""
     gone = _beside(path, "gone")
     _remove(gone)
     os.rename(folder, gone)

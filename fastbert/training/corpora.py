@@ -45,7 +45,7 @@ def open_corpora(settings: Settings, tokenizer: Tokenizer, *, show_progress: boo
         )  # fmt: skip
 
     with _locked(cache / ".lock"):
-        # Whoever had to wait for the lock need not build it once more.
+        # After a wait for the lock, the corpus may exist already.
         rebuild = settings.rebuild and int(os.environ.get("LOCAL_RANK", 0)) == 0
         training = corpus(files, rebuild)
         evaluation = corpus(find_files(settings.evaluation_text), rebuild) if settings.evaluation_text else None

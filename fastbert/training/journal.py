@@ -25,7 +25,7 @@ class Journal:
     0 empties it, because the run begins anew. None is for a new run. tensorboard: write the numbers there too, into the
     folder `tensorboard`, where the package is installed. Raises FileExistsError for a new run where there is a journal.
 
-    A full disk is reported once, and training goes on: what could not be written is missing from the journal.
+    A full disk is reported once, and training continues: what could not be written is missing from the journal.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Journal:
 
     def _failed(self, error: OSError) -> None:
         if not self._is_failing:
-            logger.warning("%s: lines are missing, and training goes on: %s", self.path, error.strerror or error)
+            logger.warning("%s: lines are missing, and training continues: %s", self.path, error.strerror or error)
         self._is_failing = True
 
     def _show(self, kind: str, step: int, line: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class Journal:
                     self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
             self._tensorboard = None
-            logger.warning("TensorBoard: nothing more is written, and training goes on: %s", error)
+            logger.warning("TensorBoard: nothing more is written, and training continues: %s", error)
 
 
 def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -75,7 +75,7 @@ class Loop:
     _pending: _Pending | None = field(default=None, repr=False)
 
     def run(self, state: State) -> State:
-        """Trains from a state to the last step, or until somebody wants to stop. The state is changed and returned."""
+        """Trains from a state to the last step, or until a stop is requested. The state is changed and returned."""
         self.objective.train()
         started, before = time.perf_counter(), state.seconds
         for data in self.steps_of_data:
@@ -148,7 +148,7 @@ class Loop:
 
 @dataclass
 class _Pending:
-    """A step that was launched, and whose numbers nobody has read."""
+    """A step that was launched, and whose numbers were not read yet."""
 
     step: int
     data: Any

@@ -65,7 +65,7 @@ def _summary(facts: Mapping[str, Any]) -> str:
     family = str(facts.get("model_type", "bert")).upper()
     sentence = f"A {family} encoder, pre-trained on raw text with fastbert, by {objective}."
     if _is_continued(facts):
-        sentence += f" Training went on from `{facts['model_config']}`."
+        sentence += f" Training continued from `{facts['model_config']}`."
     return sentence
 
 

@@ -75,7 +75,7 @@ def _everywhere(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _where_nothing_changes(model: nn.Module) -> dict[nn.Module, str]:
-    """The modules, and their names, that run as they did when somebody listens to them.
+    """Yields the modules, and their names, that give the same results with a hook.
 
     Ours fuse what follows a product with the dropout before and the norm after it; where somebody listens to those,
     PyTorch draws the masks. Of an accelerated encoder they are the modules of its twin.

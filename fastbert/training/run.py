@@ -69,10 +69,10 @@ class Run:
         has_run = (output / saving.RUN).exists()
         error = None
         if has_run and not self.settings.resume:
-            error = f"output: {output} holds a run; go on with it by --resume, or name another folder"
+            error = f"output: {output} holds a run; continue it with --resume, or name another folder"
         elif output.exists() and not output.is_dir():
             error = f"output: {output} is a file, expected a folder"
-        processes.gather(error)  # nobody writes before all have looked
+        processes.gather(error)  # no process writes before all have checked
         if error is not None:
             raise ValueError(error)
 
@@ -95,7 +95,7 @@ class Run:
         """Starts the run, or finds where it stopped."""
         if not (self.output / saving.RUN).exists():
             if self.settings.resume and self.processes.is_first:
-                logger.warning("%s holds no run to resume: a new one begins", self.output)
+                logger.warning("%s holds no run to resume: a new run begins", self.output)
             self.processes.wait()
             if self.processes.is_first:
                 self.output.mkdir(parents=True, exist_ok=True)
@@ -115,7 +115,7 @@ class Run:
         settings, processes = self.settings, self.processes
         state = self._begin()
         if state.step >= self.steps and self._is_finished():
-            logger.warning("the run in %s is finished: nothing is left to do", self.output)
+            logger.warning("the run in %s is finished: there are no more steps", self.output)
             return Result(self.output, state.step, None)
         self._open_journal(state)
         if state.step < self.steps:
@@ -245,7 +245,7 @@ class Run:
         except OSError as error:
             if must:
                 raise
-            logger.warning("%s; training goes on", error.strerror or error)
+            logger.warning("%s; training continues", error.strerror or error)
 
     def _finish(self, state: State) -> None:
         """Leaves the model, its card and the curve in the folder of the run."""

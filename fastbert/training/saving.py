@@ -104,7 +104,7 @@ def check_same_run(output: Path, run: dict[str, Any]) -> None:
             differences.append(_difference(name, before, run.get(name)))
     if stored["processes"] != run["processes"]:
         logger.warning(
-            "the run began with %d processes and goes on with %d: the data is the same, the last bits are not",
+            "the run began with %d processes and continues with %d: the data is the same, the last bits are not",
             stored["processes"], run["processes"],
         )  # fmt: skip
     if differences:

@@ -25,7 +25,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def __call__(self) -> bool:
-        """Tells whether somebody wants the run to stop."""
+        """Tells whether a stop of the run was requested."""
         return self.number is not None
 
     def __enter__(self) -> StopSignals:

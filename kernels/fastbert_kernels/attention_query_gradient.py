@@ -53,7 +53,7 @@ def _sum_over_keys(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Returns the sums of p and of p * dp over all keys, each (BLOCK_Q,), whoever shares the tile."""
+    """Returns the sums of p and of p * dp over all keys, each (BLOCK_Q,), for every sequence of the tile."""
     row_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     product_sum = tl.zeros((BLOCK_Q,), dtype=tl.float32)
     for block_start in range(start, end, BLOCK_K):

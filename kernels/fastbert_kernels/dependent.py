@@ -57,7 +57,7 @@ tables.on_forget(_remind)
 def options(config: dict[str, int], arch: int) -> dict[str, Any]:
     """Returns the config of a launch on the architecture, with the two options of a dependent one where that is on.
 
-    Launchers ask only where `tables.some_dependent`, so that nobody else pays for the question.
+    Launchers ask only if `tables.some_dependent`, so that the question costs nothing otherwise.
     """
     on = tables.dependent_launch(arch, launch.recorded is not None) if _chosen is None else _chosen
     if not on or arch < MIN_ARCH or launch.interpreted():

@@ -49,7 +49,7 @@ class Direct:
         self.repeats: dict[tuple[Any, ...], _Repeat] = {}
 
     def watched(self) -> bool:
-        """Says whether a launch must go through Triton, because somebody looks at it or changes it there."""
+        """Tells whether a launch must go through Triton, because a hook or a knob is set."""
         kernel, runtime = self.kernel, knobs.runtime
         return bool(
             runtime.debug

@@ -45,6 +45,6 @@ class _Listener:
 
 
 def listen() -> None:
-    """Makes the counter Triton's listener, again where somebody has replaced it."""
+    """Makes the counter Triton's listener, again if it was replaced."""
     if not isinstance(triton.knobs.compilation.listener, _Listener):
         triton.knobs.compilation.listener = _Listener(triton.knobs.compilation.listener)

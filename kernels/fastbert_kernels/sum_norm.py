@@ -27,7 +27,7 @@ def _sum_norm_kernel(
     residual_ptr,  # (T, H)
     weight_ptr,  # (H,)
     ln_bias_ptr,  # (H,) or None
-    sum_ptr,  # (T, H), or None where nobody reads it
+    sum_ptr,  # (T, H), or None if it is not needed
     out_ptr,  # (T, H), or None where QUANTIZE
     q_ptr,  # (T, H), 8-bit, where QUANTIZE
     q_scale_ptr,  # (T,)

@@ -69,7 +69,7 @@ REQUIRED = {
 logger = logging.getLogger("fastbert")
 
 generation = 0  # It counts how often tables were forgotten, for caches of their entries.
-some_dependent = False  # Whether a table that was read launches kernels dependently, or somebody chose that.
+some_dependent = False  # Whether a table that was read launches kernels dependently, or a caller chose that.
 _chosen: Path | None = None  # The argument of use_table.
 _to_call: set[Callable[[], Any]] = set()  # Called when tables are forgotten.
 

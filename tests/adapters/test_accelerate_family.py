@@ -291,6 +291,19 @@ def test_any_attention_of_transformers(model_type: str, attention: str) -> None:
     assert counts(model) == {"fastbert": 1}
 
 
+def test_masks_of_other_whole_numbers() -> None:
+    """Catches a mask that DeBERTa multiplies its embeddings by, taken for one of zeros and ones."""
+    for model_type, reason in (
+        ("bert", "fastbert"),
+        ("deberta-v2", "an attention_mask with numbers other than 0 and 1"),
+    ):
+        original, batch = theirs(model_type), make_batch(model_type)
+        model, batch["attention_mask"] = fastbert.accelerate(theirs(model_type)), 2 * batch["attention_mask"]
+        tokens = batch["attention_mask"] > 0
+        assert_close(model_type, run(model, batch)[0][tokens], run(original, batch)[0][tokens])
+        assert counts(model) == {reason: 1}
+
+
 def test_explain_and_verify() -> None:
     """Catches a report that knows BERT alone."""
     for model_type in KINDS:

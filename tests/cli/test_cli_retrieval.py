@@ -138,7 +138,7 @@ def test_verify(
     right = ops.varlen_attention
     monkeypatch.setattr(ops, "varlen_attention", lambda *args, **kwargs: right(*args, **kwargs) * 1.1)
     assert main(["verify", models.sentence, "--texts", texts, "--device", "cpu"]) == 1
-    assert "model.encoder.layer.0 is the first that is wrong" in capsys.readouterr().out
+    assert "model.encoder.layer.0 is the first wrong output" in capsys.readouterr().out
 
 
 def test_errors_are_one_line(

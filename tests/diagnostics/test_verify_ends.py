@@ -75,7 +75,7 @@ def test_vectors_and_their_neighbours(tokenizer: Tokenizer, monkeypatch: pytest.
     monkeypatch.setattr(ops, "pool", lambda *args, **kwargs: off_by(1e-2, pool(*args, **kwargs)))
     bert.pooler = None
     wrong = verify(encoder, texts)
-    assert wrong.problems[0].startswith("vectors is the first that is wrong")
+    assert wrong.problems[0].startswith("vectors is the first wrong output")
     assert wrong.vectors is not None and wrong.vectors.cosine[0] < v.cosine[0]
 
 
@@ -124,7 +124,7 @@ def test_logits_of_heads(name: str, dtype: torch.dtype, device: torch.device, mo
         place = getattr(place, "decoder", place)
         place.register_forward_hook(lambda module, args, out: off_by(1e-2, out))
         wrong = verify(model, IDS)
-        assert wrong.problems and wrong.problems[0].startswith(f"{HEADS[name][-1]} is the first that is wrong")
+        assert wrong.problems and wrong.problems[0].startswith(f"{HEADS[name][-1]} is the first wrong output")
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -162,7 +162,7 @@ def test_page(model: BertModel, monkeypatch: pytest.MonkeyPatch) -> None:
     Parser().feed(page)
     drawn = importlib.util.find_spec("matplotlib") is not None
     assert not opened and page.count("<svg") == (3 if drawn else 0)
-    assert "encoder.layer.1 is the first that is wrong" in page and "FAILED" in page and "4 texts, 27 tokens" in page
+    assert "encoder.layer.1 is the first wrong output" in page and "FAILED" in page and "4 texts, 27 tokens" in page
     for state in report.states:
         assert f'<th scope="row">{state.name}</th>' in page
     with monkeypatch.context() as context:

@@ -89,7 +89,7 @@ def test_weights_that_the_model_does_not_follow_are_found(model: BertModel) -> N
         weight, _ = model.encoder.layer[1].attention.self.derived.tensors()
         weight[2 * weight.shape[1] :].mul_(1.02)
     report = verify(model, IDS)
-    assert report.problems and report.problems[0].startswith("encoder.layer.1 is the first that is wrong")
+    assert report.problems and report.problems[0].startswith("encoder.layer.1 is the first wrong output")
 
 
 OPS_OF_A_LAYER = {"linear": 2, "varlen_attention": 1, "linear_residual_layer_norm": 2}  # how often a layer calls them
@@ -177,7 +177,7 @@ def test_a_stale_fused_copy_one_percent_off(model: BertModel) -> None:
         value = part.derived.tensors()[0][2 * part.value.weight.shape[1] :]
         with torch.no_grad():
             value.copy_(off_by(1e-2 if dtype == torch.float32 else 5e-2, value))
-        assert verify(model, IDS).problems[0].startswith("encoder.layer.1 is the first that is wrong")
+        assert verify(model, IDS).problems[0].startswith("encoder.layer.1 is the first wrong output")
         model.train()  # drops the copy
 
 

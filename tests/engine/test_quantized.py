@@ -370,7 +370,7 @@ def test_verify_finds_what_is_wrong(model: BertModel, monkeypatch: pytest.Monkey
     assert verify(model, IDS).ok
     _, scale, _ = model.engine.eight_bit.weights._entries["1.down"].tensors
     scale.mul_(1.1)
-    assert verify(model, IDS).problems[0].startswith("encoder.layer.1 is the first that is wrong")
+    assert verify(model, IDS).problems[0].startswith("encoder.layer.1 is the first wrong output")
     model.eval()
     assert verify(model, IDS).ok
     right = ops.quantized.varlen_attention
@@ -380,7 +380,7 @@ def test_verify_finds_what_is_wrong(model: BertModel, monkeypatch: pytest.Monkey
         return q if policy.backend == "torch" else q._replace(scale=q.scale * 1.1)
 
     monkeypatch.setattr(ops.quantized, "varlen_attention", wrong)
-    assert verify(model, IDS).problems[0].startswith("encoder.layer.0 is the first that is wrong")
+    assert verify(model, IDS).problems[0].startswith("encoder.layer.0 is the first wrong output")
 
 
 def test_verify_holds_the_figures_to_their_bounds() -> None:

@@ -322,10 +322,11 @@ def test_what_no_kernel_does_is_named() -> None:
     """Catches an engine that runs these layers as BERT's, and a report without the terms of distances."""
     ours = twin(theirs(TYPE, **{**KINDS["v2-xlarge"], "conv_act": "tanh"}), dtype=torch.float32)
     obstacles = ours.engine.arithmetic_obstacles(ours)["one C++ call"]
-    assert cpu.obstacle() is not None or any("'tanh', the activation of a convolution" in each for each in obstacles)
+    activation = "'tanh', the activation of a layer's convolution"
+    assert cpu.obstacle() is not None or any(activation in each for each in obstacles)
     ours = twin(theirs(TYPE, **KINDS["v2-xlarge"]), dtype=torch.float32)
     features = list(feature_obstacles(features_of(list(ours.blocks())), frozenset(), "an engine"))
-    for feature in ("a scale of", "disentangled attention", "a convolution beside a layer"):
+    for feature in ("its own attention scale", "disentangled attention", "a convolution beside a layer"):
         assert any(feature in obstacle for obstacle in features), feature
     for types in ("p2c|c2p", None):  # BERT's layers, but for the scale
         model = theirs(TYPE, **{**KINDS["without distances"], "pos_att_type": types})

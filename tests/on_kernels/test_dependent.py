@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 import fastbert_kernels
+import fork_server
 from helpers import source_env
 
 WAITS = """
@@ -84,7 +84,7 @@ def run(script: str, cache: Path) -> str:
     env = source_env(TRITON_CACHE_DIR=str(cache))
     env["PYTHONPATH"] += f":{Path(__file__).parents[1]}"
     env.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, str(path)], env=env, capture_output=True, text=True)
+    done = fork_server.run([sys.executable, path], env=env, modules=fork_server.COMPILER, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+import fork_server
 from helpers import source_env
 
 # Runs the report once for each planted fault, in one process, and prints {name: [exit code, output]} as JSON.
@@ -109,15 +109,23 @@ assert len(kernels) == 1, len(kernels)
 """
 
 
-def run(*arguments: str, cache: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    """Python in a process of its own, compiling into an empty cache."""
-    env = source_env(TRITON_CACHE_DIR=str(cache))
+def compiling(**changes: str) -> dict[str, str]:
+    """The environment of a process that compiles, into the user's cache: so the whole report finds these kernels."""
+    env = source_env()
     env.pop("TRITON_INTERPRET", None)
-    return subprocess.run([sys.executable, *arguments], env={**env, **changes}, capture_output=True, text=True)
+    return {**env, **changes}
 
 
-def report(*arguments: str, cache: Path, **changes: str) -> subprocess.CompletedProcess[str]:
-    return run("-m", "fastbert_kernels.offline", *arguments, cache=cache, **changes)
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Python in a process of its own."""
+    line = [sys.executable, *arguments]
+    return fork_server.run(line, env=compiling(), modules=fork_server.COMPILER, timeout=600)
+
+
+def report(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    """The report as a user starts it."""
+    line = [sys.executable, "-m", "fastbert_kernels.offline", *arguments]
+    return subprocess.run(line, env=compiling(**changes), capture_output=True, text=True)
 
 
 @pytest.mark.slow
@@ -125,7 +133,7 @@ def test_default_kernels_of_hopper(tmp_path):
     """Catches a kernel that spills or misses wgmma on sm_90, or a report whose text and JSON differ."""
     path = tmp_path / "report.json"
     arguments = "--arch", "90", "--model", "minilm", "--dtype", "bf16", "--json", str(path)
-    done = report(*arguments, cache=tmp_path / "cache")
+    done = report(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith("sm_90 ") and " bf16 " in line]
     kernels: list[dict[str, Any]] = json.loads(path.read_text())["kernels"]
@@ -145,9 +153,9 @@ def test_default_kernels_of_hopper(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+def faults() -> dict[str, tuple[int, str]]:
     """Exit code and output of the report with each fault planted."""
-    done = run("-c", FAULTS, cache=tmp_path_factory.mktemp("cache"))
+    done = run("-c", FAULTS)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout)
 
@@ -182,9 +190,9 @@ def test_planting_is_not_the_fault(faults):
     assert code == 0, output
 
 
-def test_specializes_as_the_jit_does(tmp_path):
+def test_specializes_as_the_jit_does():
     """Catches a report on other kernels than those that run, or a GEMM compiled anew for each token count or K."""
-    done = run("-c", SPECIALIZE, cache=tmp_path)
+    done = run("-c", SPECIALIZE)
     assert done.returncode == 0, done.stderr
 
 
@@ -193,7 +201,7 @@ def test_8_bit_kernels(tmp_path):
     """Catches 8-bit linears that multiply in 16 bits, or fp8 compiled for a GPU that has none."""
     path = tmp_path / "report.json"
     arguments = "--arch", "86", "90", "--model", "minilm", "--dtype", "fp8", "int8", "--json", str(path)
-    done = report(*arguments, cache=tmp_path / "cache")
+    done = run("-m", "fastbert_kernels.offline", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     kernels: list[dict[str, Any]] = json.loads(path.read_text())["kernels"]
     assert {(k["arch"], k["dtype"]) for k in kernels} == {(86, "int8"), (90, "fp8"), (90, "int8")}
@@ -207,7 +215,7 @@ def test_8_bit_kernels(tmp_path):
     assert sorted(ops) == ["attention", "attention", "embedding", "layer_norm", *["quantized_linear"] * 4]
 
 
-def test_float8_sums_outside_the_tensor_cores(tmp_path):
+def test_float8_sums_outside_the_tensor_cores():
     """Catches a compiler that takes the sums of float8 products back into tensor cores that lose bits (Ada, Hopper)."""
     script = """
 import torch, triton
@@ -236,11 +244,11 @@ for arch, outside, by_pointers, gated in (
     from_zero = ["%cst" in line.partition("dot %")[2].split(":")[0] for line in dots]
     assert dots and all(zero == outside for zero in from_zero), (arch, dots)
 """
-    done = run("-c", script, cache=tmp_path)
+    done = run("-c", script)
     assert done.returncode == 0, done.stderr
 
 
-def test_gelu_of_16_bits_is_short(tmp_path):
+def test_gelu_of_16_bits_is_short():
     """Catches an erf, a slow exp2 for subnormals, a division, or a maximum that drops NaN, in a 16-bit epilogue."""
     script = """
 import torch, triton
@@ -256,11 +264,11 @@ for arch in (80, 90):
     assert n > 0 and n == count("max.NaN.f32") == count("min.f32"), arch
     assert "rcp" not in ptx and "div" not in ptx and "copysign" not in ptx and "setp.g" not in ptx, arch
 """
-    done = run("-c", script, cache=tmp_path)
+    done = run("-c", script)
     assert done.returncode == 0, done.stderr
 
 
-def test_gelu_leaves_registers_of_wide_tiles(tmp_path):
+def test_gelu_leaves_registers_of_wide_tiles():
     """Catches a spill in tiles of 128 sums a thread with GELU, which `fastbert tune` times in 16 bits."""
     script = """
 import torch, triton
@@ -281,11 +289,11 @@ for arch, dtype, activation in ((80, bf16, "gelu_tanh"), (80, fp16, "gelu"), (90
     result = offline.compile_kernel(offline.Kernel(arch, "linear", "bf16", sizes, source, options))
     assert result.findings == [] and not result.spills and result.tensor_cores, (arch, result)
 """
-    done = run("-c", script, cache=tmp_path)
+    done = run("-c", script)
     assert done.returncode == 0, done.stderr
 
 
-def test_8_bit_kernels_need_8_bit_instructions(tmp_path):
+def test_8_bit_kernels_need_8_bit_instructions():
     """Catches a check that takes a 16-bit tensor-core instruction for an 8-bit one."""
     script = """
 from fastbert_kernels import offline
@@ -295,13 +303,44 @@ for name, expected in (("HGMMA", True), ("QGMMA", False), ("IGMMA", False), ("UT
     findings = findings_of(kernel, offline.Result(tensor_cores={name: 1}), 0)
     assert bool(findings) == expected, (name, findings)
 """
-    done = run("-c", script, cache=tmp_path)
+    done = run("-c", script)
     assert done.returncode == 0, done.stderr
 
 
-def test_needs_the_interpreter_off(tmp_path):
+def test_kernels_are_read_together_as_alone():
+    """Catches instructions counted for a neighbour in one run of nvdisasm, or blamed for it."""
+    script = """
+import torch
+from triton.backends.compiler import GPUTarget
+from fastbert_kernels import gelu, launch, offline
+from fastbert_kernels.offline import compiling, disassembly
+kernels = []
+for arch, activation in ((80, "gelu"), (80, "relu"), (90, "gelu")):
+    with launch.recording(arch) as launches:
+        gelu.bias_gelu_forward(torch.empty(64, 768, dtype=torch.bfloat16), None, activation)
+    source, options = offline.specialize(launches[0], GPUTarget("cuda", arch, 32))
+    config = launches[0].config
+    kernels.append(offline.Kernel(arch, "gelu", "bf16", config, source, options))
+cubins = [compiling._compile(kernel).asm["cubin"] for kernel in kernels]
+alone = [disassembly.instruction_counts(80, [cubin])[0] for cubin in cubins[:2]]
+assert disassembly.instruction_counts(80, cubins[:2]) == alone and alone[0] != alone[1]
+assert disassembly.instruction_counts(80, cubins[1::-1]) == alone[::-1]
+together = compiling.compile_kernels(kernels)
+assert together == [offline.compile_kernel(kernel) for kernel in kernels]
+real = disassembly.machine_code
+broken = real(cubins[0])
+disassembly.machine_code = lambda cubin: b"\\xff" * 16 if real(cubin) == broken else real(cubin)
+first, second, third = compiling.compile_kernels(kernels)
+assert first.findings[0].startswith("cannot be read: "), first
+assert (second, third) == tuple(together[1:]), (second, third)
+"""
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_needs_the_interpreter_off():
     """Catches a report made under the interpreter, which compiles nothing."""
-    done = report("--arch", "90", cache=tmp_path, TRITON_INTERPRET="1")
+    done = report("--arch", "90", TRITON_INTERPRET="1")
     assert done.returncode == 2 and "TRITON_INTERPRET is set; unset it" in done.stderr, done.stdout + done.stderr
 
 
@@ -313,7 +352,7 @@ USAGE_ERRORS = {
 }
 
 
-def test_usage_errors(tmp_path):
+def test_usage_errors():
     """Catches a report that passes without having compiled what was asked for."""
     script = f"""
 from fastbert_kernels import offline
@@ -323,6 +362,6 @@ for arguments in {list(USAGE_ERRORS.values())}:
     except SystemExit as error:
         print(error.code)
 """
-    done = run("-c", script, cache=tmp_path)
+    done = run("-c", script)
     assert done.stdout.split() == ["2"] * len(USAGE_ERRORS), done.stdout + done.stderr
     assert all(message in done.stderr for message in USAGE_ERRORS), done.stderr

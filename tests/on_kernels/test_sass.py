@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,9 +24,9 @@ print(json.dumps(loops_of))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 86, 89, 90, 120])
-def test_attention_copies_ahead(arch: int, tmp_path: Path) -> None:
+def test_attention_copies_ahead(arch: int) -> None:
     """Catches a step of attention that waits for the copies which it has just begun, so that none is under way."""
-    loops_of: dict[str, Any] = run(ATTENTION, str(arch), cache=tmp_path)
+    loops_of: dict[str, Any] = run(ATTENTION, str(arch), cache=None)
     for variant, loops in loops_of.items():
         assert len(loops) == 2, variant  # with and without a mask
         for copies, loads, waits in loops:
@@ -53,9 +52,9 @@ print(json.dumps(loops_of))
 
 
 @pytest.mark.slow
-def test_pooling_reduces_after_its_loops(tmp_path: Path) -> None:
+def test_pooling_reduces_after_its_loops() -> None:
     """Catches threads that exchange sums, or wait for each other, at every block of rows instead of once at the end."""
-    loops_of: dict[str, Any] = run(POOLING, cache=tmp_path)
+    loops_of: dict[str, Any] = run(POOLING, cache=None)
     assert len(loops_of) == 12
     for name, loops in loops_of.items():
         assert len(loops) == 2, name  # of several blocks at a time, and of what is left

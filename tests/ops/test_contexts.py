@@ -118,9 +118,9 @@ def test_jit_trace_of_choices():
 def test_what_a_tracer_would_keep_is_refused():
     """Catches lengths that a trace of packed rows would keep for every later batch."""
     model, cu_seqlens = make(), torch.tensor([0, 7, 14, 21], dtype=torch.int32)
-    with pytest.raises(RuntimeError, match="a tracer would keep"):
+    with pytest.raises(RuntimeError, match="a tracer would store"):
         torch.jit.trace(lambda ids, ends: model.forward_packed(ids, ends), (IDS.flatten(), cu_seqlens))
-    with pytest.raises(RuntimeError, match="a tracer would keep"):
+    with pytest.raises(RuntimeError, match="a tracer would store"):
         torch.jit.trace(lambda mask: packing.unpad(mask).indices, (MASK,))
     with pytest.raises(TypeError, match=r"symbolic_trace.*torch\.export"):
         torch.fx.symbolic_trace(model)

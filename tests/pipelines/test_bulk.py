@@ -147,7 +147,7 @@ def test_another_input_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             parts.begin(resume=True)
-    with pytest.raises(ValueError, match="holds an unfinished one, with which --resume goes on"):
+    with pytest.raises(ValueError, match="holds an unfinished one, which --resume continues"):
         Parts(folder, "npy", 3).begin(resume=False)
     (tmp_path / "out" / "manifest.json").unlink()
     (tmp_path / "out" / "other").touch()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from fastbert import SentenceEncoder
 from fastbert.pipelines.inputs import Pair
 from fastbert.pipelines.modules import Normalize
 from fastbert.pipelines.token_heads import TokenVectors
+from fastbert.serving.calls import Call
 from fastbert.serving.service import Service
 from fastbert.serving.work import Lane
 from serving_cases import PROMPT, TEXTS, client_of, error_of, loaders, numbers, save_models
@@ -246,8 +247,8 @@ def test_decode(client: TestClient, encoder: Any) -> None:
         assert response.status_code == 400 and error_of(response)["param"] == param
 
 
-def test_models_are_chosen(client: TestClient) -> None:
-    """Catches a model that a name does not choose, and a task that goes to a model without it."""
+def test_models_are_chosen(client: TestClient, service: Service) -> None:
+    """Catches a model that a name does not choose, in any script, and a task that goes to a model without it."""
     of_first = client.get("/info").json()
     assert of_first["model_id"] == of_first["served_model_name"] == "encoder"
     assert of_first["max_concurrent_requests"] == 2**19, "a number, as clients of TEI expect"
@@ -261,6 +262,9 @@ def test_models_are_chosen(client: TestClient) -> None:
     for path, body in {"/embed?model=tagger": {"inputs": "a"}, "/embed_sparse?model=encoder": {"inputs": "a"}}.items():
         refused = client.post(path, json=body)
         assert refused.status_code == 424 and error_of(refused)["code"] == "unsupported_task"
+    scope, receive, headers = {"query_string": b""}, cast(Any, None), {b"x-model": "modèle".encode()}
+    named = Call(scope, receive, service, "/", "", headers)
+    assert named._name() == "modèle"
     unknown = client.post("/embed?model=none", json={"inputs": "a"})
     assert unknown.status_code == 404 and error_of(unknown)["param"] == "model"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 
 import fastbert
+import fork_server
 import helpers
 from fastbert.training import train_cross_encoder, train_embeddings
 from fastbert.training.finetuning.distilling import way_of
@@ -174,10 +174,8 @@ def test_a_run_that_was_killed(encoder: str, tmp_path: Path) -> None:
     options = {**COMMON, "model": encoder, "train": PAIRS, "eval": PAIRS, "steps": 12, "evaluate_every": 4}
     whole = train_embeddings(**options, output=tmp_path / "whole")
     broken = {**options, "output": str(tmp_path / "broken")}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(broken)], env=helpers.source_env(OMP_NUM_THREADS="1"),
-        capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
+    command, env = [sys.executable, "-c", KILLED, json.dumps(broken)], helpers.source_env(OMP_NUM_THREADS="1")
+    done = fork_server.run(command, env=env, modules=fork_server.TRAINERS, timeout=200)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "broken/checkpoints/checkpoint-8").is_dir()
     resumed = train_embeddings(**broken, resume=True)

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import fork_server
 import helpers
 from fastbert.training import finetune
 from finetune_cases import FAST, losses, moods, save_encoder
@@ -53,14 +53,13 @@ def test_a_run_that_was_killed_while_it_saved(encoder: str, tmp_path: Path, capl
     """Catches a torn checkpoint that is resumed from, and a resumed run that ends elsewhere than an unbroken one."""
     whole = finetune(**fields(encoder, tmp_path / "whole"))
     broken = fields(encoder, tmp_path / "broken")
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, json.dumps(broken)], env=helpers.source_env(), capture_output=True, text=True
-    )
+    command, env = [sys.executable, "-c", KILLED, json.dumps(broken)], helpers.source_env(OMP_NUM_THREADS="1")
+    done = fork_server.run(command, env=env, modules=fork_server.TRAINERS, timeout=200)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert (tmp_path / "broken/checkpoints/checkpoint-8").is_dir()
     shutil.move(tmp_path / "broken", tmp_path / "moved")
     resumed = finetune(**{**broken, "output": str(tmp_path / "moved"), "resume": True})
-    assert "checkpoint-8 is passed over" in caplog.text
+    assert "checkpoint-8 is skipped" in caplog.text
     assert len(losses(resumed)) == resumed.steps == 12
     np.testing.assert_allclose(losses(resumed), losses(whole), rtol=1e-6)
     assert resumed.metrics == whole.metrics and resumed.best_step == whole.best_step
@@ -78,7 +77,7 @@ def test_a_full_disk(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         seal(folder, facts)
 
     monkeypatch.setattr(running, "seal", fails)
-    with pytest.raises(OSError, match="disk is full \\(checkpoint-4 stays; --resume goes on from it"):
+    with pytest.raises(OSError, match="disk is full \\(checkpoint-4 stays; --resume continues from it"):
         finetune(**fields(encoder, tmp_path / "run"))
     assert [path.name for path in running.checkpoints(tmp_path / "run/checkpoints")] == ["checkpoint-4"]
     monkeypatch.setattr(running, "seal", seal)
@@ -89,7 +88,7 @@ def test_another_run_than_the_one_to_resume(encoder: str, tmp_path: Path) -> Non
     """Catches a run that goes on with other data or settings, and one that overwrites another."""
     run = fields(encoder, tmp_path / "run", steps=4)
     finetune(**run)
-    with pytest.raises(ValueError, match="holds a run; go on with it by --resume"):
+    with pytest.raises(ValueError, match="holds a run; continue it with --resume"):
         finetune(**run)
     with pytest.raises(ValueError, match="had other settings: learning_rate"):
         finetune(**{**run, "resume": True, "learning_rate": 1e-3})

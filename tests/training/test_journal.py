@@ -106,7 +106,7 @@ def test_a_full_disk_warns_once(tmp_path: Path, caplog: pytest.LogCaptureFixture
         full.room = 1000
         journal.write("train", 5, loss=1.0)
     journal.close()
-    assert [record.getMessage().count("training goes on") for record in caplog.records] == [1]
+    assert [record.getMessage().count("training continues") for record in caplog.records] == [1]
     assert [line["step"] for line in read_journal(tmp_path)] == [5]
 
 

@@ -147,4 +147,4 @@ def test_other_number_of_processes_goes_on_with_a_warning(tmp_path: Path, caplog
         (output / name).unlink()
     (output / CHECKPOINTS / "step-00000012" / "complete.json").unlink()
     done = cases.run(cases.settings(output, tokens_per_batch=256, resume=True), processes=2)
-    assert "began with 1 processes and goes on with 2" in done.stderr
+    assert "began with 1 processes and continues with 2" in done.stderr

@@ -150,6 +150,6 @@ def test_the_card_claims_nothing_that_is_not_known(tmp_path: Path) -> None:
     text = write_card(tmp_path, {"model_config": "./earlier", "nsp": False}).read_text()
     assert "language" not in text.split("---")[1] and "curve" not in text and "next-sentence" not in text
     assert "no evaluation on held-out documents" in text and "None" not in text
-    assert "went on from `./earlier`" in text and "besides what `./earlier` had read" in text
+    assert "continued from `./earlier`" in text and "besides what `./earlier` had read" in text
     assert "went on" not in write_card(tmp_path, {"model_config": "mini"}).read_text()
     assert "went on" not in write_card(tmp_path, {"model_config": "shapes/config.json"}).read_text()

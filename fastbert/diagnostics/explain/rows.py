@@ -175,7 +175,7 @@ Layers = list[tuple[int | None, list[OpReport]]]  # rows by the number of their 
 
 
 def _without_last_quantising(layers: Layers) -> Layers:
-    """Makes the last layer in 8 bits equal to the others, though nobody multiplies what it gives."""
+    """Makes the last layer in 8 bits equal to the others, although its output is not multiplied."""
     numbered = [rows for number, rows in layers if number is not None]
     if len(numbered) < 2 or numbered[0][-1] == numbered[-1][-1] or numbered[0][:-1] != numbered[-1][:-1]:
         return layers

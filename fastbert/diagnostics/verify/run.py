@@ -167,7 +167,7 @@ def _run(bert: EncoderModel, rows: list[Row], ends: Sequence[End]) -> Parts:
 
 
 def _run_directly(bert: EncoderModel, rows: list[Row]) -> list[Tensor]:
-    """The last hidden state where nobody asks for the others: it is computed in one call, or by a CUDA graph."""
+    """Returns the last hidden state alone, which is computed in one call, or by a CUDA graph."""
     input_ids, mask, token_type_ids = (x.to(bert.device) for x in padded(rows))
     encoded = bert.encode(Inputs(input_ids, mask, token_type_ids, output_attentions=False, output_hidden_states=False))
     return list(encoded.last_hidden_state.split([len(row) for row, _ in rows]))

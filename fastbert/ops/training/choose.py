@@ -41,7 +41,7 @@ def perhaps(dropout: Drop, compiling: bool) -> bool:
 
 
 def wanted(policy: Policy, dropout: Drop, *tensors: Tensor | None) -> bool:
-    """Tells whether gradients or masks are wanted of an operation on these tensors, and nobody watches it."""
+    """Tells whether an operation on these tensors needs gradients or masks, and has no observer."""
     if policy.batch_invariant or torch.compiler.is_compiling():
         return False
     needed = isinstance(dropout, Dropout) or IN_TRAINING.get()

@@ -21,7 +21,7 @@ def batched(grad: Tensor) -> bool:
 
 
 def once(grads: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the gradients, with a node that raises RuntimeError where somebody differentiates them."""
+    """Returns the gradients, with a node that raises RuntimeError if they are differentiated."""
     places = [i for i, gradient in enumerate(grads) if gradient is not None]
     if not places:
         return grads

@@ -35,7 +35,7 @@ def name_of(content: Any) -> str:
 
 
 def identity(path: Path) -> str:
-    """Returns path, size, time and inode of a file: the same for a file that nobody wrote to."""
+    """Returns path, size, time and inode of a file, which are the same for an unchanged file."""
     status = path.stat()
     return f"{os.path.realpath(path)}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
 

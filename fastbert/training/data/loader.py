@@ -126,7 +126,7 @@ class Loader:
 
 
 def _end(*pools: ThreadPoolExecutor) -> None:
-    """Drops the work that nobody will ask for."""
+    """Drops the work that is not needed any more."""
     for pool in pools:
         pool.shutdown(wait=False, cancel_futures=True)
 

@@ -76,7 +76,8 @@ def _decoded(value: Any, reading: Reading, documents: Documents, place: str) -> 
     except UnicodeDecodeError as error:
         if reading.errors == "strict":
             raise ValueError(
-                f"{place} is not UTF-8: {error.reason} at byte {error.start} of the field. To go on: --errors replace"
+                f"{place} is not UTF-8: {error.reason} at byte {error.start} of the field. "
+                "To continue: --errors replace"
             ) from error
     text = value.decode(errors="replace")
     documents.counts.replaced_bytes += text.count("\ufffd")
@@ -115,7 +116,7 @@ def _without_halves(text: str, reading: Reading, documents: Documents, place: st
         if reading.errors == "strict":
             raise ValueError(
                 f"{place}: half of a UTF-16 pair at character {error.start} of field {reading.field!r}. "
-                "To go on, with U+FFFD in its place: --errors replace"
+                "To continue, with U+FFFD in its place: --errors replace"
             ) from None
     joined = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     documents.counts.replaced_bytes += joined.count("\ufffd")

@@ -110,7 +110,7 @@ class Stream:
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{self.path} is not UTF-8: {error.reason} at byte {n_bytes - n_kept + error.start}. "
-                    "To go on, with U+FFFD for such bytes: --errors replace"
+                    "To continue, with U+FFFD for such bytes: --errors replace"
                 ) from error
             self._counts.replaced_bytes += _replaced.n_bytes
             n_bytes += len(part)

@@ -111,7 +111,7 @@ def _save(model: Any, tokenizer: Any, folder: Path) -> None:
 def _refuse_to_overwrite(settings: FinetuneSettings) -> None:
     run = Path(settings.output) / RUN
     if run.exists() and not settings.resume:
-        raise ValueError(f"output: {settings.output} holds a run; go on with it by --resume, or name another folder")
+        raise ValueError(f"output: {settings.output} holds a run; continue it with --resume, or name another folder")
 
 
 def _identity(prepared: Prepared) -> dict[str, Any]:

@@ -252,7 +252,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
         reason = obstacle(path, contents=True)
         if reason is None:
             return path
-        logger.warning("checkpoint %s is passed over: %s", path, reason)
+        logger.warning("checkpoint %s is skipped: %s", path, reason)
     return None
 
 
@@ -275,7 +275,7 @@ def train(trainer: Any, resume: Path | None) -> None:
             if obstacle(path) is not None:
                 shutil.rmtree(path, ignore_errors=True)
         good = newest_checkpoint(folder)
-        kept = "there is no earlier one" if good is None else f"{good.name} stays; --resume goes on from it"
+        kept = "there is no earlier one" if good is None else f"{good.name} stays; --resume continues from it"
         raise OSError(errno.ENOSPC, f"a checkpoint was not written, the disk is full ({kept})", str(folder)) from error
 
 

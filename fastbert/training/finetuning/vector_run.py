@@ -55,7 +55,7 @@ def _prepared(settings: VectorSettings) -> str | None:
             raise ValueError(f"{name}: got {values[name]!r}, but the run that is to go on has {old.get(name)!r}")
         return str(checkpoint)
     if not settings.resume and checkpoint is not None:
-        raise FileExistsError(f"{output}: has checkpoints; go on from them by resume, or name another output")
+        raise FileExistsError(f"{output}: has checkpoints; continue from them with resume, or name another output")
     output.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(values, indent=1, ensure_ascii=False) + "\n")
     return None
@@ -69,7 +69,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
             json.loads((path / STATE).read_text(encoding="utf-8"))
             return path
         except (OSError, ValueError):
-            logger.warning("%s: the checkpoint is not complete, and is passed over", path)
+            logger.warning("%s: the checkpoint is not complete, and is skipped", path)
     return None
 
 

@@ -9,6 +9,7 @@
 // A tile is ROWS x COLUMNS of out: sums in registers, over a PIECE of K at a time. Each piece is added to those before
 // it, so that rounding errors grow with K / PIECE + PIECE, not with K: a library that keeps one chain of sums for all
 // of K is less exact. A task is a few row blocks by a few panels, whose weights stay in the L2 cache: a quarter of it.
+// Those of the next task come there meanwhile, a line or two for some steps of K: few rows would wait for them.
 //
 // Where no instruction multiplies pairs of bfloat16, or only a slow one, they are multiplied as floats: those of the
 // weight become floats in registers, those of x a few columns at a time. That takes 54 instructions in the place of 48.
@@ -28,6 +29,7 @@ constexpr int64_t PIECE = 128;  // of float32; bfloat16 is less exact than any c
 constexpr int64_t SHORT_K = 320,
                   SHORT_PIECE = 32;  // a library has more chains for few rows: where K is short, it shows
 constexpr int AHEAD = 40;            // steps of K: few rows wait for weights that no cache near them holds
+constexpr int UNROLLED = 4;          // steps of K
 constexpr int64_t WIDENED = 256;     // columns of bfloat16 rows that are made floats at a time
 #ifdef __AVX512BF16__
 constexpr bool MULTIPLIES_PAIRS = true;
@@ -36,8 +38,9 @@ constexpr bool MULTIPLIES_PAIRS = false;
 #endif
 constexpr int ANY = -1;  // an activation that is known at run time only
 const int64_t L2_BYTES = greatest(sysconf(_SC_LEVEL2_CACHE_SIZE), 1 << 20);  // some systems say 0
-const int64_t PANEL_BYTES = L2_BYTES / 4, ROW_BYTES = L2_BYTES / 8;          // of a task's weights and rows
-constexpr int64_t TASKS = 4;                                                 // at least, for each thread
+const int64_t PANEL_BYTES = L2_BYTES / 4, ROW_BYTES = L2_BYTES / 4;          // of a task's weights and rows
+constexpr int64_t TASKS = 8;                                                 // at least, for each thread
+constexpr int64_t LINE = 64;                                                 // bytes of a line of the cache
 
 // What follows the product. n_of(j): how many columns of vector j are there, VL or more for all of them.
 template <typename T, int A, bool SAVE, int R, typename N>
@@ -59,9 +62,8 @@ INLINE void finish(const Linear<T>& call, const vf (&sums)[R][VECTORS], int64_t 
 // What `finish` reads and writes comes into the cache while the tile is multiplied.
 template <typename T, bool SAVE, int R>
 INLINE void fetch_ends(const Linear<T>& call, int64_t row, int64_t column) {
-    constexpr int64_t LINE = 64 / sizeof(T);
     for (int i = 0; i < R; i++)
-        for (int64_t j = 0; j < COLUMNS; j += LINE) {
+        for (int64_t j = 0; j < COLUMNS; j += LINE / sizeof(T)) {
             __builtin_prefetch(call.out + (row + i) * call.out_stride + column + j, 1);
             if (SAVE) __builtin_prefetch(call.pre + (row + i) * call.pre_stride + column + j, 1);
             if (call.residual != NULL)
@@ -69,10 +71,22 @@ INLINE void fetch_ends(const Linear<T>& call, int64_t row, int64_t column) {
         }
 }
 
+// Lines that come into the L2 cache for later, from `at` on: `pace` bytes, two lines, one or none, for UNROLLED steps of K.
+struct Later {
+    const char* at;
+    int64_t pace;
+
+    __attribute__((always_inline)) void fetch() {
+        __builtin_prefetch(at, 0, 2);
+        if (pace > LINE) __builtin_prefetch(at + LINE, 0, 2);
+        at += pace;
+    }
+};
+
 // sums += x @ weight^T in floats. x: k_size columns of R rows; weight: pairs, of a panel.
 template <int R>
 INLINE void products_as_floats(vf (&sums)[R][VECTORS], const bf16* x, int64_t x_stride, const int32_t* weight,
-                               int64_t k_size) {
+                               int64_t k_size, Later& later) {
     float floats[R][WIDENED];
     for (int64_t start = 0; start < k_size; start += WIDENED) {
         const int64_t n = least(k_size - start, WIDENED);
@@ -80,6 +94,7 @@ INLINE void products_as_floats(vf (&sums)[R][VECTORS], const bf16* x, int64_t x_
             for (int64_t j = 0; j < n; j += VL) store(floats[i] + j, to_floats(x + i * x_stride + start + j, n - j));
         for (int64_t k = 0; k < n; k += 2) {
             const int32_t* pairs = weight + (start + k) / 2 * COLUMNS;
+            if (k / 2 % UNROLLED == 0) later.fetch();
             for (int odd = 0; odd < 2; odd++) {
                 vf right[VECTORS];
                 for (int j = 0; j < VECTORS; j++) {
@@ -96,21 +111,41 @@ INLINE void products_as_floats(vf (&sums)[R][VECTORS], const bf16* x, int64_t x_
     }
 }
 
+// sums += x @ weight^T over n steps of K, for R rows and a panel.
+template <typename O, int R>
+INLINE void add_products(vf (&sums)[R][VECTORS], const typename O::E* const (&x)[R], const typename O::E* weight,
+                         int64_t n, Later& later) {
+    const int64_t whole = n / UNROLLED * UNROLLED;
+    const typename O::E* at[R];
+    for (int64_t k = 0; k < whole; k += UNROLLED) {
+        later.fetch();
+#pragma GCC unroll 4
+        for (int u = 0; u < UNROLLED; u++) {
+            for (int i = 0; i < R; i++) at[i] = x[i] + k + u;
+            products<R, VECTORS, O, AHEAD>(sums, at, weight + (k + u) * COLUMNS, 1, COLUMNS, VL);
+        }
+    }
+    for (int i = 0; i < R; i++) at[i] = x[i] + whole;
+    products<R, VECTORS, O, AHEAD>(sums, at, weight + whole * COLUMNS, n - whole, COLUMNS, VL);
+}
+
 // sums = x @ weight^T for R rows and a panel.
 template <typename O, typename T, int R>
-INLINE void multiply(vf (&sums)[R][VECTORS], const Linear<T>& call, int64_t row, int64_t panel) {
+INLINE void multiply(vf (&sums)[R][VECTORS], const Linear<T>& call, int64_t row, int64_t panel, Later later) {
     typedef typename O::E E;
     const int64_t depth = over(call.k_size, O::SIZE);
     const E* weight = (const E*)call.weight + panel * COLUMNS * depth;
     if constexpr (O::SIZE == 2 && !MULTIPLIES_PAIRS) {
-        products_as_floats(sums, call.x + row * call.x_stride, call.x_stride, weight, call.k_size);
+        for (int i = 0; i < R; i++)
+            for (int j = 0; j < VECTORS; j++) sums[i][j] = vf{};
+        products_as_floats(sums, call.x + row * call.x_stride, call.x_stride, weight, call.k_size, later);
     } else {
         const int64_t piece = O::SIZE != 1 ? depth : call.k_size < SHORT_K ? SHORT_PIECE : PIECE;
         const E* x[R];
         for (int i = 0; i < R; i++) x[i] = (const E*)(call.x + (row + i) * call.x_stride);
         for (int64_t start = 0; start == 0 || start < depth; start += piece) {
             vf part[R][VECTORS] = {};
-            products<R, VECTORS, O, AHEAD>(part, x, weight + start * COLUMNS, least(depth - start, piece), COLUMNS, VL);
+            add_products<O>(part, x, weight + start * COLUMNS, least(depth - start, piece), later);
             for (int i = 0; i < R; i++) x[i] += piece;
             for (int i = 0; i < R; i++)
                 for (int j = 0; j < VECTORS; j++) sums[i][j] = start == 0 ? part[i][j] : sums[i][j] + part[i][j];
@@ -119,17 +154,17 @@ INLINE void multiply(vf (&sums)[R][VECTORS], const Linear<T>& call, int64_t row,
 }
 
 template <typename T, typename O, int A, bool SAVE, int R>
-void tile(const Linear<T>& call, int64_t row, int64_t panel) {
+void tile(const Linear<T>& call, int64_t row, int64_t panel, Later later) {
     fetch_ends<T, SAVE, R>(call, row, panel * COLUMNS);
-    vf sums[R][VECTORS] = {};
-    multiply<O>(sums, call, row, panel);
+    vf sums[R][VECTORS];
+    multiply<O>(sums, call, row, panel, later);
     const int64_t column = panel * COLUMNS, left = call.n_columns - column;
     if (left >= COLUMNS) finish<T, A, SAVE, R>(call, sums, row, column, [](int) { return VL; });
     else finish<T, A, SAVE, R>(call, sums, row, column, [left](int j) { return left - j * VL; });
 }
 
 template <typename T>
-using Tile = void (*)(const Linear<T>&, int64_t, int64_t);
+using Tile = void (*)(const Linear<T>&, int64_t, int64_t, Later);
 
 // By number of rows.
 template <typename T, typename O, int A, bool SAVE>
@@ -166,11 +201,24 @@ void run(const Linear<T>& call, const Team& team) {
     const int64_t n_across = over(n_panels, panels), n_down = over(n_blocks, blocks);
     panels = over(n_panels, at_least_1(n_across));  // of equal size
     blocks = over(n_blocks, at_least_1(n_down));
+    // Lines of the next task's weights that come into the L2 cache during UNROLLED steps of a tile, if there is room.
+    const int64_t panel_bytes = over(call.k_size, O::SIZE) * COLUMNS * sizeof(typename O::E);
+    const int64_t lines = 2 * panels * panel_bytes > L2_BYTES / 4 * 3
+                              ? 0
+                              : least(2, over(UNROLLED * COLUMNS * sizeof(typename O::E) / LINE, at_least_1(blocks)));
+    const int64_t bytes_of_tile = over(call.k_size, O::SIZE) / UNROLLED * lines * LINE;
     team.each(n_across * n_down, [&](int64_t task) {
         const int64_t first_block = task % n_down * blocks, first_panel = task / n_down * panels;
+        // How many panels farther this thread's next task will probably be.
+        const int64_t ahead = (task + team.size) / n_down * panels - first_panel;
         for (int64_t b = first_block; b < least(first_block + blocks, n_blocks); b++) {
             const Tile<T> run_tile = tiles[least(call.n_rows - b * ROWS, ROWS)];
-            for (int64_t p = first_panel; p < least(first_panel + panels, n_panels); p++) run_tile(call, b * ROWS, p);
+            const int64_t done = (b - first_block) * bytes_of_tile;
+            for (int64_t p = first_panel; p < least(first_panel + panels, n_panels); p++) {
+                const bool more = ahead > 0 && p + ahead < n_panels && done < panel_bytes;
+                const char* at = (const char*)call.weight + p * panel_bytes + (more ? ahead * panel_bytes + done : 0);
+                run_tile(call, b * ROWS, p, {at, more ? lines * LINE : 0});
+            }
         }
     });
 }

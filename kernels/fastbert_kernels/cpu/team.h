@@ -13,7 +13,7 @@
 #include "vector.h"
 
 struct Shared {
-    alignas(64) std::atomic<int64_t> next{0};  // the first task that nobody has taken
+    alignas(64) std::atomic<int64_t> next{0};  // the first free task
     alignas(64) std::atomic<int> arrived{0};
     alignas(64) std::atomic<int> turn{0};  // how often all have arrived
 };

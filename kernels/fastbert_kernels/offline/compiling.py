@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import re
+import signal
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -168,4 +170,6 @@ def _compile_alone(index: int) -> Result:
 
 
 def _pool(jobs: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"))
+    # A pool that breaks ends its other processes by SIGTERM, whatever the command does at that signal.
+    ends = partial(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+    return ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("fork"), initializer=ends)
