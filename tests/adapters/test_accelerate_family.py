@@ -152,7 +152,7 @@ def test_electra_without_a_projection() -> None:
     for each in (original, model):
         with pytest.raises(RuntimeError):
             run(each, make_batch("electra"))
-    assert counts(model) == {"fastbert": 1, "embeddings_project is not there": 1}
+    assert counts(model) == {"fastbert": 1, "embeddings_project is missing": 1}
 
 
 @pytest.mark.parametrize("model_type", KINDS)

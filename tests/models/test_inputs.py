@@ -42,7 +42,7 @@ def test_arguments_by_position_and_by_name() -> None:
         model(ids, input_ids=ids)
     with pytest.raises(TypeError, match="unexpected keyword argument 'labelz'"):
         model(ids, labelz=labels)
-    with pytest.raises(TypeError, match="takes 6 arguments by position"):
+    with pytest.raises(TypeError, match="takes 6 positional arguments"):
         model(ids, None, None, None, None, labels, None)
     assert isinstance(model(ids, return_dict=False), tuple)
 

@@ -173,7 +173,7 @@ def test_engines_say_what_they_lack() -> None:
             "the model has normalised queries and keys", "the model has a second norm after attention",
         ]  # fmt: skip
     told = str(fastbert.explain(ours))
-    assert "the C++ encoder does not have" in told
+    assert "the C++ encoder does not support" in told
     report = fastbert.verify(ours, [list(range(2, 4 + n)) for n in range(16)])
     assert report.ok, str(report)
 

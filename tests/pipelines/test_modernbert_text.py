@@ -123,7 +123,7 @@ def test_accelerate(name: str) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda m: m.rotary_emb.full_attention_inv_freq.mul_(2), "rotary_emb.full_attention_inv_freq is not what"),
+        (lambda m: m.rotary_emb.full_attention_inv_freq.mul_(2), "rotary_emb.full_attention_inv_freq differs from"),
         (lambda m: setattr(m.layers[1].attn, "sliding_window", 3), "layers.1.attn.sliding_window is not what the con"),
         (lambda m: setattr(m.layers[1].mlp, "act", torch.nn.Tanh()), "layers.1.mlp.act is not 'gelu'"),
     ],

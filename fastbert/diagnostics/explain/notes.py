@@ -70,7 +70,7 @@ def _launches(question: Question, rows: Iterable[OpReport]) -> Iterator[str]:
         yield f"CUDA graphs: {f'none: {obstacles}' if obstacles else inside}"
         obstacles = "; ".join(above.mask_obstacles(backbone(question.model), question.device))
         inside = f"up to {masked.MOST_PLACES} places are packed there, and the lengths of more waited for"
-        yield f"masks on the GPU: {f'the host waits for their lengths:  {obstacles}' if obstacles else inside}"
+        yield f"masks on the GPU: {f'the host waits for their lengths: {obstacles}' if obstacles else inside}"
 
 
 def _one_call(question: Question, eight_bit: Decision | None) -> str:
