@@ -1,4 +1,4 @@
-"""The examples of a block are dealt out to steps, and those of a step to batches, evenly and within their budgets."""
+"""This module distributes examples of a block over steps, and those of a step over batches, within the budgets."""
 
 from __future__ import annotations
 

@@ -21,9 +21,7 @@ LONG_PART = 40  # characters: longer parts are not stored
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """Returns the special ids of a tokenizer. Raises ValueError, with the name, if it lacks a token that pre-training
-    needs.
-    """
+    """Returns the special ids of a tokenizer. Raises ValueError, with the name, if pre-training needs a missing one."""
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     ids = []
     for name, usual in names.items():

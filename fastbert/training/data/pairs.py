@@ -150,7 +150,10 @@ def heads(counts: np.ndarray, words: np.ndarray) -> np.ndarray:
 
 
 def _chunks(sentences: Sentences, targets: np.ndarray, words: np.ndarray) -> Chunks:
-    """Cuts documents into chunks, one of each at a time, and splits them. ``targets``, ``words``: (n_documents,)."""
+    """Cuts documents into chunks, one per document at a time, and splits them.
+
+    ``targets``, ``words``: (n_documents,).
+    """
     ends = sentences.ends
     active = np.arange(len(targets))
     starts, lasts = sentences.offsets[:-1], sentences.offsets[1:]

@@ -1,8 +1,8 @@
 """Running text is split into sentences by a fixed rule.
 
 A sentence ends after one or more of . ! ? … and the closing quotes and brackets after them, if white space or the end
-of the text follows. After the full-width 。 ！ ？ ｡ no white space is needed. It does not end after an abbreviation that
-stands before a word ("Dr.", "e.g."), after initials ("J. R. R.", "U.S."), or after a number or a single letter at the
+of the text follows. After the full-width 。 ！ ？ ｡ no white space is needed. It does not end after an abbreviation
+before a word ("Dr.", "e.g."), after initials ("J. R. R.", "U.S."), or after a number or a single letter at the
 start of the sentence, as in a list ("1. First", "가. 항목"). Before a lower-case letter, it does not end after "...",
 after a closing quote or bracket, or after an abbreviation that may be the last word ("etc.", "Inc."). It does not end
 between such an abbreviation and a digit ("No. 5").

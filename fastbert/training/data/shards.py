@@ -141,8 +141,9 @@ class Corpus:
         folder: Path | None = None,
         made_of: dict[str, Any] | None = None,
     ) -> None:
-        """``open`` and ``from_documents`` call it. ``bases``: the first token of each shard, and then the number of
-        tokens.
+        """``open`` and ``from_documents`` call this.
+
+        ``bases``: the first token of each shard, and the number of tokens.
         """
         self._shards = list(shards)
         self._bases = np.array(bases, np.int64)

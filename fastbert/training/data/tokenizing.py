@@ -135,8 +135,9 @@ def _warnings(corpus: Corpus) -> Iterator[str]:
 def _write(
     documents: Iterable[list[str]], tokenizer: Tokenizer, writer: ShardWriter, counts: Counts, bar: Any
 ) -> tuple[int, float]:
-    """Tokenises a batch in another thread while the next one is read. Returns the number of dropped documents, and
-    seconds.
+    """Tokenises a batch in another thread while the next is read.
+
+    Returns the number of dropped documents, and seconds.
     """
     encoder = Encoder(tokenizer, writer.with_words)
     start = time.perf_counter()
