@@ -208,9 +208,7 @@ def last_step_class() -> Any:
 @functools.cache
 def _keeper_class() -> type:
     class Keeper(last_step_class()):  # type: ignore[misc]
-        """The callback seals each checkpoint, deletes older ones, and makes the Trainer evaluate and save the last
-        step.
-        """
+        """The callback seals checkpoints, deletes old ones, and makes the Trainer evaluate and save at the end."""
 
         def __init__(self, keep: int) -> None:
             self.keep = keep

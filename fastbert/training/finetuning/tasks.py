@@ -89,7 +89,7 @@ class Task:
         return None
 
     def keep(self, logits: Any, labels: Any) -> Any:
-        """Returns what is kept of a batch's logits in an evaluation: preprocess_logits_for_metrics of the Trainer."""
+        """Returns the part of a batch's logits to keep in an evaluation: preprocess_logits_for_metrics."""
         return logits
 
     def predictions(self, logits: Any, features: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> Any:

@@ -143,7 +143,7 @@ class RerankSettings(VectorSettings):
     """A `RerankSettings` adds the settings of `train_cross_encoder` to those of `VectorSettings`."""
 
     batch_size: int = 32
-    loss: str = "auto"  # auto: bce for labelled pairs and mined negatives, else marginmse (scored triplets) or lambda (lists)
+    loss: str = "auto"  # auto: bce for labelled pairs and mined negatives, marginmse for triplets, lambda for lists
     miner: str | None = None  # a bi-encoder (folder or hub id) that mines negatives and makes lists for evaluation
     eval_candidates: int = 20  # number of texts in a list that is made for an evaluation pair
 
