@@ -256,9 +256,7 @@ class _Part(NamedTuple):
         return self.all_rows[:, self.queries]
 
     def scores(self, q: Tensor, k: Tensor, settings: Attention, position_bias: Tensor | None) -> Tensor:
-        """Returns the scores, (sequences, N, queries, keys), with position bias, and -inf for keys outside of the
-        window.
-        """
+        """Returns scores, (sequences, N, queries, keys), with position bias, and -inf for keys beyond the window."""
         scores = q[:, :, self.queries] @ k[:, :, self.keys].transpose(-1, -2) * settings.scale
         if position_bias is not None:
             return scores + of_rows(wide(position_bias), settings.columns, self.all_rows, *self.all_rows.shape)

@@ -51,10 +51,7 @@ def classification(labels: Any, probabilities: Any) -> dict[str, Any]:
 
 
 def of_confusion(confusion: np.ndarray) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Returns the scores of a confusion matrix (C, C), and those of each class.
-
-    Means are over classes that are a label or a prediction.
-    """
+    """Returns the scores of (C, C), and those of each class. Means are over classes that are labels or predictions."""
     hits, support, n_predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     precision, recall, f1 = _scores(hits, n_predicted, support)
     seen = (support + n_predicted) > 0
@@ -200,8 +197,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 def spans_of(tags: Sequence[str]) -> list[Span]:
     """Returns the spans of one sentence's tags, as seqeval's get_entities and conlleval do.
 
-    Tags are "O", or B-, I-, E- or S- with a type ("_" if there is none). An I- without a preceding span of its type
-    begins a span.
+    Tags are "O", or B-, I-, E- or S- with a type ("_" if there is none). An I- that continues no span begins one.
     """
     spans: list[Span] = []
     before, type_before, start = "O", "", 0
