@@ -101,7 +101,10 @@ class Kernels(Protocol):
         """Returns grad^T x, (M, K), and with bias the sums of grad over its rows, (M,), both in dtype `to`."""
 
     def activation_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the gradient of pre and activation(pre), (T, I) both, and the gradient's row sum, (I,) float32."""
+        """Returns the gradient of pre and activation(pre), (T, I) each, and the sums of the gradient over rows.
+
+        The sums are (I,) float32.
+        """
 
     def attention_forward(
         self, qkv: Tensor, settings: Attention, position_bias: Tensor | None = None
