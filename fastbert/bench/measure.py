@@ -35,9 +35,7 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Returns half the interquartile range over the median. 0.05 means that half of the rounds are within about 5
-        %.
-        """
+        """Returns half the interquartile range over the median: at 0.05, half of the rounds are within about 5 %."""
         if len(self.samples) < 2:
             return math.nan
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")

@@ -38,7 +38,7 @@ WHERE_LISTED = 4  # maximum number of listed places at which a competitor has no
 
 def figures(results: Results) -> list[Plot]:
     """Returns the figures for the rows, suite by suite. Raises ImportError if matplotlib is not installed."""
-    import matplotlib.figure  # raises the error here, before anything is drawn
+    import matplotlib.figure  # noqa: F401  raises the error here, before anything is drawn
 
     plots: list[Plot] = []
     foot = source(results.environment)

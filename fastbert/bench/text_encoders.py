@@ -171,7 +171,7 @@ class Pooled(TextEncoder):
 
 
 def pooling_obstacle(task: TextTask) -> str | None:
-    """The reason why a peer that only pools by mean or [CLS], and normalises, cannot stand for the folder, or None."""
+    """Returns the reason why a peer with only mean or [CLS] pooling, and normalisation, cannot be used, or None."""
     modes, tail = task.layout.pooling.modes, task.layout.tail
     if modes in (("mean",), ("cls",)) and [type(module) for module in tail] in ([], [Normalize]):
         return None
