@@ -212,9 +212,9 @@ class SDPA(Transformers):
 class Compiled(SDPA):
     """The engine runs transformers' model and pooling through torch.compile, with dynamic shapes if lengths vary.
 
-    On a GPU it uses the mode max-autotune with CUDA graphs, one per shape, so lengths are padded to multiples of 64. On
-    a CPU every batch of several sequences has a mask, because code without a mask would be compiled separately. On CPUs
-    max-autotune and freezing take longer to compile and are not faster.
+    On a GPU it uses the mode max-autotune with CUDA graphs, one per shape, so lengths are padded to multiples of 64. If
+    lengths vary, every batch of several sequences has a mask, because code without a mask would be compiled separately.
+    On CPUs max-autotune and freezing take longer to compile and are not faster.
     """
 
     name = "transformers compiled"

@@ -121,7 +121,7 @@ def vocabulary_of(kind: str, model: PieceModel, names: Mapping[str, str | None],
         front = [("<s>NOTUSED", 0.0), (pad, 0.0), ("</s>NOTUSED", 0.0), (unk, 0.0), ("<unk>NOTUSED", -100.0)]
         return [*front, *pieces[1:], (mask, 0.0)]
     if kind in ("KoBert", "KoBERT"):
-        # KoBERT has no pieces of a number with a comma after it: they are split again, without the comma.
+        # KoBERT does not use pieces of a number with a comma: it splits them without the comma. So they score lowest.
         pieces = [(text, score - 100 * ends_in_number(text)) for text, score in pieces]
         if ids:
             scores = dict(pieces)

@@ -61,7 +61,7 @@ class Loop:
     the `batches` of this process, and the cursor `after` them. learning_rate: returns the rate of a step, counted from
     0. autocast: creates a context for each forward pass. after_step: called with the state and the report of each step,
     in order, when the numbers of the step are known. at_rest: called with the state after the last step and after each
-    step for which is_due is true; all earlier steps are reported by then. stop: tells whether to end the run.
+    step for which is_due is true; all steps are reported by then. stop: tells whether to end the run.
     """
 
     objective: nn.Module

@@ -22,8 +22,8 @@ on N GPUs of a machine:
   torchrun --nproc-per-node N -m fastbert.training.pretrain --text corpus/ --tokenizer ./tokenizer --output ./my-bert
 after a crash, the same command with --resume"""
 
-# For each group and field: the name of the value in --help ("" for a choice or a switch), and the help text. "(default:
-# ...)" is added if the field of `Settings` has a default value.
+# For each group and field: the name of the value in --help ("" for a choice or a switch), and the help text.
+# "(default: ...)" is added unless the default of `Settings` is None, () or False.
 HELP: dict[str, dict[str, tuple[str, str]]] = {
     "data": {
         "text": ("PATH", "files, folders and globs: plain text, JSON lines or Parquet, also compressed"),

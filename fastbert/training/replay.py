@@ -78,9 +78,9 @@ def _everywhere(model: nn.Module) -> dict[nn.Module, str]:
 def _where_nothing_changes(model: nn.Module) -> dict[nn.Module, str]:
     """Returns the modules, with their names, that give the same results with a hook.
 
-    fastbert's modules fuse the dropout before a norm, the norm, and the operation after a matrix product. With a hook
-    on one of these modules, PyTorch draws the dropout masks instead. For an accelerated encoder, the result has the
-    modules of its twin.
+    fastbert's modules run the steps after a matrix product (dropout, sum, norm) as one fused operation. With a hook on
+    one of these parts, PyTorch draws the dropout masks instead. For an accelerated encoder, the result has the modules
+    of its twin.
     """
     modules = _everywhere(model)
     names = dict(modules)

@@ -190,7 +190,7 @@ def _gemm_tile(tile: tuple[int, int, int, int, int]) -> dict[str, int]:
 def _apart(tile: tuple[int, int, int, int, int, int]) -> dict[str, int]:
     """Returns a persistent tile whose two loops are not flattened into one.
 
-    Its last value is the programs per multiprocessor.
+    The tile's last number is the number of programs per multiprocessor.
     """
     return {**_gemm_tile(tile[:5]), "FLATTEN": 0, "PROGRAMS": tile[5]}
 

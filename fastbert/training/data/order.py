@@ -78,7 +78,7 @@ class Permutation:
         if places.size and (places.min() < 0 or places.max() >= self.n):
             raise IndexError(f"places: got {places.min()} to {places.max()}, expected 0 to {self.n - 1}")
         numbers = self._network(places.reshape(-1).astype(np.uint64))
-        # The network permutes up to a power of two of at least n: a number that is too large goes through it again.
+        # The network permutes the integers below a power of two >= n. A number that is too large goes through it again.
         outside = np.flatnonzero(numbers >= self.n)
         while outside.size:
             numbers[outside] = self._network(numbers[outside])
