@@ -203,7 +203,7 @@ class Corpus:
         word_starts: Sequence[Sequence[Sequence[bool]]] | np.ndarray | None = None,
         fingerprint: str = "memory",
     ) -> Corpus:
-        """Makes a corpus in memory from documents, which are lists of sentences, which are lists of ids.
+        """Makes a corpus in memory. Each document is a list of sentences, and each sentence is a list of ids.
 
         ``word_starts``: for each id whether it begins a word, in lists like ``documents``, or (vocab_size,) bool.
         Raises ValueError if there is no document, for a document or a sentence without ids, for ids outside of the
