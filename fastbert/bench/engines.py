@@ -1,7 +1,7 @@
-"""Engines are ways to compute BERT's hidden states from token ids, each set up as a careful user would.
+"""An engine computes BERT's hidden states from token ids in one way, set up as a careful user would.
 
-Peers that start from texts and peers that start from ids put the same engines to work. B sequences, S the longest of
-them, T tokens in all, H hidden.
+Peers that start from texts and peers that start from ids use the same engines. B sequences, S the longest of them, T
+tokens in total, H hidden.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from fastbert.checkpoint.config import BertConfig
 
-Batch = tuple[Any, ...]  # what an engine takes, on its device
+Batch = tuple[Any, ...]  # the input of an engine, on its device
 
 
 @dataclass(frozen=True)
 class Source:
-    """A `Source` names what engines run: the folder of a BERT checkpoint, a dtype and a device."""
+    """A `Source` is the input of engines: the folder of a BERT checkpoint, a dtype and a device."""
 
     folder: Path
     dtype: torch.dtype
@@ -36,7 +36,7 @@ class Source:
         return BertConfig.from_pretrained(self.folder)
 
     def transformers(self, attention: str = "sdpa", dtype: torch.dtype | None = None) -> Any:
-        """transformers' model, without its pooler, in eval mode. dtype: another one than the source's."""
+        """Returns transformers' model, without its pooler, in eval mode. dtype: by default the source's."""
         import transformers
 
         silence_transformers()
@@ -49,7 +49,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Pool:
-    """A `Pool` makes a vector, in float32, of the hidden states of a text.
+    """A `Pool` computes one float32 vector from the hidden states of a text.
 
     mode: "mean" or "cls". normalize: to length 1.
     """
@@ -58,7 +58,7 @@ class Pool:
     normalize: bool = False
 
     def padded(self, hidden: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, S, H), and (B, S) nonzero at tokens, or None where all are -> (B, H)."""
+        """Pools padded hidden states: (B, S, H), with a mask (B, S) nonzero at tokens, or None if all are -> (B, H)."""
         if self.mode == "cls":
             x = hidden[:, 0].float()
         elif mask is None:
@@ -68,7 +68,7 @@ class Pool:
         return F.normalize(x, dim=1) if self.normalize else x
 
     def packed(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """(T, H), (B + 1,) -> (B, H)."""
+        """Pools packed hidden states: (T, H), (B + 1,) -> (B, H)."""
         if self.mode == "cls":
             x = hidden[cu_seqlens[:-1].long()].float()
         else:
@@ -77,11 +77,11 @@ class Pool:
 
 
 class Engine:
-    """One program in one setting. Subclasses set `name` and fill in `load`, `batch`, `compute` and `valid`.
+    """An Engine is one program in one setting. Subclasses set `name` and define `load`, `batch`, `compute` and `valid`.
 
-    pool: None for hidden states. varied: whether the sequences of a batch differ in length. dtype: what it computes
-    in. warmups: runs of a batch until it takes its usual time. batch_sizes: those worth trying, by type of device.
-    needs: see `Peer`.
+    pool: None for hidden states. varied: whether the sequences of a batch differ in length. dtype: the data type of the
+    computation. warmups: the number of runs of a batch before it takes its usual time. batch_sizes: those to try, by
+    type of device. needs: see `Peer`.
     """
 
     name: str
@@ -94,31 +94,31 @@ class Engine:
         self.dtype = str(source.dtype).removeprefix("torch.")
 
     def obstacle(self) -> str | None:
-        """The reason why this engine cannot run here, or None."""
+        """Returns the reason why this engine cannot run here, or None."""
         return package_obstacle("transformers")
 
     def load(self) -> None:
-        """Makes the engine ready to take batches."""
+        """Prepares the engine for batches."""
         raise NotImplementedError
 
     def batch(self, rows: Sequence[np.ndarray]) -> Batch:
-        """The ids of B sequences, one int64 array each, in the form that the engine takes, on its device."""
+        """Returns the ids of B sequences, one int64 array each, as input of the engine, on its device."""
         raise NotImplementedError
 
     def compute(self, *batch: Any) -> Tensor:
-        """(B, H) with a pool; else the hidden states, (B, S, H) or (T, H)."""
+        """Returns (B, H) with a pool; otherwise the hidden states, (B, S, H) or (T, H)."""
         raise NotImplementedError
 
     def valid(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """Hidden states at tokens: (T, H)."""
+        """Returns the hidden states at tokens: (T, H)."""
         raise NotImplementedError
 
     def positions(self, batch: Batch) -> int:
-        """The number of positions of a batch that are computed, padding included."""
+        """Returns the number of computed positions of a batch, including padding."""
         return batch[0].numel()
 
     def to_device(self, array: np.ndarray) -> Tensor:
-        """Copies without waiting for a GPU that is still busy with the batch before."""
+        """Copies an array without waiting for a GPU that is still busy with the previous batch."""
         tensor = torch.from_numpy(array)
         if self.source.device.type != "cuda":
             return tensor
@@ -126,16 +126,17 @@ class Engine:
 
 
 class Padded(Engine):
-    """Batches padded to their longest sequence: ids and mask, both (B, S) int64. Subclasses fill in `hidden`.
+    """The engine pads batches to their longest sequence: ids and mask, both (B, S) int64. Subclasses define `hidden`.
 
-    Where no sequence is shorter than the longest, the mask is None, unless always_masked; pad_to: S is a multiple of.
+    If all sequences are equally long, the mask is None, unless always_masked. pad_to: S is rounded up to a multiple of
+    it.
     """
 
     always_masked = False
     pad_to = 1
 
     def hidden(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, S), (B, S) -> (B, S, H)."""
+        """Computes hidden states: (B, S), (B, S) -> (B, S, H)."""
         raise NotImplementedError
 
     def batch(self, rows: Sequence[np.ndarray]) -> Batch:
@@ -165,7 +166,7 @@ class Padded(Engine):
 
 
 class Packed(Engine):
-    """Sequences one after the other: ids and positions, (T,) int64, offsets (B + 1,) int32, and the longest length."""
+    """The engine packs sequences: ids and positions, (T,) int64, offsets (B + 1,) int32, and the longest length."""
 
     def batch(self, rows: Sequence[np.ndarray]) -> Batch:
         lengths = [len(row) for row in rows]
@@ -174,7 +175,7 @@ class Packed(Engine):
         return *map(self.to_device, (np.concatenate(rows), positions, cu_seqlens)), max(lengths)
 
     def hidden(self, ids: Tensor, positions: Tensor, cu_seqlens: Tensor, longest: int) -> Tensor:
-        """-> (T, H)."""
+        """Computes hidden states: -> (T, H)."""
         raise NotImplementedError
 
     @torch.inference_mode()
@@ -187,7 +188,7 @@ class Packed(Engine):
 
 
 class Transformers(Padded):
-    """transformers' model, as it is."""
+    """The engine runs transformers' model unchanged."""
 
     attention: str
 
@@ -209,11 +210,11 @@ class SDPA(Transformers):
 
 
 class Compiled(SDPA):
-    """transformers' model and pooling through torch.compile, for shapes that vary where they do.
+    """The engine runs transformers' model and pooling through torch.compile, with dynamic shapes if lengths vary.
 
-    On a GPU in the mode max-autotune, which brings CUDA graphs, one a shape: lengths are padded to multiples of 64.
-    Otherwise masks come with every batch of several sequences, since code for none would have to be compiled apart.
-    On CPUs max-autotune and freezing take longer to compile and are no faster.
+    On a GPU it uses the mode max-autotune with CUDA graphs, one per shape, so lengths are padded to multiples of 64. If
+    lengths vary, every batch of several sequences has a mask, because code without a mask would be compiled separately.
+    On CPUs max-autotune and freezing take longer to compile and are not faster.
     """
 
     name = "transformers compiled"
@@ -223,9 +224,9 @@ class Compiled(SDPA):
     def load(self) -> None:
         super().load()
         self.on_gpu = self.source.device.type == "cuda"
-        self.warmups = 3 if self.on_gpu else 1  # a graph's shape runs once, is recorded once, and then replayed
+        self.warmups = 3 if self.on_gpu else 1  # for each shape: one plain run, one capture, then replays
         self.pad_to = 64 if self.on_gpu else 1
-        # fullgraph: an error, and not slow uncompiled code, if some shape should be one too many to compile.
+        # fullgraph: raises an error instead of running slow uncompiled code if there are too many shapes to compile.
         self.compiled = torch.compile(
             self._pooled, dynamic=self.varied, fullgraph=True, mode="max-autotune" if self.on_gpu else None
         )
@@ -246,7 +247,7 @@ class Compiled(SDPA):
 
 
 def silence_transformers() -> None:
-    """Keeps transformers' progress bars and notes about unused weights off the terminal."""
+    """Hides transformers' progress bars and its notes about unused weights."""
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
@@ -254,21 +255,21 @@ def silence_transformers() -> None:
 
 
 def package_obstacle(package: str) -> str | None:
-    """The reason why a package cannot be used, None if it is installed."""
+    """Returns the reason why a package cannot be used, or None if it is installed."""
     if importlib.util.find_spec(package.replace("-", "_")) is None:
         return f"the package {package} is not installed"
     return None
 
 
-FLASH_PACKAGES = "flash-attn", "kernels"  # each brings FlashAttention-2; the second one fetches it from the hub
+FLASH_PACKAGES = "flash-attn", "kernels"  # each provides FlashAttention-2; the second fetches it from the hub
 HUB_FLASH = "kernels-community/flash-attn2"
 
 
 @functools.cache
 def flash_obstacle() -> str | None:
-    """The reason why transformers cannot run FlashAttention-2 here, None once it is loaded.
+    """Returns the reason why transformers cannot run FlashAttention-2 here, or None after it is loaded.
 
-    PyPI's kernels fetches it from the hub at its first use, which a machine without network cannot.
+    PyPI's kernels fetches it from the hub at its first use, which needs a network.
     """
     missing = [package_obstacle(package) for package in FLASH_PACKAGES]
     if all(missing):
@@ -279,16 +280,16 @@ def flash_obstacle() -> str | None:
         from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
 
         lazy_import_flash_attention(HUB_FLASH)
-    except Exception as error:  # no network, no build for this PyTorch: whatever the two libraries raise is the reason
+    except Exception as error:  # no network, no build for this PyTorch: any error of the two libraries is the reason
         lines = str(error).strip().splitlines()
         return f"{HUB_FLASH} could not be loaded: {type(error).__name__}: {lines[0] if lines else ''}"[:300]
     return None
 
 
 def flash_implementation() -> str:
-    """The name of FlashAttention-2 for transformers."""
+    """Returns the name of FlashAttention-2 for transformers."""
     return "flash_attention_2" if package_obstacle(FLASH_PACKAGES[0]) is None else HUB_FLASH
 
 
 TRANSFORMERS_ENGINES: tuple[type[Engine], ...] = (Eager, SDPA, Compiled)
-EAGER = Eager.name  # plain PyTorch, whose error bounds that of fastbert
+EAGER = Eager.name  # plain PyTorch, whose error bounds fastbert's

@@ -1,4 +1,4 @@
-"""The float64 reference says which vectors are right, for as many texts as it has time for."""
+"""The float64 reference determines the right vectors, for as many texts as time allows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from fastbert.engine.block import product_shapes
 from fastbert.pipelines.pipeline import POOLING_MODES
 from fastbert.pipelines.sentence import SentenceEncoder
 
-# At most so many sequences, so many of their tokens, and on a CPU what takes seconds.
+# The maximum numbers of sequences and of their tokens, and on a CPU of operations, which take seconds.
 CHECKED, CHECKED_TOKENS, CHECKED_FLOPS = 64, 6000, 4e11
 
 
 def choose_checked(lengths: Sequence[int], config: BertConfig, device: torch.device) -> list[int]:
-    """The numbers of the sequences to check: of every length, in that order, and not too many for float64."""
+    """Returns the indices of the sequences to check: of all lengths, ascending, and not too many for float64."""
     budget = float(CHECKED_TOKENS)
     if device.type == "cpu":
         linears = sum(m * k for m, k in product_shapes(config.hidden_size, config.intermediate_size).values())
@@ -36,9 +36,9 @@ def choose_checked(lengths: Sequence[int], config: BertConfig, device: torch.dev
 def reference_vectors(
     encoder: SentenceEncoder, texts: Sequence[str], device: torch.device | str = "cpu", batch_size: int = 8
 ) -> Tensor:
-    """The (n, dim) vectors of the texts in float64, on the CPU, by fastbert.reference, which runs on `device`.
+    """Returns the (n, dim) vectors of the texts in float64, on the CPU. fastbert.reference computes them on `device`.
 
-    encoder: on the CPU; only its weights, the tokenizer, pooling modes and the modules after them count.
+    encoder: on the CPU; only its weights, tokenizer, pooling modes and the modules after pooling are used.
     """
     parameters = {name: p.to(device, torch.float64) for name, p in encoder.model.named_parameters()}
     tokens = encoder.tokenizer(texts, max_length=encoder.max_seq_length)

@@ -1,9 +1,9 @@
-"""`interleave` times all competitors in turn, round after round, in one process; `speedup` compares two of them.
+"""`interleave` times all competitors in turns, round after round, in one process; `speedup` compares two of them.
 
-A machine drifts (clocks, temperature, neighbours), so two programs timed one after the other are not compared fairly.
-Here each round times every competitor once, in an order that rotates, and a ratio is taken within a round before the
-median is taken over rounds. GPUs are timed with events on the device, CPUs with the monotonic clock. Nothing touches
-GPU clocks.
+The speed of a machine drifts (clocks, temperature, other users), so timing one program after another is not a fair
+comparison. Here each round times every competitor once, in a rotating order. Ratios are computed within a round, and
+the result is their median over rounds. GPUs are timed with events on the device, CPUs with the monotonic clock. GPU
+clocks are not changed.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-HEAD_START = 1_000_000  # cycles of the GPU: about half a millisecond
-Run = Callable[[int], Any]  # does the work once, on input number i: inputs rotate, so that caches see more than one
+HEAD_START = 1_000_000  # GPU cycles: about half a millisecond
+Run = Callable[[int], Any]  # does the work once, on input number i: inputs rotate, so that caches see several inputs
 
 
 @dataclass(frozen=True)
 class Timing:
-    """The seconds that a run of one competitor takes, a sample a round."""
+    """A Timing holds the seconds per run of one competitor, with one sample per round."""
 
     samples: tuple[float, ...]
 
@@ -35,21 +35,21 @@ class Timing:
 
     @property
     def spread(self) -> float:
-        """Half the interquartile range over the median: 0.05 means that half of the rounds lie within about 5 %."""
+        """Returns half the interquartile range over the median: at 0.05, half of the rounds are within about 5 %."""
         if len(self.samples) < 2:
             return math.nan
         low, _, high = statistics.quantiles(self.samples, n=4, method="inclusive")
         return (high - low) / 2 / self.median
 
     def percentile(self, percent: float) -> float:
-        """Seconds that `percent` of the rounds stayed under."""
+        """Returns the seconds below which `percent` of the rounds are."""
         ordered = sorted(self.samples)
         return ordered[min(len(ordered) - 1, math.ceil(percent / 100 * len(ordered)) - 1)]
 
 
 @dataclass(frozen=True)
 class Ratio:
-    """The number of times that one competitor is faster than another, with a 95 % confidence interval."""
+    """A Ratio is how many times faster one competitor is than another, with a 95 % confidence interval."""
 
     value: float
     low: float
@@ -70,10 +70,10 @@ def interleave(
 ) -> dict[str, Timing]:
     """Times every run in each of `rounds` rounds.
 
-    warmup: untimed runs of each first. After max_seconds no new round begins once min_rounds are done.
-    min_sample_seconds: short runs are repeated until a sample lasts that long, and the sample is their mean. flush_l2:
-    the GPU's L2 cache is overwritten before each sample, which is then a single run without the host's launch overhead:
-    for kernels. on_round: called after each round.
+    warmup: the number of untimed runs of each at the start. After max_seconds no new round begins, but at least
+    min_rounds are run. min_sample_seconds: short runs are repeated until a sample lasts that long, and the sample is
+    their mean. flush_l2: overwrite the GPU's L2 cache before each sample; the sample is then a single run without the
+    host's launch overhead, for kernels. on_round: called after each round.
     """
     clock = _cuda_clock if device.type == "cuda" else _host_clock
     flush = _l2_flusher(device) if flush_l2 and device.type == "cuda" else None
@@ -107,7 +107,10 @@ def interleave(
 
 
 def speedup(ours: Timing, theirs: Timing, *, seed: int = 0, resamples: int = 2000) -> Ratio:
-    """Their time over ours, paired within rounds: above 1, ours is faster. Interval by bootstrap of the median."""
+    """Returns theirs over ours, paired within rounds: above 1, ours is faster.
+
+    A bootstrap of the median gives the interval.
+    """
     ratios = [b / a for a, b in zip(ours.samples, theirs.samples, strict=True)]
     draw = random.Random(seed)
     medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(resamples))
@@ -115,7 +118,7 @@ def speedup(ours: Timing, theirs: Timing, *, seed: int = 0, resamples: int = 200
 
 
 def rms_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """RMS of (ours - reference) over RMS of the reference, in float64; NaN where ours is not finite."""
+    """Returns the RMS of (ours - reference) over the RMS of the reference, in float64; NaN if ours is not finite."""
     if ours.shape != reference.shape:
         raise ValueError(f"shapes {tuple(ours.shape)} and {tuple(reference.shape)}")
     ours, reference = ours.detach().double().cpu(), reference.detach().double().cpu()
@@ -123,23 +126,23 @@ def rms_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
 
 
 def max_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest |ours - reference| over the RMS of the reference, in float64; NaN where ours is not finite."""
+    """Returns the largest |ours - reference| over the RMS of the reference, in float64; NaN if ours is not finite."""
     ours, reference = ours.detach().double().cpu(), reference.detach().double().cpu()
     return ((ours - reference).abs().max() / reference.pow(2).mean().sqrt()).item()
 
 
 def low_cosine(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """The 1st percentile of the cosines between rows of ours and of the reference, (n, dim) both, in float64."""
+    """Returns the 1st percentile of the cosines between rows of ours and the reference, (n, dim) both, in float64."""
     cosines = torch.nn.functional.cosine_similarity(ours.detach().double().cpu(), reference.detach().double().cpu())
     return cosines.quantile(0.01).item()
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """The geometric mean of positive values; NaN of none."""
+    """Returns the geometric mean of positive values; NaN for no values."""
     return math.exp(statistics.fmean(map(math.log, values))) if values else math.nan
 
 
-Before = Callable[[], Any] | None  # done just before the clock starts
+Before = Callable[[], Any] | None  # called just before the clock starts
 
 
 def _host_clock(run: Run, first: int, repeats: int, device: torch.device, before: Before) -> float:
@@ -170,8 +173,8 @@ def _l2_flusher(device: torch.device) -> Callable[[], Any]:
 
     def flush() -> None:
         buffer.zero_()
-        # Then the device waits, so that the host has enqueued the whole run before it starts: what is timed is the
-        # device's work and not the host's launches, which may take longer than a short kernel.
+        # The device waits, so that the host enqueues the whole run before it starts. The time then covers the device's
+        # work, and not the host's launches, which may take longer than a short kernel.
         torch.cuda._sleep(HEAD_START)
 
     return flush

@@ -1,7 +1,7 @@
-"""Peak memory on a CPU is that of a fresh process for each competitor, which loads it and encodes all texts once.
+"""Peak memory on a CPU is measured in a fresh process for each competitor, which loads it and encodes all texts once.
 
-In the process of the contest all competitors live together, and nobody can tell whose memory is whose. What a training
-step keeps for its backward pass is counted tensor by tensor, on any device.
+In the contest's process all competitors share the memory, so their parts cannot be told apart. The memory that a
+training step saves for its backward pass is counted tensor by tensor, on any device.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 STATUS = Path("/proc/self/status")
-# Without the working folder on the path, where a folder kernels/ would shadow a package that transformers looks for.
+# The working folder is not on the path, because its folder kernels/ would shadow a package that transformers imports.
 CHILD = "import sys; sys.path[:] = [p for p in sys.path if p]; from fastbert.bench import memory; memory.main()"
 
 
 class Encoder(Protocol):
-    """The fresh process runs this; it must be picklable."""
+    """An Encoder is run by the fresh process; it must be picklable."""
 
     batch_size: int | None
 
@@ -34,23 +34,23 @@ class Encoder(Protocol):
 
 
 def peak_obstacle() -> str | None:
-    """The reason why no process here can tell its own peak memory, or None."""
+    """Returns the reason why a process here cannot read its own peak memory, or None."""
     return None if STATUS.exists() else f"needs {STATUS}, which only Linux has"
 
 
 def own_peak() -> int:
-    """Bytes of physical memory that this process has held at most.
+    """Returns the peak of this process's physical memory, in bytes.
 
-    Not getrusage: its figure starts from that of the process that made this one.
+    getrusage is not used, because its value starts from that of the parent process.
     """
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:"))
     return 1024 * int(line.split()[1])
 
 
 def peak_of(encoder: Encoder, batch_size: int | None, texts: list[str], timeout: float = 120.0) -> int:
-    """Bytes at the peak of a process that imports what the encoder needs, prepares it and encodes the texts.
+    """Returns the peak memory, in bytes, of a process that imports, prepares and runs the encoder on the texts.
 
-    encoder: not prepared yet. Raises RuntimeError where the process fails or is not done in time (seconds).
+    encoder: not prepared yet. Raises RuntimeError if the process fails or exceeds the timeout (seconds).
     """
     paths = [str(Path(path).resolve()) for path in sys.path if path]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -68,16 +68,16 @@ def peak_of(encoder: Encoder, batch_size: int | None, texts: list[str], timeout:
 
 
 def saved_for_backward(forward: Callable[[], Any], without: Iterable[Tensor] = ()) -> int:
-    """Counts the bytes that autograd keeps for the backward pass of what `forward` computes, each storage once.
+    """Counts the bytes that autograd saves for the backward pass of `forward`, each storage once.
 
-    without: tensors whose memory is held anyway, as parameters are. What an autograd Function keeps elsewhere than in
-    save_for_backward does not show.
+    without: tensors whose memory is held anyway, such as parameters. Tensors that an autograd Function stores outside
+    of save_for_backward are not counted.
     """
     held = {_address(tensor) for tensor in without}
-    saved: dict[int, Tensor] = {}  # the tensors stay here, so that no other takes their place in memory
+    saved: dict[int, Tensor] = {}  # holding the tensors prevents reuse of their memory
 
     def pack(tensor: Tensor) -> None:
-        # The graph holds this function: a tensor that belongs to the graph would keep it alive forever.
+        # The graph holds this function. A tensor that belongs to the graph would keep the graph alive forever.
         saved.setdefault(_address(tensor), tensor.detach())
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
@@ -91,7 +91,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def main() -> None:
-    """Runs in the fresh process: takes what `peak_of` sends on standard input, and prints the peak as JSON."""
+    """Runs in the fresh process: reads the job of `peak_of` from standard input, and prints the peak as JSON."""
     encoder: Encoder
     n_threads, encoder, batch_size, texts = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(n_threads)

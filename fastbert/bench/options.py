@@ -1,20 +1,20 @@
-"""`BenchOptions` are the settings of `fastbert bench`. Neither the options nor --help wait for PyTorch."""
+"""`BenchOptions` are the settings of `fastbert bench`. The options and --help do not import PyTorch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-LIMIT = {"cpu": 300, "cuda": 4096}  # texts taken by default, at most, by type of device
+LIMIT = {"cpu": 300, "cuda": 4096}  # default maximum number of texts, by type of device
 
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """The settings of one measurement.
+    """A BenchOptions holds the settings of one measurement.
 
-    model: folder in Hugging Face layout, or hub id. texts: a file of one text a line, None for docstrings of Python's
-    library. limit: how many texts are taken, None for a number that suits the device. peers: names of competitors with
-    commas between them, None for all. rounds: over all texts, at most. seconds: after so many no new round begins.
-    latency: whether single short texts are timed too. memory: whether peak memory is measured on a CPU.
+    model: folder in Hugging Face layout, or hub id. texts: a file with one text per line, None for docstrings of
+    Python's library. limit: the number of texts, None for a number that suits the device. peers: comma-separated names
+    of competitors, None for all. rounds: the maximum number of passes over all texts. seconds: no new round begins
+    after this time. latency: whether to time single short texts too. memory: whether to measure peak memory on a CPU.
     """
 
     model: str

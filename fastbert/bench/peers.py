@@ -1,7 +1,7 @@
-"""A `Peer` is what a user would otherwise pick, and `contest` holds peers against fastbert.
+"""A `Peer` is an alternative to fastbert for a user, and `contest` compares peers with fastbert.
 
-A peer names the `obstacle` if it cannot run here, is prepared once for a workload, and runs it. Its output
-is checked against the reference before it is timed: one that is wrong, fails or is missing is reported as such.
+A peer gives its `obstacle` if it cannot run here, is prepared once for a workload, and runs it. Its output is compared
+with the reference before it is timed. A peer that is wrong, fails or is missing is reported as such.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ OURS = "fastbert"
 
 
 class Peer:
-    """One competitor in one setting. Subclasses set `name` and fill in the three methods.
+    """A Peer is one competitor in one setting. Subclasses set `name` and define the methods.
 
-    dtype: what it computes in, None where that is the contest's. needs: of ours, what must have passed its tests.
-    gives_vectors: whether the output is one vector a text, whose cosine to the exact one is reported.
+    dtype: the data type of its computation, None for the contest's. needs: the parts of fastbert that must have passed
+    their tests. gives_vectors: whether the output is one vector per text, whose cosine to the exact one is reported.
     """
 
     name: str
@@ -34,26 +34,26 @@ class Peer:
     dtype: str | None = None
 
     def obstacle(self) -> str | None:
-        """The reason why this peer cannot run here (a package, a device, a feature that is missing), or None."""
+        """Returns the reason why this peer cannot run here (a missing package, device or feature), or None."""
         return None
 
     def prepare(self) -> None:
-        """Loads, compiles, moves to the device: what a user does once. Its time is reported apart."""
+        """Loads, compiles and moves to the device, as a user does once. This time is reported separately."""
 
     def run(self, i: int) -> Any:
-        """One pass over input set i (inputs rotate)."""
+        """Runs one pass over input set i; the sets rotate."""
         raise NotImplementedError
 
     def output(self) -> torch.Tensor:
-        """The result of a run on input set 0, in the form of the contest's reference, for the check."""
+        """Returns the result of a run on input set 0, in the form of the contest's reference, for the check."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """Entries for `Row.extra`, once there is an output: batch size, padding waste, a `note` for the reader."""
+        """Returns entries for `Row.extra`, after the first output: batch size, padding waste, a `note` for readers."""
         return {}
 
     def peak_bytes(self) -> int | None:
-        """Peak memory of a process of its own that does one run; None where that is not measured. For CPUs."""
+        """Returns the peak memory of a separate process with one run, for CPUs; None if it is not measured."""
         return None
 
 
@@ -70,12 +70,12 @@ def contest(
     on_step: Callable[[str], None] | None = None,
     **timing: Any,
 ) -> list[Row]:
-    """Prepares, checks and times peers in turn; the first is fastbert, to which the others are compared.
+    """Prepares, checks and times peers in turns; the first is fastbert, to which the others are compared.
 
-    row: the row to fill in for a peer. reference: what `output` should give. A peer beyond its bound (see `bound_of`,
-    which needs the error of plain PyTorch: `eager` names that peer) is WRONG and untimed. memory: on a CPU, measure
-    each peer's too (`Peer.peak_bytes`); on a GPU that is always done. timing: arguments of `interleave`. Returns a row
-    a peer, in order.
+    row: makes the row for a peer. reference: the right result of `output`. A peer with an error above its bound is
+    WRONG and not timed. `bound_of` needs the error of plain PyTorch; `eager` is the name of that peer. memory: on a
+    CPU, also measure each peer's memory (`Peer.peak_bytes`); on a GPU that is always done. timing: arguments of
+    `interleave`. Returns one row per peer, in order.
     """
     say = on_step or (lambda text: None)
     rows = {peer.name: row(peer) for peer in peers}
@@ -91,7 +91,7 @@ def contest(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 torch.cuda.reset_peak_memory_stats(device)
-                others_bytes = torch.cuda.memory_allocated(device)  # what the peers before this one hold
+                others_bytes = torch.cuda.memory_allocated(device)  # memory of the earlier peers
             started = time.monotonic()
             peer.prepare()
             rows[peer.name].extra["prepare_seconds"] = time.monotonic() - started
@@ -103,7 +103,7 @@ def contest(
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
                 rows[peer.name].peak_bytes = torch.cuda.max_memory_allocated(device) - others_bytes
-        except Exception as error:  # whatever a peer raises is its result
+        except Exception as error:  # any error of a peer is its result
             rows[peer.name].status, rows[peer.name].detail = FAILED, _first_line(error)
             logger.debug("%s failed", peer.name, exc_info=True)
             continue
@@ -139,7 +139,7 @@ def _measure_memory(peer: Peer, row: Row) -> None:
 
 
 def _time(peers: list[Peer], rows: dict[str, Row], device: torch.device, timing: dict[str, Any]) -> dict[str, Timing]:
-    """Times the peers; one that raises while it is timed is FAILED, and the rest are timed again."""
+    """Times the peers. A peer that raises during timing is FAILED, and the others are timed again."""
     while peers:
         current = ""
 
@@ -160,16 +160,16 @@ def _time(peers: list[Peer], rows: dict[str, Row], device: torch.device, timing:
 
 
 def bound_of(row: Row, eager_error: float | None) -> float:
-    """The largest RMS error allowed. eager_error: that of plain PyTorch in the same dtype, None if it did not run.
+    """Returns the largest allowed RMS error. eager_error: plain PyTorch's in the same dtype, None if it did not run.
 
-    fastbert is held to the numerical policy: 1.25 times plain PyTorch plus half an ulp. A peer may be less exact
-    (others approximate GELU) but must compute the same function: 1 % in float32, 10 % in fewer bits. One that quantises
-    to 8 bits is what its makers recommend whatever its error, which stands beside its speed: 50 %.
+    fastbert must satisfy the numerical policy: 1.25 times plain PyTorch plus half an ulp. A peer may be less exact
+    (others approximate GELU) but must compute the same function: 1 % in float32, 10 % in fewer bits. For a peer that
+    quantises to 8 bits, as its makers recommend, the bound is 50 %; its error is reported beside its speed.
     """
     loose = {"float32": 0.01, "float64": 0.01, "int8": 0.5, "fp8": 0.5}.get(row.dtype, 0.1)
     if row.competitor != OURS or eager_error is None:
         return min(loose, 0.1) if row.competitor.startswith(OURS) else loose
-    dtype = "bfloat16" if row.dtype in ("fp8", "int8") else row.dtype  # in which 8-bit linears give their results
+    dtype = "bfloat16" if row.dtype in ("fp8", "int8") else row.dtype  # the data type of 8-bit linears' results
     return 1.25 * eager_error + 0.5 * torch.finfo(getattr(torch, dtype)).eps
 
 

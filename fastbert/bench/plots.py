@@ -1,6 +1,6 @@
-"""The figures of results: ratios to peers, throughput, share of the ceiling, memory, start.
+"""This module makes the figures of results: ratios to peers, throughput, share of the ceiling, memory, start.
 
-Every figure names the device and the day on which it was measured, and the competitors that it leaves out.
+Every figure names the device and the date of its measurement, and the competitors that it omits.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from fastbert.pages.figures import BLUE, GREY, ORANGE, Bar, Plot, bars, lines, p
 K = TypeVar("K", bound=Hashable)
 
 PANELS_OF_LINES = 3
-WHERE_LISTED = 4  # places named one by one where a competitor has no point
+WHERE_LISTED = 4  # maximum number of listed places at which a competitor has no point
 
 
 def figures(results: Results) -> list[Plot]:
-    """The figures that the rows allow, suite by suite. Raises ImportError if matplotlib is not installed."""
-    import matplotlib.figure  # noqa: F401  the error is raised here, before anything is drawn
+    """Returns the figures for the rows, suite by suite. Raises ImportError if matplotlib is not installed."""
+    import matplotlib.figure  # noqa: F401  raises the error here, before anything is drawn
 
     plots: list[Plot] = []
     foot = source(results.environment)
@@ -54,7 +54,7 @@ def figures(results: Results) -> list[Plot]:
 
 
 def _named_apart(plots: Sequence[Plot]) -> list[Plot]:
-    """Numbers the names that repeat, because names become files and ids."""
+    """Numbers repeated names, because names become files and ids."""
     counts: dict[str, int] = {}
     apart = []
     for plot in plots:
@@ -80,7 +80,10 @@ def _ratio(group: Sequence[Contest], foot: str) -> list[Plot]:
 
 
 def ratio_bar(row: Row) -> Bar | str:
-    """The speed-up over a peer as a bar, or the reason why there is none. The colour says who is faster."""
+    """Returns the speed-up over a peer as a bar, or the reason for a missing one.
+
+    The colour shows which one is faster.
+    """
     if row.status != OK or row.speedup is None:
         return row.status if row.status != OK else NO_RATIO
     low = row.speedup if row.speedup_low is None else row.speedup_low
@@ -104,7 +107,7 @@ def _cold_start(row: Row) -> tuple[float, str] | None:
 def _of_rows(
     members: Sequence[Contest], foot: str, kind: str, title: str, value: Callable[[Row], tuple[float, str] | None]
 ) -> list[Plot]:
-    """Bars of a value that a row may have: a line for each contest, a panel for each competitor."""
+    """Returns bars of an optional value of rows: a line for each contest, a panel for each competitor."""
     group = [c for c in members if any(value(row) for row in c.rows if row.status == OK)]
     having = {c.name_of(row) for c in group for row in c.rows if row.status == OK and value(row)}
     everyone = competitors(group)
@@ -126,7 +129,7 @@ def _of_rows(
 
 
 def _once(members: Sequence[Contest], foot: str, key: str, kind: str, title: str) -> list[Plot]:
-    """Bars of a time that each competitor spends once for a model: the median over the contests."""
+    """Returns bars of a time that each competitor needs once for a model: the median over the contests."""
     models = _by(members, lambda contest: contest.model)
     values: dict[str, dict[int, float]] = {}
     for j, group in enumerate(models.values()):
@@ -145,9 +148,9 @@ def _once(members: Sequence[Contest], foot: str, key: str, kind: str, title: str
 
 
 def _throughput(group: Sequence[Contest], foot: str, along: str, panel: str) -> list[Plot]:
-    """Lines of tokens/s by length with a panel for each batch size, or the other way round.
+    """Returns lines of tokens/s by length with a panel for each batch size, or with both exchanged.
 
-    Each kind of workload has figures of its own.
+    Each kind of workload has its own figures.
     """
     plots = []
     families = _by(group, lambda c: (c.dtype, re.sub(r"\d+", "#", c.workload)))
@@ -174,7 +177,7 @@ _Absent = dict[str, list[tuple[float, float]]]  # competitor and status: (x, pan
 
 
 def _points(members: Sequence[Contest], along: str, panel: str) -> tuple[_Points, _Absent]:
-    """The points to draw, and the places where a competitor has none."""
+    """Returns the points to draw, and the places at which a competitor has none."""
     points: _Points = {}
     absent: _Absent = {}
     for contest in members:
@@ -193,7 +196,7 @@ def _points(members: Sequence[Contest], along: str, panel: str) -> tuple[_Points
 
 
 def _labels(group: Sequence[Contest], *, model: bool = True) -> list[str]:
-    """Labels that tell the contests of a suite apart; without the model, those of a model and setting."""
+    """Returns labels that distinguish the contests of a suite; without the model, those of one model and setting."""
     dtypes = len({contest.dtype for contest in group}) > 1
     return [
         " · ".join(
@@ -216,7 +219,7 @@ def _heading(contest: Contest) -> str:
 
 
 def _left_out(group: Sequence[Contest], names: Iterable[str]) -> str:
-    """A line that names the competitors without any number, with their statuses."""
+    """Returns a line with the competitors that have no number, and with their statuses."""
     parts = []
     for name in names:
         rows = [row for contest in group for row in contest.rows if contest.name_of(row) == name]
@@ -226,7 +229,7 @@ def _left_out(group: Sequence[Contest], names: Iterable[str]) -> str:
 
 
 def _unit(kind: str, values: Sequence[float]) -> tuple[float, str]:
-    """The number by which an axis divides its values, and the name of the axis."""
+    """Returns the divisor of an axis's values, and the name of the axis."""
     largest = max(values, default=0.0)
     if kind == "ceiling":
         return 0.01, "% of the ceiling"
@@ -237,7 +240,7 @@ def _unit(kind: str, values: Sequence[float]) -> tuple[float, str]:
 
 
 def _without_a_point(absent: _Absent, panels: Sequence[float], along: str, panel: str) -> str:
-    """A line that says which competitors have no point in these panels, and where."""
+    """Returns a line with the competitors that have no point in these panels, and with the places."""
     parts = []
     for name, places in absent.items():
         where = [f"{x:g}×{at:g}" for x, at in places if at in panels]

@@ -1,6 +1,6 @@
-"""The report of results: plain text for a terminal, or a page of tables and figures as Markdown or HTML.
+"""The report of results is plain text for a terminal, or a page of tables and figures as Markdown or HTML.
 
-tables.py lists what a row may carry in `Row.extra` for the report to show.
+tables.py lists the keys of `Row.extra` that the report shows.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ _PNG_NAME = re.compile(r".+-[0-9a-f]{10}\.png")
 
 
 def render_terminal(results: Results, *, width: int | None = None, summary_only: bool = False) -> str:
-    """The results as aligned plain text: a table for each contest, one for each suite of several, and the verdict.
+    """Returns the results as aligned plain text: a table per contest, one per suite with several, and the verdict.
 
-    width: columns of the terminal, by default those of the present one; a table too wide for it is continued below
-    itself. summary_only: a suite of several contests has only the table that sums it up.
+    width: columns of the terminal, by default those of the current one; a table that is too wide continues below.
+    summary_only: a suite of several contests has only its summary table.
     """
     width = width or shutil.get_terminal_size((140, 24)).columns
     parts = ["\n".join(textwrap.fill(line, width) for line in _origin(results.environment))]
@@ -75,10 +75,10 @@ def render_terminal(results: Results, *, width: int | None = None, summary_only:
 
 
 def write_report(results: Results, path: str | os.PathLike[str], *, title: str = "fastbert benchmarks") -> None:
-    """Writes the report whole or not at all: `.html` with everything in it, `.md` with PNG files in a folder beside it.
+    """Writes the report completely or not at all: `.html` with everything inside, or `.md` with a folder of PNG files.
 
-    That folder is named after the report: report.md has report-figures/. Figures need matplotlib; without it the
-    report says so. Raises ValueError for another suffix.
+    The folder is named after the report: report.md has report-figures/. Figures need matplotlib; without it the report
+    has a note. Raises ValueError for another suffix.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -93,7 +93,7 @@ def write_report(results: Results, path: str | os.PathLike[str], *, title: str =
 
 
 def report_page(results: Results, title: str) -> Page:
-    """The report as data. Without matplotlib it has no figures."""
+    """Returns the report as data. Without matplotlib it has no figures."""
     notes: tuple[str, ...] = ()
     figures: list[Plot] = []
     try:
@@ -129,7 +129,7 @@ def _note(value: object) -> str:
 
 
 def _origin(environment: dict[str, Any]) -> list[str]:
-    """The machine of the results, in one or two lines."""
+    """Returns the machine of the results, in one or two lines."""
     values = dict(environment_lines(environment))
     versions = [f"{key} {values[key]}" for key in ("driver", "cuda", "python") if key in values]
     packages = [values["packages"]] if "packages" in values else []
@@ -137,9 +137,9 @@ def _origin(environment: dict[str, Any]) -> list[str]:
 
 
 def _write_markdown(path: Path, page: Page) -> None:
-    """Writes the figures first, under names made of their content, and then the page.
+    """Writes the figures first, with names made from their content, and then the page.
 
-    An old page thus keeps its figures until the new one exists.
+    So an old page keeps its figures until the new one exists.
     """
     folder = path.with_name(f"{path.stem}-figures")
     images: dict[str, bytes] = {}
@@ -168,7 +168,7 @@ def _write_markdown(path: Path, page: Page) -> None:
         for old in folder.iterdir():
             if _PNG_NAME.fullmatch(old.name) and old.name not in images:
                 old.unlink()
-        with contextlib.suppress(OSError):  # not empty
+        with contextlib.suppress(OSError):  # the folder is not empty
             folder.rmdir()
 
 

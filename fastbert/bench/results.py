@@ -1,4 +1,4 @@
-"""`Results` are rows, one a competitor and workload, and the machine they were measured on, in versioned JSON."""
+"""`Results` are rows, one per competitor and workload, and the machine of the measurement, in versioned JSON."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ PACKAGES = ("torch", "triton", "transformers", "sentence-transformers", "onnxrun
 
 @dataclass
 class Row:
-    """One competitor on one workload.
+    """A Row is one competitor on one workload.
 
-    status: "ok"; "failed" (raised), "wrong" (its output missed the bound, so it was not timed), "missing" (not
-    available here); `detail` says why. seconds: of one pass over the workload, the median over rounds; spread as in
-    Timing. error: RMS relative to the float64 reference, and the bound it was held to. speedup: how many times faster
-    fastbert is, where this is a peer. ceiling_fraction: of what the hardware allows, with `rate` in `rate_unit`.
+    status: "ok"; "failed" (raised an error), "wrong" (the output missed the bound, so it was not timed), or "missing"
+    (not available here); `detail` has the reason. seconds: the time of one pass over the workload, the median over
+    rounds; spread as in Timing. error: RMS relative to the float64 reference; bound: its limit. speedup: how many times
+    faster fastbert is, for a peer. ceiling_fraction: the share of the hardware's limit, with `rate` in `rate_unit`.
     """
 
     suite: str
@@ -63,7 +63,7 @@ class Row:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def timed(self, timing: Timing, tokens: int | None = None, items: int | None = None) -> Row:
-        """Fills in what a timing says; returns itself."""
+        """Sets the fields of a timing; returns itself."""
         self.seconds, self.spread, self.rounds = timing.median, timing.spread, len(timing.samples)
         self.p50, self.p95, self.p99 = (timing.percentile(p) for p in (50, 95, 99))
         self.tokens, self.items = tokens, items
@@ -71,14 +71,14 @@ class Row:
         return self
 
     def compared(self, ratio: Ratio) -> Row:
-        """Fills in how many times faster fastbert is; returns itself."""
+        """Sets how many times faster fastbert is; returns itself."""
         self.speedup, self.speedup_low, self.speedup_high = ratio.value, ratio.low, ratio.high
         return self
 
 
 @dataclass
 class Results:
-    """Rows, the machine, and what its ceilings were measured to be."""
+    """A Results holds rows, the machine, and its measured ceilings."""
 
     environment: dict[str, Any]
     rows: list[Row] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Results:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes JSON, whole or not at all. NaN and infinity become null."""
+        """Writes JSON, completely or not at all. NaN and infinity become null."""
         content = {
             "kind": KIND,
             "version": VERSION,
@@ -100,7 +100,10 @@ class Results:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Results:
-        """Reads what `save` wrote. Raises ValueError, naming the file, if cut short or of another kind or version."""
+        """Reads a file of `save`.
+
+        Raises ValueError, with the file name, for an incomplete file, another kind or version.
+        """
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -109,7 +112,7 @@ class Results:
 
     @classmethod
     def parse(cls, text: str, where: str) -> Results:
-        """Reads what `save` wrote from a file's text. where: its name, for errors."""
+        """Reads the text of a file of `save`. where: its name, for errors."""
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
@@ -129,7 +132,7 @@ class Results:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The machine: device, driver, versions, commit, time. Every result carries it."""
+    """Returns the environment: device, driver, versions, commit, time. Every result has it."""
     facts: dict[str, Any] = {
         "device": device_name(device),
         "device_type": device.type,
@@ -155,14 +158,14 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_name(device: torch.device) -> str:
-    """The name of the GPU, or of the processor with the threads in use."""
+    """Returns the name of the GPU, or of the processor with the number of used threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"
 
 
 def cpu_name() -> str:
-    """The name that the operating system has for the processor."""
+    """Returns the operating system's name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -172,9 +175,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the sources that this runs from, "-dirty" where they differ; None outside a git checkout.
+    """Returns the commit of the running sources, with "-dirty" if they differ; None outside of a git checkout.
 
-    Committed results are no sources: a run writes its own over those of an earlier one.
+    Committed results do not count as sources, because a run overwrites those of an earlier run.
     """
     root = Path(__file__).resolve().parent.parent.parent
     if not (root / "setup.py").exists():

@@ -22,7 +22,7 @@ from fastbert.bench.text_task import TextTask, known_warnings_hidden
 from fastbert.ops import dispatch
 
 LEAST_TEXTS = 32
-PASSES = 15  # a pass of fastbert over the default texts, on a CPU, takes about this share of the time for timing
+PASSES = 15  # on a CPU, a pass of fastbert over the default texts takes about 1 / PASSES of the timing budget
 LATENCY_ROUNDS, LEAST_LATENCY_ROUNDS = 200, 20
 MEMORY_NOTE = (
     "Peak memory on a GPU is what PyTorch's allocator held, without the other competitors' share. On a CPU it is all "
@@ -31,9 +31,9 @@ MEMORY_NOTE = (
 
 
 def measure(options: BenchOptions) -> Results:
-    """The results of one contest in throughput and one in latency.
+    """Returns the results of one contest in throughput and one in latency.
 
-    Raises ValueError or OSError for options that do not fit and files that cannot be read.
+    Raises ValueError or OSError for invalid options and for files that cannot be read.
     """
     if dispatch.interpreting():
         raise RuntimeError("TRITON_INTERPRET is set: nothing is measured in Triton's interpreter; unset it")
@@ -77,7 +77,7 @@ def _contest(
     task: TextTask, labels: dict[str, str], workload: str, peers: Sequence[Peer], reference: Tensor, *,
     rounds: int, **timing: Any,
 ) -> list[Row]:  # fmt: skip
-    """A contest behind a progress bar. No warm-up: the check of the outputs has been one."""
+    """Runs a contest with a progress bar. There is no warm-up, because the check of the outputs has run everything."""
 
     def row(peer: Peer) -> Row:
         return Row("text", workload, peer.name, peer.dtype or task.dtype, extra=dict(labels))
@@ -91,7 +91,7 @@ def _contest(
 
 
 def affordable(task: TextTask, seconds: float) -> int:
-    """The number of texts, up to the default limit, that fastbert encodes in about so many seconds."""
+    """Returns the number of texts, up to the default limit, that fastbert encodes in about this time."""
     few, encoder = text_sources.spread(task.texts, FEW), FastBert(task)
     with known_warnings_hidden():
         encoder.prepare()
@@ -101,7 +101,7 @@ def affordable(task: TextTask, seconds: float) -> int:
 
 
 def choose_encoders(encoders: Sequence[TextEncoder], names: str | None, *, always: Sequence[str]) -> list[TextEncoder]:
-    """The encoders that a comma-separated list names, in any case of letters, and those that always take part."""
+    """Returns the encoders that a comma-separated list names, ignoring case, and those that always take part."""
     if names is None:
         return list(encoders)
     known = {encoder.name.lower(): encoder for encoder in encoders}
@@ -115,7 +115,10 @@ def choose_encoders(encoders: Sequence[TextEncoder], names: str | None, *, alway
 
 @contextmanager
 def _progress(setting: str, total: int) -> Iterator[Callable[..., None]]:
-    """A bar on standard error, if that is a terminal. Call it with what comes next, or with nothing after a round."""
+    """Shows a bar on standard error, if that is a terminal.
+
+    Call the result with the next step, or without after a round.
+    """
     from tqdm import tqdm
 
     with tqdm(total=total, desc=setting, file=sys.stderr, disable=not sys.stderr.isatty(), leave=False) as bar:

@@ -1,21 +1,21 @@
 """Results become tables of text: rows form contests, and numbers get digits and units.
 
-A row may carry more than its fields, in `Row.extra`. This file and plots.py read these keys, all optional:
+A row may have additional values in `Row.extra`. This file and plots.py read these keys, all optional:
 
-    model               str    "BERT-base", "MiniLM": what ran
+    model               str    "BERT-base", "MiniLM": the model that ran
     setting             str    "throughput" or "latency"
-    length, batch       int    tokens of a sequence (the longest, where lengths vary) and sequences at a time
+    length, batch       int    tokens per sequence (the longest, if lengths vary) and sequences per batch
     padding_waste       float  share of a padded batch that is padding, 0 to 1
-    flops_per_token     float  gives TFLOP/s where the row has no `rate`
+    flops_per_token     float  gives TFLOP/s if the row has no `rate`
     max_error           float  the largest difference from the reference, over the RMS of the reference
-    saved_bytes         float  what a training step keeps for its backward pass, without parameters
-    saved_h             float  how that grows with the batch: bytes a token and layer, in units of H
-    bars                dict   {what a training step should reach: [reached, least]}
-    python_calls        float  functions of Python that one pass calls on the host
-    bar_seconds         float  what the time should stay under
+    saved_bytes         float  bytes that a training step saves for its backward pass, without parameters
+    saved_h             float  their growth with the batch: bytes per token and layer, in units of H
+    bars                dict   {goal of a training step: [reached, least]}
+    python_calls        float  Python function calls of one pass on the host
+    bar_seconds         float  upper limit of the time
     low_cosine          float  1st percentile of the cosines between a text's vector and the exact one
     prepare_seconds     float  loading, compiling, moving to the device: once, before the first run
-    cold_start_seconds  float  from nothing to the first result, in a fresh process with empty caches
+    cold_start_seconds  float  time to the first result, in a fresh process with empty caches
 """
 
 from __future__ import annotations
@@ -32,12 +32,15 @@ from fastbert.pages.document import NO_VALUE, Line, Table
 
 SHORT_DTYPES = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 NO_RATIO = "no ratio"
-ROUNDS_FOR_PERCENTILES = 20  # of fewer, the 95th percentile is the slowest round
+ROUNDS_FOR_PERCENTILES = 20  # with fewer rounds, the 95th percentile is the slowest round
 
 
 @dataclass(frozen=True)
 class Contest:
-    """Competitors timed against one another: rows of one suite, workload, model and setting, fastbert's first."""
+    """A Contest is a group of competitors that are timed together: rows of one suite, workload, model and setting.
+
+    fastbert's row is the first.
+    """
 
     suite: str
     workload: str
@@ -55,40 +58,40 @@ class Contest:
 
     @property
     def others(self) -> tuple[Row, ...]:
-        """The peers that are not fastbert itself in another precision or layout."""
+        """Returns the peers that are not fastbert in another precision or layout."""
         return tuple(row for row in self.peers if not row.competitor.startswith(f"{OURS} "))
 
     @property
     def fastest_other(self) -> Row | None:
-        """The row that fastbert is least ahead of, None where no other has a ratio."""
+        """Returns the other competitor with the smallest ratio, or None if no other has a ratio."""
         ratios = {i: row.speedup for i, row in enumerate(self.others) if row.speedup is not None}
         return self.others[min(ratios, key=lambda i: ratios[i])] if ratios else None
 
     @property
     def dtype(self) -> str:
-        """The dtype of fastbert; a peer may have another."""
+        """Returns the dtype of fastbert; a peer may have another."""
         return (self.ours or self.rows[0]).dtype
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
-        """The names that identify the contest from one run to the next."""
+        """Returns the names that identify the contest in different runs."""
         return self.suite, self.model, self.workload, self.setting, self.dtype
 
     @property
     def label(self) -> str:
-        """The key without the suite, as text."""
+        """Returns the key without the suite, as text."""
         return " · ".join(filter(None, (self.model, self.workload, self.setting, short_dtype(self.dtype))))
 
     def name_of(self, row: Row) -> str:
-        """The competitor's name, with its dtype where that is not the contest's."""
+        """Returns the competitor's name, with its dtype if that is not the contest's."""
         return row.competitor if row.dtype == self.dtype else f"{row.competitor} ({short_dtype(row.dtype)})"
 
 
 def contests(rows: Iterable[Row]) -> list[Contest]:
-    """Puts rows into contests, in the order of their first rows.
+    """Groups rows into contests, in the order of their first rows.
 
-    Rows of one suite, workload, model and setting belong together. Where a competitor comes a second time, the next
-    contest begins: the same peers meet in another dtype.
+    Rows of one suite, workload, model and setting form a contest. When a competitor appears a second time, the next
+    contest begins, with the same peers in another dtype.
     """
     groups: dict[tuple[str, str, str, str], list[list[Row]]] = {}
     order: list[tuple[tuple[str, str, str, str], list[Row]]] = []
@@ -103,7 +106,7 @@ def contests(rows: Iterable[Row]) -> list[Contest]:
 
 
 def suites(results: Results) -> dict[str, list[Contest]]:
-    """The contests of each suite, in order."""
+    """Returns the contests of each suite, in order."""
     by_suite: dict[str, list[Contest]] = {}
     for contest in contests(results.rows):
         by_suite.setdefault(contest.suite, []).append(contest)
@@ -111,12 +114,12 @@ def suites(results: Results) -> dict[str, list[Contest]]:
 
 
 def competitors(members: Iterable[Contest]) -> list[str]:
-    """The competitors' names in the order in which they come, each once."""
+    """Returns the distinct names of competitors, in order of appearance."""
     return list(dict.fromkeys(contest.name_of(row) for contest in members for row in contest.rows))
 
 
 def contest_table(contest: Contest) -> Table:
-    """A table with a line for each competitor; columns that are empty for all of them are left out."""
+    """Returns a table with a line for each competitor; it omits columns that are empty for all of them."""
     ran = [row for row in contest.rows if row.status == OK]
     columns = [column for column in _COLUMNS if any(column[1](row) for row in ran)]
     header = [heading for heading, _ in columns] or ["result"]
@@ -142,9 +145,9 @@ def _tone(row: Row) -> str:
 
 
 def summary_table(suite: str, members: Sequence[Contest]) -> Table:
-    """A table of how many times faster fastbert is than each peer.
+    """Returns a table of how many times faster fastbert is than each peer.
 
-    It has a line for each contest, and at its end the geometric mean of each setting.
+    It has a line for each contest, and at the end the geometric mean of each setting.
     """
     peers = [name for name in competitors(members) if name != OURS]
     lines = []
@@ -165,7 +168,7 @@ def summary_table(suite: str, members: Sequence[Contest]) -> Table:
 
 
 def _reasons(members: Sequence[Contest]) -> tuple[str, ...]:
-    """The reasons why competitors did not run: a line for each competitor and status, with its first reason."""
+    """Returns the reasons why competitors did not run: one line per competitor and status, with its first reason."""
     details: dict[tuple[str, str], list[str]] = {}
     for contest in members:
         for row in contest.rows:
@@ -179,19 +182,19 @@ def _reasons(members: Sequence[Contest]) -> tuple[str, ...]:
 
 
 def peer_rows(members: Iterable[Contest], name: str) -> list[Row]:
-    """The rows of one peer, named as `Contest.name_of` names it."""
+    """Returns the rows of one peer, named as in `Contest.name_of`."""
     return [row for contest in members for row in contest.peers if contest.name_of(row) == name]
 
 
 def ratio_cell(row: Row) -> str:
-    """The speed-up of fastbert over a peer, or the reason why there is none."""
+    """Returns the speed-up of fastbert over a peer, or the reason for a missing one."""
     if row.status != OK:
         return row.status
     return NO_RATIO if row.speedup is None else times(row.speedup)
 
 
 def mean_cell(rows: Sequence[Row]) -> str:
-    """The geometric mean of the speed-ups over one peer, with their number if some are missing."""
+    """Returns the geometric mean of the speed-ups over one peer, with their number if some are missing."""
     ratios = [row.speedup for row in rows if row.speedup is not None]
     if ratios:
         return times(geometric_mean(ratios)) + (f" ({len(ratios)} of {len(rows)})" if len(ratios) < len(rows) else "")
@@ -200,9 +203,9 @@ def mean_cell(rows: Sequence[Row]) -> str:
 
 
 def speed(row: Row) -> str:
-    """The speed of a competitor in the first unit that it has: tokens/s, texts/s, rate, time.
+    """Returns the speed of a competitor in the first unit that it has: tokens/s, texts/s, rate, time.
 
-    A rate comes with its share of the measured ceiling. A competitor that did not run gives its status.
+    A rate has its share of the measured ceiling. For a competitor that did not run, it returns the status.
     """
     if row.status != OK:
         return row.status
@@ -214,7 +217,7 @@ def speed(row: Row) -> str:
 
 
 def environment_lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
-    """The machine as pairs of text; packages in one line, those not installed named as such."""
+    """Returns the machine as pairs of text, with the packages in one line, including those that are not installed."""
     lines = []
     for key, value in environment.items():
         if isinstance(value, dict):
@@ -228,12 +231,12 @@ def environment_lines(environment: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def ceiling_lines(ceilings: Mapping[str, float | None]) -> list[tuple[str, str]]:
-    """Ceilings as pairs of text; their names hold the units."""
+    """Returns ceilings as pairs of text; their names have the units."""
     return [(name, "unknown" if value is None else digits(value)) for name, value in ceilings.items()]
 
 
 def source(environment: dict[str, Any]) -> str:
-    """Device, day and commit in one line, which stands under every figure."""
+    """Returns device, date and commit in one line, which is below every figure."""
     parts = [str(environment.get("device") or "unknown device"), str(environment.get("date") or "no date")[:10]]
     commit = environment.get("commit")
     return ", ".join(parts + ([f"commit {commit}"] if commit else []))
@@ -244,7 +247,7 @@ def short_dtype(dtype: str) -> str:
 
 
 def number(row: Row, key: str) -> float | None:
-    """A number of `Row.extra`, None if it is absent or not finite."""
+    """Returns a number of `Row.extra`, or None if it is absent or not finite."""
     value = row.extra.get(key)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return None
@@ -252,7 +255,7 @@ def number(row: Row, key: str) -> float | None:
 
 
 def digits(value: float) -> str:
-    """Three significant digits, never in exponent form from 0.001 up."""
+    """Formats three significant digits, never in exponent form from 0.001 up."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     decimals = 2 - math.floor(math.log10(abs(float(f"{value:.3g}"))))
@@ -260,7 +263,7 @@ def digits(value: float) -> str:
 
 
 def si(value: float) -> str:
-    """1,234,567 as 1.23 M."""
+    """Formats 1,234,567 as 1.23 M."""
     for factor, prefix in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= factor * 0.9995:
             return digits(value / factor) + prefix
@@ -268,7 +271,7 @@ def si(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """0.00123 as 1.23 ms."""
+    """Formats 0.00123 as 1.23 ms."""
     for factor, unit in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= factor * 0.9995:
             return f"{digits(seconds / factor)} {unit}"
@@ -276,7 +279,7 @@ def duration(seconds: float) -> str:
 
 
 def memory(size: float) -> str:
-    """Bytes in GiB, MiB or KiB."""
+    """Formats bytes in GiB, MiB or KiB."""
     for power, unit in ((30, "GiB"), (20, "MiB")):
         if size >= 2**power:
             return f"{digits(size / 2**power)} {unit}"
@@ -284,7 +287,7 @@ def memory(size: float) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio, to the hundredth or to three digits."""
+    """Formats a ratio, to the hundredth or to three digits."""
     return f"{ratio:.2f}×" if 0.1 <= ratio < 1 else f"{digits(ratio)}×"
 
 
@@ -293,7 +296,7 @@ def percent(share: float) -> str:
 
 
 def rate_of(row: Row) -> tuple[float, str] | None:
-    """The rate and its unit; TFLOP/s from `flops_per_token` where the row has none."""
+    """Returns the rate and its unit; TFLOP/s from `flops_per_token` if the row has no rate."""
     if row.rate is not None:
         return row.rate, row.rate_unit
     flops = number(row, "flops_per_token")

@@ -1,4 +1,4 @@
-"""Text encoders are ways to turn texts into vectors: fastbert's, and what one would use instead."""
+"""A text encoder converts texts to vectors in one way: fastbert, or an alternative of a user."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from fastbert.bench.texts import spread
 from fastbert.pipelines.modules import Normalize
 from fastbert.pipelines.sentence import SentenceEncoder
 
-WINDOW = 4096  # texts that padded peers tokenise and sort at once: a GPU computes one window during the next
-SAMPLE = {"cpu": 48, "cuda": 2048}  # texts on which batch sizes are tried
+WINDOW = 4096  # texts that padded peers tokenise and sort at once, while a GPU computes the previous window
+SAMPLE = {"cpu": 48, "cuda": 2048}  # number of texts for the choice of batch sizes
 
 
 class TextEncoder:
-    """One way to turn texts into vectors. Subclasses set `name` and fill in `load` and `encode`.
+    """A TextEncoder is one way to convert texts to vectors. Subclasses set `name` and define `load` and `encode`.
 
-    dtype: that of the computation. batch_size: None where there is none to choose. unloaded: a copy from before `load`,
-    from which another process can start.
+    dtype: the data type of the computation. batch_size: None if there is no choice. unloaded: a copy made before
+    `load`, with which another process can start.
     """
 
     name: str
@@ -55,11 +55,11 @@ class TextEncoder:
         raise NotImplementedError
 
     def encode(self, texts: list[str]) -> Tensor:
-        """(n, dim) float32 vectors on the host."""
+        """Returns (n, dim) float32 vectors on the host."""
         raise NotImplementedError
 
     def facts(self) -> dict[str, Any]:
-        """Entries for `Peer.facts`, of the texts encoded last."""
+        """Returns entries for `Peer.facts`, for the last encoded texts."""
         return {} if self.batch_size is None else {"batch_size": self.batch_size}
 
     def prepare(self) -> None:
@@ -70,7 +70,7 @@ class TextEncoder:
             self._loaded = True
 
     def choose_batch_size(self) -> None:
-        """Chooses the one of batch_sizes that is fastest on a sample of the task's texts."""
+        """Selects the fastest of batch_sizes on a sample of the task's texts."""
         device = self.task.device
         if self.batch_size is not None or not self.batch_sizes:
             return
@@ -87,23 +87,23 @@ class TextEncoder:
                 if not seconds:
                     raise
                 break
-            if size >= len(sample):  # larger ones would be the same batch
+            if size >= len(sample):  # larger sizes give the same batch
                 break
         self.batch_size = min(seconds, key=lambda size: seconds[size])
-        if on_gpu:  # the memory that the others took is not this setting's
+        if on_gpu:  # the memory of the other sizes does not belong to this setting
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
 
 
 def seconds_of(encode: Callable[[list[str]], Any], texts: list[str]) -> float:
-    """The seconds that encoding takes."""
+    """Returns the seconds that encoding takes."""
     started = time.perf_counter()
     encode(texts)
     return time.perf_counter() - started
 
 
 class FastBert(TextEncoder):
-    """SentenceEncoder, as it is."""
+    """This encoder is the SentenceEncoder, unchanged."""
 
     name = OURS
 
@@ -123,7 +123,7 @@ class FastBert(TextEncoder):
 
 
 class Pooled(TextEncoder):
-    """An engine behind transformers' tokenizer: texts sorted by their tokens, batches of nearly equal size, pooling."""
+    """This encoder runs transformers' tokenizer and an engine, on texts sorted by length in batches of similar size."""
 
     def __init__(self, task: TextTask, engine: type[Engine], **settings: Any) -> None:
         super().__init__(task)
@@ -171,7 +171,7 @@ class Pooled(TextEncoder):
 
 
 def pooling_obstacle(task: TextTask) -> str | None:
-    """The reason why a peer that only pools by mean or [CLS], and normalises, cannot stand for the folder, or None."""
+    """Returns the reason why a peer with only mean or [CLS] pooling, and normalisation, cannot be used, or None."""
     modes, tail = task.layout.pooling.modes, task.layout.tail
     if modes in (("mean",), ("cls",)) and [type(module) for module in tail] in ([], [Normalize]):
         return None
@@ -182,7 +182,7 @@ def pooling_obstacle(task: TextTask) -> str | None:
 
 
 def tokenized(task: TextTask, tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """The ids of texts by transformers' tokenizer, with the task's prompt, its case and its length."""
+    """Returns the ids of texts from transformers' tokenizer, with the task's prompt, casing and maximum length."""
     if task.prompt:
         texts = [task.prompt + text for text in texts]
     if task.layout.settings.do_lower_case:
@@ -193,7 +193,7 @@ def tokenized(task: TextTask, tokenizer: Any, texts: list[str]) -> list[list[int
 
 
 class SentenceTransformers(TextEncoder):
-    """sentence-transformers as it is: SentenceTransformer(folder).encode(texts)."""
+    """This encoder is sentence-transformers, unchanged: SentenceTransformer(folder).encode(texts)."""
 
     name = "sentence-transformers"
 
@@ -218,9 +218,9 @@ class SentenceTransformers(TextEncoder):
 
 
 class TunedSentenceTransformers(SentenceTransformers):
-    """sentence-transformers in the task's dtype, with SDPA and the best of a few batch sizes.
+    """This encoder is sentence-transformers in the task's dtype, with SDPA and the best of a few batch sizes.
 
-    Results leave a GPU at the end.
+    Results are copied from a GPU at the end.
     """
 
     name = "sentence-transformers tuned"
@@ -239,11 +239,11 @@ class TunedSentenceTransformers(SentenceTransformers):
 
 
 class FlashSentenceTransformers(TunedSentenceTransformers):
-    """sentence-transformers 6 in float16 with FlashAttention-2, which needs no padding: what its makers recommend.
+    """This encoder is sentence-transformers 6 in float16 with FlashAttention-2, without padding.
 
-    FlashAttention-2 comes from flash-attn, or from PyPI's kernels, which every user can install. sentence-transformers
-    then puts the tokens of a batch one after the other (`unpad_inputs`).
-    Source: sbert.net, "Speeding up Inference"; `Transformer.can_flatten_inputs`.
+    Its makers recommend this setting. FlashAttention-2 comes from flash-attn, or from PyPI's kernels, which every user
+    can install. sentence-transformers then packs the tokens of a batch (`unpad_inputs`). Source: sbert.net, "Speeding
+    up Inference"; `Transformer.can_flatten_inputs`.
     """
 
     name = "sentence-transformers FlashAttention-2"
@@ -267,7 +267,7 @@ class FlashSentenceTransformers(TunedSentenceTransformers):
 
 
 def text_encoders(task: TextTask) -> list[TextEncoder]:
-    """fastbert, and what needs no package but transformers and sentence-transformers."""
+    """Returns fastbert, and the encoders that need only the packages transformers and sentence-transformers."""
     engines = [Pooled(task, engine) for engine in TRANSFORMERS_ENGINES]
     flash = [FlashSentenceTransformers(task)] if task.device.type == "cuda" else []
     return [FastBert(task), *engines, SentenceTransformers(task), TunedSentenceTransformers(task), *flash]

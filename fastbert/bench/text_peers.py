@@ -1,4 +1,4 @@
-"""Two peers hold a text encoder to a task: `Throughput` on all texts at once, `Latency` on one text at a time."""
+"""Two peers run a text encoder on a task: `Throughput` on all texts at once, `Latency` on one text at a time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from fastbert.bench.peers import Peer
 from fastbert.bench.text_encoders import TextEncoder
 from fastbert.bench.texts import spread
 
-FEW = 16  # texts of a first run
+FEW = 16  # number of texts in a first run
 
 
 class Throughput(Peer):
-    """The texts of the task are encoded all at once. The output has the texts that `TextTask.reference` covers.
+    """All texts of the task are encoded at once. The output has the texts that `TextTask.reference` covers.
 
-    with_memory: whether there is time for a process of its own, in which to measure that.
+    with_memory: whether there is time to measure the memory in a separate process.
     """
 
     gives_vectors = True
@@ -33,7 +33,7 @@ class Throughput(Peer):
 
     def prepare(self) -> None:
         self.encoder.prepare()
-        self.encoder.encode(spread(self.task.texts, FEW))  # which compiles what is to be compiled
+        self.encoder.encode(spread(self.task.texts, FEW))  # triggers compilation
 
     def run(self, i: int) -> Tensor:
         return self.encoder.encode(self.task.texts)
@@ -54,7 +54,7 @@ class Throughput(Peer):
 
 
 class Latency(Peer):
-    """One text is encoded at a time. The output has all `texts`, as `TextTask.vectors` gives it for them."""
+    """One text is encoded at a time. The output has all `texts`, in the form of `TextTask.vectors`."""
 
     gives_vectors = True
 

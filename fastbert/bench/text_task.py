@@ -1,4 +1,4 @@
-"""A `TextTask` is a sentence encoder with texts for it, and its float64 vectors are what competitors must give."""
+"""A `TextTask` is a sentence encoder with texts. Competitors are compared with its float64 vectors."""
 
 from __future__ import annotations
 
@@ -26,15 +26,16 @@ from fastbert.text.encoding import PackedEncoding
 logger = logging.getLogger("fastbert")
 
 DTYPES = ("float32", "bfloat16", "float16")
-SHORT_TEXTS, SHORT_TOKENS = 32, 32  # of the latency setting: how many texts, and of how many tokens at most
+SHORT_TEXTS, SHORT_TOKENS = 32, 32  # for latency: the number of texts, and their maximum number of tokens
 
 
 class TextTask:
-    """A sentence encoder and texts for it.
+    """A TextTask holds a sentence encoder and texts for it.
 
     src: a sentence-transformers folder, a plain BERT checkpoint or a hub id, as for SentenceEncoder. dtype: "auto" is
-    that of the checkpoint. device: the GPU if there is one. Raises what SentenceEncoder.from_pretrained does, and
-    ValueError where there is no text, for another dtype and for a prompt that pooling leaves out.
+    that of the checkpoint. device: by default the GPU if there is one. Raises the errors of
+    SentenceEncoder.from_pretrained, and ValueError if there is no text, for another dtype, and for a prompt that
+    pooling excludes.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class TextTask:
         self.layout = read_layout(self.folder) or Layout(self.folder)
         self.backend = backend
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.exact = SentenceEncoder.from_pretrained(self.folder, device="cpu", backend="torch")  # in the dtype stored
+        self.exact = SentenceEncoder.from_pretrained(self.folder, device="cpu", backend="torch")  # in the stored dtype
         self.max_seq_length = self.exact.max_seq_length
         self.stored_dtype = str(self.exact.dtype).removeprefix("torch.")
         self.dtype = self.stored_dtype if dtype == "auto" else dtype
@@ -64,7 +65,7 @@ class TextTask:
         self.use(texts)
 
     def use(self, texts: Sequence[str]) -> None:
-        """Takes other texts. n_cut: how many of them are longer than what the model reads."""
+        """Replaces the texts. n_cut: the number of texts that are longer than the model's limit."""
         if not texts:
             raise ValueError("texts: expected at least one")
         self.texts = list(texts)
@@ -73,7 +74,7 @@ class TextTask:
         self.__dict__.pop("checked", None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state that encoders need, without the reference's model."""
+        """Returns the state that encoders need, without the reference's model."""
         return {name: value for name, value in self.__dict__.items() if name not in ("exact", "checked")}
 
     @property
@@ -82,11 +83,11 @@ class TextTask:
 
     @property
     def n_tokens(self) -> int:
-        """Valid tokens of all texts, special tokens included."""
+        """Returns the number of valid tokens of all texts, including special tokens."""
         return int(self.lengths.sum())
 
     def token_lengths(self, texts: Sequence[str]) -> np.ndarray:
-        """(n,) tokens that the model reads of each text."""
+        """Returns (n,) the number of tokens that the model reads of each text."""
         return self._tokens(texts).cu_seqlens.diff().numpy()
 
     def _tokens(self, texts: Sequence[str]) -> PackedEncoding:
@@ -95,19 +96,19 @@ class TextTask:
 
     @functools.cached_property
     def checked(self) -> list[int]:
-        """The numbers of the texts that the reference covers."""
+        """Returns the indices of the texts that the reference covers."""
         return choose_checked(self.lengths.tolist(), self.exact.model.config, self.device)
 
     def reference(self) -> Tensor:
-        """The (n, dim) float64 vectors of the checked texts."""
+        """Returns the (n, dim) float64 vectors of the checked texts."""
         return self.vectors([self.texts[i] for i in self.checked])
 
     def vectors(self, texts: Sequence[str]) -> Tensor:
-        """The (n, dim) float64 vectors of any texts, with the weights as the checkpoint stores them."""
+        """Returns the (n, dim) float64 vectors of any texts, with the weights as stored in the checkpoint."""
         return reference_vectors(self.exact, [self.prompt + text for text in texts], self.device)
 
     def short_texts(self) -> list[str]:
-        """A few texts of up to 32 tokens for the latency setting, or the shortest if all are longer."""
+        """Returns a few texts of at most 32 tokens for the latency setting, or the shortest if all are longer."""
         by_length = np.argsort(self.lengths, kind="stable")
         n_short = int((self.lengths <= SHORT_TOKENS).sum()) or math.ceil(len(by_length) / 10)
         return [self.texts[i] for i in spread(by_length[:n_short].tolist(), SHORT_TEXTS)]
@@ -115,7 +116,7 @@ class TextTask:
 
 @contextmanager
 def known_warnings_hidden() -> Iterator[None]:
-    """Hides the warnings that a TextTask has given already, and that every run would give again."""
+    """Hides the warnings that a TextTask has already given and that every run would repeat."""
 
     def is_new(record: logging.LogRecord) -> bool:
         return not any(part in str(record.msg) for part in ("truncated", "so mean pooling"))

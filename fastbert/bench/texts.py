@@ -1,4 +1,4 @@
-"""Texts to measure on are a file's lines, or docstrings of the standard library."""
+"""The texts for measurements are lines of a file, or docstrings of the standard library."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastbert.text import files
 
 Item = TypeVar("Item")
 
-# Modules of the standard library with many docstrings, all quick to import.
+# Modules of the standard library with many docstrings, all fast to import.
 _DOCUMENTED = (
     "argparse", "ast", "asyncio", "bdb", "calendar", "codecs", "collections", "concurrent.futures", "configparser",
     "contextlib", "csv", "ctypes", "datetime", "decimal", "difflib", "dis", "doctest", "email.message", "enum",
@@ -29,14 +29,14 @@ _DOCUMENTED = (
 
 
 def docstrings() -> list[str]:
-    """Docstrings of the standard library: real English text of very mixed length."""
+    """Returns docstrings of the standard library: real English text of very mixed length."""
     texts: dict[str, None] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecated modules are text like any other
+        warnings.simplefilter("ignore")  # deprecated modules are used as well
         for name in _DOCUMENTED:
             try:
                 module = importlib.import_module(name)
-            except ImportError:  # a part of the standard library that not every Python is built with
+            except ImportError:  # some builds of Python lack parts of the standard library
                 continue
             classes = [value for value in vars(module).values() if inspect.isclass(value)]
             for member in (module, *vars(module).values(), *(v for owner in classes for v in vars(owner).values())):
@@ -47,9 +47,9 @@ def docstrings() -> list[str]:
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a UTF-8 file, one text each, but for blank ones.
+    """Returns the lines of a UTF-8 file, one text each, except blank ones.
 
-    Raises ValueError that names the file where it is not UTF-8 or holds no text, and OSError where it cannot be read.
+    Raises ValueError, with the file name, if it is not UTF-8 or has no text, and OSError if it cannot be read.
     """
     texts = [text for text in files.read_texts(os.fspath(path)) if text.strip()]
     if not texts:
@@ -58,6 +58,6 @@ def read_texts(path: str | os.PathLike[str]) -> list[str]:
 
 
 def spread(items: Sequence[Item], n: int) -> list[Item]:
-    """n of the items, or all if there are fewer, evenly from the whole list."""
+    """Returns n of the items, or all if there are fewer, evenly spaced over the list."""
     n = min(n, len(items))
     return [items[i * len(items) // n] for i in range(n)]

@@ -1,4 +1,4 @@
-"""The verdict on results: a sentence, and a picture of fastbert beside the fastest other competitor."""
+"""The verdict on results is a sentence, and a picture that compares fastbert with the fastest other competitor."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastbert.bench.tables import Contest, contests, short_dtype, times
 from fastbert.pages.document import Picture, Verdict
 from fastbert.pages.figures import BLUE, ORANGE, Bar
 
-MOST_BARS = 24  # in the picture: beyond that, workloads that belong together share a bar
-MOST_FAULTS = 5  # listed one by one
+MOST_BARS = 24  # maximum in the picture; with more workloads, related ones share a bar
+MOST_FAULTS = 5  # maximum number of listed faults
 UNIT = "times as fast"
 
 _FAULTS = {WRONG: "gave wrong output", FAILED: "failed", MISSING: "did not run"}
 
 
 def verdict(results: Results, notes: Sequence[str] = ()) -> Verdict:
-    """The verdict on all results. It is good where fastbert ran everywhere and is the fastest on the average."""
+    """Returns the verdict on all results. It is good if fastbert ran everywhere and is the fastest on average."""
     members = contests(results.rows)
     faults = [(contest, contest.ours) for contest in members if contest.ours is not None and contest.ours.status != OK]
     ratios = [row.speedup for row in map(_nearest, members) if row is not None and row.speedup is not None]
@@ -34,7 +34,7 @@ def verdict(results: Results, notes: Sequence[str] = ()) -> Verdict:
 
 
 def _nearest(contest: Contest) -> Row | None:
-    """The fastest other competitor, None where fastbert did not finish or no other has a ratio."""
+    """Returns the fastest other competitor, or None if fastbert did not finish or no other has a ratio."""
     return contest.fastest_other if contest.ours is not None and contest.ours.status == OK else None
 
 
@@ -72,7 +72,7 @@ def _workloads(count: int) -> str:
 
 
 def _picture(members: Sequence[Contest]) -> Picture:
-    """A bar for each workload, or for each group of workloads where there are many."""
+    """Returns a bar for each workload, or for each group of workloads if there are many."""
     keys: list[Callable[[Contest], str]] = [
         lambda c: f"{c.suite} · {c.label}",
         lambda c: " · ".join(filter(None, (c.suite, c.model, c.setting, short_dtype(c.dtype)))),
@@ -95,7 +95,7 @@ def _picture(members: Sequence[Contest]) -> Picture:
 
 
 def _remark(group: Sequence[Contest]) -> str:
-    """The name of the fastest other competitor, or the number of workloads that share a bar."""
+    """Returns the name of the fastest other competitor, or the number of workloads that share a bar."""
     rows = [(contest, row) for contest in group if (row := _nearest(contest)) is not None]
     if len(group) > 1:
         return f"in {_workloads(len(rows))}"

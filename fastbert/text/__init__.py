@@ -1,1 +1,1 @@
-"""This package makes token ids of text, and text of token ids."""
+"""This package converts text to token ids, and token ids to text."""

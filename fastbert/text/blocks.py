@@ -1,8 +1,8 @@
-"""A long input is cut into blocks, and the output has a file for each: a run that was killed goes on with the others.
+"""A long input is cut into blocks, and each block gets its own output file, so that a killed run can be resumed.
 
-The cut depends on the input alone. A block's file appears under its name when it is whole, so that the files that are
-there say which blocks are done, whoever made them: one process, or many machines. A manifest says of which input, model
-and options they are.
+The cut depends only on the input. A block's file appears under its name when it is complete. So the existing files show
+which blocks are done, whether one process or many machines made them. A manifest records the input, the model and the
+options.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from fastbert.text import storage
 from fastbert.text.files import field_of
 
 MANIFEST = "manifest.json"
-FORMAT = 1  # of the manifest; another number is another cut
-BLOCK_ROWS = 16384  # of a Parquet file
-BLOCK_BYTES = 2**20  # of a text file or JSON lines
+FORMAT = 1  # of the manifest; a different number means a different cut
+BLOCK_ROWS = 16384  # rows of a Parquet file in a block
+BLOCK_BYTES = 2**20  # bytes of a text file or JSON lines file in a block
 INPUTS = (".parquet", ".jsonl", ".txt")
 OUTPUTS = ("jsonl", "npy", "parquet")
 
@@ -31,8 +31,8 @@ OUTPUTS = ("jsonl", "npy", "parquet")
 class Block:
     """A Block is a part of an input file.
 
-    index: its place in the whole input. start, end: rows of a Parquet file; of other files bytes, and the lines that
-    begin there belong to the block.
+    index: its place in the whole input. start, end: rows of a Parquet file; for other files bytes. In these, the block
+    contains the lines that begin in this range.
     """
 
     index: int
@@ -46,12 +46,12 @@ class Block:
 
 
 def is_parquet(path: str) -> bool:
-    """Tells whether a file is read as Parquet: its name ends so."""
+    """Tells whether a file is read as Parquet, by the end of its name."""
     return path.endswith(".parquet")
 
 
 def plan(files: Sequence[str], block_rows: int = BLOCK_ROWS, block_bytes: int = BLOCK_BYTES) -> list[Block]:
-    """Cuts files into blocks, in order. Raises ValueError for Parquet files beside others."""
+    """Cuts files into blocks, in order. Raises ValueError if Parquet files are mixed with other files."""
     if len({is_parquet(path) for path in files}) > 1:
         raise ValueError("input: got Parquet files beside others, expected one kind")
     blocks: list[Block] = []
@@ -80,7 +80,10 @@ def read_table(block: Block) -> Any:
 
 
 def texts_of_table(table: Any, column: str, path: str) -> list[str]:
-    """Returns the texts of a column. Raises ValueError for a column that is not there, or holds something else."""
+    """Returns the texts of a column.
+
+    Raises ValueError for a missing column, and for one with other values than texts.
+    """
     if column not in table.column_names:
         raise ValueError(f"{path}: has no column {column!r}, but {', '.join(table.column_names)}")
     texts = table.column(column).to_pylist()
@@ -90,14 +93,14 @@ def texts_of_table(table: Any, column: str, path: str) -> list[str]:
 
 
 def read_lines(block: Block, key: str | None) -> Iterator[str]:
-    """Yields the lines that begin in a block, or with a key that field of the JSON object in each.
+    """Yields the lines that begin in a block; with a key, the field of that name from the JSON object in each line.
 
-    Raises ValueError, with file and byte, as `fastbert.text.files.read_texts` does with file and line.
+    Raises ValueError, with file and byte, in the cases in which `fastbert.text.files.read_texts` raises it.
     """
     with storage.open_lines(block.path) as file:
         place = max(block.start - 1, 0)
         file.seek(place)
-        if block.start:  # the rest of a line that began before, or the end of the last one
+        if block.start:  # skip the rest of a line that began before the block, or the end of the last line
             place += len(file.readline())
         while place < block.end and (line := file.readline()):
             yield _text(line, place, block.path, key)
@@ -114,7 +117,7 @@ def _text(line: bytes, place: int, path: str, key: str | None) -> str:
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Returns a hash of the files of a model: settings, vocabulary and weights. It reads them all, about 1 GB/s."""
+    """Returns a hash of the files of a model: settings, vocabulary and weights. It reads them all, at about 1 GB/s."""
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.rglob("*")):
         wanted = path.suffix in (".json", ".txt", ".model", ".safetensors", ".bin")
@@ -129,9 +132,9 @@ def model_fingerprint(folder: Path) -> str:
 
 @dataclass
 class Parts:
-    """Parts are the folder of an output with a file for each block.
+    """A `Parts` is the output folder with a file for each block.
 
-    suffix: one of `OUTPUTS`. fingerprint: what the vectors depend on, by name, as JSON has it.
+    suffix: one of `OUTPUTS`. fingerprint: everything that the vectors depend on, by name, as JSON values.
     """
 
     folder: str
@@ -140,9 +143,9 @@ class Parts:
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
     def begin(self, resume: bool) -> None:
-        """Makes the folder and its manifest, or with `resume` goes on with those that are there.
+        """Makes the folder and its manifest, or with `resume` continues with the existing ones.
 
-        Raises ValueError for a folder that is in use, and where what the vectors depend on was another.
+        Raises ValueError for a folder that is in use, and for a manifest with a different fingerprint.
         """
         names = storage.names_in(self.folder)
         if MANIFEST not in names:
@@ -168,13 +171,13 @@ class Parts:
         return storage.join(self.folder, f"part-{index:06}.{self.suffix}")
 
     def done(self) -> set[int]:
-        """Returns the indices of the blocks whose files are there."""
+        """Returns the indices of the blocks whose files exist."""
         pattern = re.compile(rf"part-(\d{{6,}})\.{self.suffix}")
         matches = (pattern.fullmatch(name) for name in storage.names_in(self.folder))
         return {int(match[1]) for match in matches if match}
 
     def finish(self) -> None:
-        """Notes in the manifest that all files are there. Raises RuntimeError where one is not, with its number."""
+        """Marks the output as complete in the manifest. Raises RuntimeError, with the numbers, if files are missing."""
         missing = sorted(set(range(self.n_blocks)) - self.done())
         if missing:
             raise RuntimeError(f"output: {len(missing)} of {self.n_blocks} blocks are not there: {_short(missing)}")

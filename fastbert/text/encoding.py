@@ -1,4 +1,4 @@
-"""Encodings are rows of token ids: put together from pieces, truncated, padded or packed, all on arrays.
+"""Encodings are rows of token ids. They are assembled from pieces, truncated, padded or packed, all on arrays.
 
 ``B`` is the number of sequences, ``S`` the longest sequence, ``T`` the number of packed tokens.
 """
@@ -29,7 +29,10 @@ class Encoding(dict[str, Any]):
         return self[name]
 
     def to(self, device: str | int | torch.device) -> Encoding:
-        """Moves the tensors to ``device``, in place, and returns self. Raises TypeError where the values are none."""
+        """Moves the tensors to ``device``, in place, and returns self.
+
+        Raises TypeError if the values are no tensors.
+        """
         for name, value in self.items():
             if not isinstance(value, torch.Tensor):
                 raise TypeError(f"to: {name} is a {type(value).__name__}; encode with return_tensors='pt'")
@@ -39,17 +42,17 @@ class Encoding(dict[str, Any]):
 
 @dataclass
 class PackedEncoding:
-    """A PackedEncoding holds B sequences end to end, without padding, on the CPU."""
+    """A PackedEncoding holds B consecutive sequences, without padding, on the CPU."""
 
     input_ids: torch.Tensor  # (T,) int64
     token_type_ids: torch.Tensor  # (T,) int64
     cu_seqlens: torch.Tensor  # (B+1,) int32, starts at 0, ends at T
     n_truncated: int  # sequences that lost tokens to truncation
-    n_truncated_tokens: int  # tokens they lost
+    n_truncated_tokens: int  # number of cut tokens
 
 
 class Rows(NamedTuple):
-    """Rows are B sequences end to end, as arrays, with the limit that they were cut to."""
+    """Rows are B consecutive sequences, as arrays, with the limit of their truncation."""
 
     input_ids: np.ndarray  # (T,)
     token_type_ids: np.ndarray  # (T,)
@@ -60,15 +63,15 @@ class Rows(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A Piece is a part of a sequence, such as each of [CLS] A [SEP]."""
+    """A Piece is a part of a sequence. [CLS] A [SEP] has three pieces."""
 
     source: int  # 0: first text, 1: second text, -1: one special token
-    ids: list[int]  # the special token, or nothing
+    ids: list[int]  # the special token, or an empty list
     token_type_id: int
 
 
 class LongText:
-    """A LongText has the number of tokens of a text, and the ids of as many at one end as are needed."""
+    """A LongText has the number of tokens of a text, and the ids at the end that truncation keeps."""
 
     def __init__(self, ids: list[int], n_tokens: int) -> None:
         self.ids, self.n_tokens = ids, n_tokens
@@ -78,9 +81,9 @@ class LongText:
 
 
 def template_of(probe: Any, has_token_types: bool) -> tuple[Piece, ...]:
-    """Returns the template behind an encoding of one-token texts, whatever kind of post-processor made it.
+    """Returns the template of an encoding of one-token texts, for any kind of post-processor.
 
-    has_token_types: whether the token type ids of the probe count; without them all are 0.
+    has_token_types: whether to use the token type ids of the probe; without them all are 0.
     """
     pieces: list[Piece] = []
     for source, token, token_type_id in zip(probe.sequence_ids, probe.ids, probe.type_ids, strict=True):
@@ -94,9 +97,9 @@ def template_of(probe: Any, has_token_types: bool) -> tuple[Piece, ...]:
 def assemble(
     template: tuple[Piece, ...], encoded: list[Any], kept: list[list[int]], n_tokens: int, from_left: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the input_ids and the token_type_ids of rows end to end, (n_tokens,) each.
+    """Returns the input_ids and the token_type_ids of consecutive rows, (n_tokens,) each.
 
-    ``encoded`` holds all first texts, then all second ones; ``kept`` how many tokens of each stay.
+    ``encoded`` holds all first texts, then all second texts; ``kept`` has the number of tokens of each to keep.
     """
     n_rows = len(kept[0])
 
@@ -120,16 +123,16 @@ def assemble(
 
 
 def join_rows(parts: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the input_ids and the token_type_ids of all parts, end to end."""
+    """Returns the concatenated input_ids and token_type_ids of all parts."""
     empty = np.empty(0, np.int64)
     input_ids, token_type_ids = (np.concatenate(arrays) for arrays in zip(*parts, (empty, empty), strict=True))
     return input_ids, token_type_ids
 
 
 def kept_counts(counts: np.ndarray, limit: int, n_special: int, truncation: bool | str, start: int) -> np.ndarray:
-    """Returns how many tokens of each text stay, (1 or 2, rows), by the rules of ``tokenizers``.
+    """Returns the number of tokens of each text to keep, (1 or 2, rows), by the rules of ``tokenizers``.
 
-    counts: how many tokens there are, in the same shape. start: the index of the first row, for errors.
+    counts: the numbers of all tokens, in the same shape. start: the index of the first row, for errors.
     """
     budget = limit - n_special
     excess = np.maximum(counts.sum(0) - budget, 0)
@@ -153,8 +156,8 @@ def kept_counts(counts: np.ndarray, limit: int, n_special: int, truncation: bool
         return kept
     if len(counts) == 1:
         return counts - excess
-    # The longer text gets what the shorter leaves. Where that is less than the shorter has, each gets half; an odd
-    # token goes to the longer text, and to the second if they are equal.
+    # The longer text gets the budget that the shorter leaves. If that is less than the shorter text's length, each gets
+    # half; an odd token goes to the longer text, or to the second if they are equal.
     short = counts.min(0)
     half = 2 * short > budget
     short, long = np.where(half, budget // 2, short), np.where(half, budget - budget // 2, budget - short)

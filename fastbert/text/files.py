@@ -1,6 +1,6 @@
-"""The command line reads texts from files and writes vectors to files here. Both stream.
+"""This module reads texts from files and writes vectors to files, for the command line. Both are streams.
 
-A file that is written in half never has its final name.
+An incomplete file never has its final name.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ FORMATS = (".npy", ".jsonl")
 
 
 def read_texts(path: str, field: str | None = None) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file, empty ones too, or with `field` that field of a JSON object in each line.
+    """Yields the lines of a UTF-8 file, also empty ones; with `field`, that field of the JSON object in each line.
 
-    "-" is standard input. Lines end in LF or CRLF. A byte order mark is left out. Raises ValueError with file and line
-    for a line that is not UTF-8, is not an object with a string in that field, or holds half of a UTF-16 pair.
+    "-" is standard input. Lines end in LF or CRLF. A byte order mark is omitted. Raises ValueError, with file and line,
+    for a line that is not UTF-8, that is no object with a string in the field, or that has half of a UTF-16 pair.
     """
     name = "standard input" if path == STDIN else path
     with nullcontext(sys.stdin.buffer) if path == STDIN else open(path, "rb") as file:
@@ -45,7 +45,7 @@ def read_texts(path: str, field: str | None = None) -> Iterator[str]:
 
 
 def field_of(line: str, field: str, place: str) -> str:
-    """Returns the string under `field` of a line of JSON. Raises ValueError, with its place, for any other line."""
+    """Returns the string in `field` of a JSON line. Raises ValueError, with its position, for any other line."""
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -68,7 +68,7 @@ def count_lines(path: str) -> int | None:
 
 
 def check_output(path: str) -> None:
-    """Raises ValueError or FileNotFoundError for a path that `open_output` could not write to in the end."""
+    """Raises ValueError or FileNotFoundError for a path to which `open_output` could not write at the end."""
     if path == STDIN:
         return
     if Path(path).suffix not in FORMATS:
@@ -81,10 +81,10 @@ def check_output(path: str) -> None:
 
 @contextmanager
 def open_output(path: str, dimension: int) -> Iterator[Write]:
-    """Gives a function that writes texts and their (n, dimension) float32 vectors, a window at a time.
+    """Yields a function that writes texts and their (n, dimension) float32 vectors, one window at a time.
 
-    A .npy file gets one array. A .jsonl file, or standard output for "-", gets one object a text: {"text": ...,
-    "embedding": [...]}. The file appears under its name when all is written; until then an older one stays as it is.
+    A .npy file gets one array. A .jsonl file, or standard output for "-", gets one object per text: {"text": ...,
+    "embedding": [...]}. The file appears under its name when it is complete; until then an older file stays unchanged.
     """
     if path == STDIN:
         yield lambda texts, vectors: write_jsonl(sys.stdout.write, texts, vectors)
@@ -100,7 +100,7 @@ def open_output(path: str, dimension: int) -> Iterator[Write]:
 
 
 def write_jsonl(write: Callable[[str], Any], texts: Sequence[str], vectors: np.ndarray) -> None:
-    """Writes a JSON object a line for each text and its vector, with the digits that give the same float32 back."""
+    """Writes one JSON line for each text and its vector, with enough digits to restore the same float32 numbers."""
     for text, vector in zip(texts, vectors, strict=True):
         numbers = ", ".join(f"{x:.9g}" for x in vector.tolist())
         write(f'{{"text": {json.dumps(text)}, "embedding": [{numbers}]}}\n')
@@ -108,7 +108,7 @@ def write_jsonl(write: Callable[[str], Any], texts: Sequence[str], vectors: np.n
 
 @contextmanager
 def _npy(file: BinaryIO, dimension: int) -> Iterator[Write]:
-    """Appends rows as they come. The header, which has room for any number of them, is written again at the end."""
+    """Appends rows. The header has room for any number of rows, and is written again at the end."""
     rows = 0
 
     def header() -> None:

@@ -1,6 +1,6 @@
-"""A `Kind` of tokenizer is built anew by transformers 5 from a vocabulary and a few settings; KINDS says how each is.
+"""transformers 5 builds tokenizers of some classes from a vocabulary and a few settings. KINDS describes these classes.
 
-Whatever else tokenizer.json says is not taken for these classes.
+For these classes, all other content of tokenizer.json is ignored.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ _GPT2_NAMES = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftex
 
 @dataclass(frozen=True)
 class Kind:
-    """A Kind says what the tokenizers of some classes of transformers have in common.
+    """A Kind describes the common properties of the tokenizers of some transformers classes.
 
-    model: the type of the model in tokenizer.json. names: the special tokens where no file names them. token_types:
-    whether the second text of a pair has token type 1. template: what stands around texts, "bert" for [CLS] A [SEP] B
-    [SEP], "roberta" for <s> A </s> </s> B </s>, "" for nothing. ends: the names of the tokens at both ends. pieces: the
-    name of the SentencePiece file. mask_after_space: whether the mask takes the space before it. adds_mask: whether a
-    vocabulary may lack the mask, which then gets the id after its last. lowercases: whether do_lower_case counts.
+    model: the type of the model in tokenizer.json. names: the special tokens if no file names them. token_types:
+    whether the second text of a pair has token type 1. template: the special tokens around texts, "bert" for [CLS] A
+    [SEP] B [SEP], "roberta" for <s> A </s> </s> B </s>, "" for none. ends: the names of the tokens at both ends.
+    pieces: the name of the SentencePiece file. mask_after_space: whether the mask includes the space before it.
+    adds_mask: whether the mask may be missing in a vocabulary; it then gets the id after the last one. lowercases:
+    whether do_lower_case has an effect.
     """
 
     model: str
@@ -57,8 +58,8 @@ _BOS, _XLM_FILE = ("bos_token", "eos_token"), "sentencepiece.bpe.model"
 BERT_KINDS = ("Bert", "ConvBert", "DistilBert", "Electra", "LayoutLM", "Lxmert", "MobileBert", "SqueezeBert",
               "DPRContextEncoder", "DPRQuestionEncoder", "DPRReader")  # fmt: skip
 ROBERTA_KINDS = ("Roberta", "Longformer", "LED", "Bart")
-WORDPIECE_KINDS = (*BERT_KINDS, "MPNet")  # MPNet has BERT's words between RoBERTa's special tokens.
-# Classes of transformers, without "Tokenizer" and "Fast". KoBERT's comes with its folders, as code that is not run.
+WORDPIECE_KINDS = (*BERT_KINDS, "MPNet")  # MPNet has BERT's words and RoBERTa's special tokens.
+# Classes of transformers, without "Tokenizer" and "Fast". KoBERT's class is in its folders, as code that is not run.
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(BERT_KINDS, _BERT),
     **dict.fromkeys(("DistilBert", "DPRReader"), Kind("WordPiece", NAMES, template="bert")),
@@ -77,14 +78,14 @@ KINDS: dict[str, Kind] = {
                    lowercases=True),
 }  # fmt: skip
 CAMEMBERT_EXTRA = ["<s>NOTUSED", "</s>NOTUSED", "<unk>NOTUSED"]
-# Classes of models that have no table in checkpoint/families.py, and their tokenizers.
+# Model types without a table in checkpoint/families.py, and their tokenizers.
 OTHER_FAMILIES = {"albert": "Albert", "deberta": "Deberta", "gpt2": "GPT2"}
 
 Vocabulary = list[tuple[str, float]]
 
 
 def piece_file(folder: Path, kind: str) -> Path | None:
-    """Returns the SentencePiece file of a folder: the one of the kind's own name, or else the only one there is."""
+    """Returns the SentencePiece file of a folder: the file with the kind's name, or else the only one in the folder."""
     own = KINDS[kind].pieces if kind in KINDS else ""
     if own and (folder / own).is_file():
         return folder / own
@@ -93,9 +94,9 @@ def piece_file(folder: Path, kind: str) -> Path | None:
 
 
 def is_kobert(folder: Path, kind: str, class_is_named: bool, pieces: Path | None) -> bool:
-    """Tells whether a folder holds KoBERT's SentencePiece file, whose class no config needs to name.
+    """Tells whether a folder holds KoBERT's SentencePiece file, even if the config does not name KoBERT's class.
 
-    skt/kobert-base-v1 names XLNet's class, of which KoBERT's is a subclass; monologg/kobert has a vocab.txt as well.
+    skt/kobert-base-v1 names XLNet's class, whose subclass is KoBERT's; monologg/kobert also has a vocab.txt.
     """
     if kind in ("KoBert", "KoBERT") or pieces is None:
         return pieces is not None and kind in ("KoBert", "KoBERT")
@@ -106,8 +107,8 @@ def is_kobert(folder: Path, kind: str, class_is_named: bool, pieces: Path | None
 def vocabulary_of(kind: str, model: PieceModel, names: Mapping[str, str | None], ids: dict[str, int]) -> Vocabulary:
     """Returns the tokens with their scores, in the order of the model's ids.
 
-    XLM-RoBERTa and CamemBERT put fairseq's four tokens in front and the mask behind. KoBERT's vocab.txt, if it has one,
-    gives the order. names: the special tokens. ids: of vocab.txt.
+    XLM-RoBERTa and CamemBERT have fairseq's four tokens first and the mask last. KoBERT's vocab.txt, if it exists,
+    determines the order. names: the special tokens. ids: those of vocab.txt.
     """
     pieces: Vocabulary = [(piece.text, piece.score) for piece in model.pieces]
     bos, pad, eos, unk, mask = (
@@ -120,7 +121,7 @@ def vocabulary_of(kind: str, model: PieceModel, names: Mapping[str, str | None],
         front = [("<s>NOTUSED", 0.0), (pad, 0.0), ("</s>NOTUSED", 0.0), (unk, 0.0), ("<unk>NOTUSED", -100.0)]
         return [*front, *pieces[1:], (mask, 0.0)]
     if kind in ("KoBert", "KoBERT"):
-        # A number with the comma after it is no piece of KoBERT's: it is read again without the comma.
+        # KoBERT does not use pieces of a number with a comma: it splits them without the comma. So they score lowest.
         pieces = [(text, score - 100 * ends_in_number(text)) for text, score in pieces]
         if ids:
             scores = dict(pieces)
@@ -132,14 +133,14 @@ def vocabulary_of(kind: str, model: PieceModel, names: Mapping[str, str | None],
 
 
 def parts_of_transformers_4(kind: str, model: PieceModel) -> list[str]:
-    """Names what transformers 4 takes from a SentencePiece file, or changes in it, and transformers 5 does not."""
+    """Names the parts of a SentencePiece file that transformers 4 uses or changes, and transformers 5 does not."""
     parts = ["normalizer"] if kind == "DebertaV2" and model.charsmap else []
     numbers = kind == "Albert" and any(ends_in_number(piece.text) for piece in model.pieces)
     return [*parts, "scores of numbers with a comma"] if numbers else parts
 
 
 def ends_in_number(text: str) -> bool:
-    """Tells whether a piece is a number with a comma after it, which ALBERT, XLNet and KoBERT take apart."""
+    """Tells whether a piece is a number with a comma after it, which ALBERT, XLNet and KoBERT split."""
     return len(text) > 1 and text[-1] == "," and text[-2].isdigit()
 
 
@@ -151,9 +152,10 @@ def unigram(
     options: Mapping[str, Any],
     model: PieceModel | None,
 ) -> RustTokenizer:
-    """Makes the tokenizer of a kind whose model is Unigram, without special tokens around a text.
+    """Makes the tokenizer of a kind with a Unigram model, without special tokens around a text.
 
-    charsmap: SentencePiece's table of the normalizer. model: of the file, if there is one. KoBERT's may be BPE.
+    charsmap: SentencePiece's table of the normalizer. model: the model of the file, if there is one. KoBERT's may be
+    BPE.
     """
     if model is not None and model.model_type == BPE_MODEL:
         ids = {text: i for i, (text, _) in enumerate(vocab)}
@@ -188,7 +190,7 @@ def unigram(
 def unknown_id_of(
     kind: str, vocab: Vocabulary, unknown: str | None, options: Mapping[str, Any], model: PieceModel | None
 ) -> int:
-    """Returns the id of the unknown token in a Unigram model: a fixed one for some kinds, whatever they hold there."""
+    """Returns the id of the unknown token in a Unigram model. For some kinds it is fixed, whatever token has it."""
     if kind in ("XLMRoberta", "Albert"):
         return 3 if kind == "XLMRoberta" else 1
     places = [i for i, (token, score) in enumerate(vocab) if token == unknown and (kind != "DebertaV2" or score == 0)]
@@ -198,7 +200,7 @@ def unknown_id_of(
 
 
 def _quotes_and_accents(kind: str, options: Mapping[str, Any]) -> list[Any]:
-    """Returns the first steps of ALBERT's normalizer and of KoBERT's, which puts Hangul together again."""
+    """Returns the first steps of ALBERT's normalizer, or of KoBERT's, which composes Hangul again."""
     is_albert = kind == "Albert"
     steps: list[Any] = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
     if not options.get("keep_accents", False):
@@ -209,7 +211,7 @@ def _quotes_and_accents(kind: str, options: Mapping[str, Any]) -> list[Any]:
 
 
 def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], prefix: bool) -> RustTokenizer:
-    """Makes the tokenizer of a kind whose model is byte-level BPE, without special tokens around a text."""
+    """Makes the tokenizer of a kind with a byte-level BPE model, without special tokens around a text."""
     rust = RustTokenizer(
         BPE(vocab, merges, dropout=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False)
     )
@@ -219,7 +221,7 @@ def byte_level(vocab: dict[str, int], merges: list[tuple[str, str]], prefix: boo
 
 
 def charsmap_of(normalizer: Any) -> bytes:
-    """Returns SentencePiece's table in the normalizer of a tokenizer.json, empty where it has none."""
+    """Returns SentencePiece's table in the normalizer of a tokenizer.json; empty if it has none."""
     if not isinstance(normalizer, dict):
         return b""
     steps = normalizer["normalizers"] if normalizer.get("type") == "Sequence" else [normalizer]
@@ -243,7 +245,7 @@ def set_template(rust: RustTokenizer, kind: str, first: tuple[str, int], last: t
 
 
 def pieces_obstacle(kind: str, model: PieceModel) -> str | None:
-    """Says why a SentencePiece model cannot be run, None if it can."""
+    """Returns the reason why a SentencePiece model cannot be used, or None."""
     fits = (UNIGRAM, BPE_MODEL) if kind in ("KoBert", "KoBERT") else (UNIGRAM,)
     if model.model_type in fits:
         return None

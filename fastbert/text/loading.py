@@ -1,8 +1,8 @@
 """This module makes the Rust tokenizer of a checkpoint from its files, with the ids of transformers 5.
 
-transformers 5 builds the tokenizers of some classes anew from the vocabulary and the settings of tokenizer_config.json,
-whatever else tokenizer.json says. This module does the same. For any other class tokenizer.json is taken as it stands.
-transformers 4 took more from tokenizer.json. A folder for which that makes a difference is named in a warning.
+transformers 5 builds the tokenizers of some classes from the vocabulary and the settings of tokenizer_config.json, and
+ignores the other content of tokenizer.json. This module does the same. For any other class it uses tokenizer.json
+unchanged. transformers 4 used more of tokenizer.json. A warning names a folder for which this makes a difference.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ from fastbert.text.vocabulary import TOKEN_FIELDS, Source, bert_pipeline, set_be
 
 logger = logging.getLogger("fastbert")
 
-_GENERIC = ("PreTrained", "TokenizersBackend")  # classes that take a tokenizer.json as it stands
+_GENERIC = ("PreTrained", "TokenizersBackend")  # classes that use a tokenizer.json unchanged
 
 
 def load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str, Any]) -> Source:
-    """Reads what a ``Tokenizer`` is made of. Arguments and errors are those of ``Tokenizer.from_pretrained``."""
+    """Reads the parts of a ``Tokenizer``. Arguments and errors are those of ``Tokenizer.from_pretrained``."""
     known = (*NAMES, *CASING, *SETTINGS, *FLAGS, PREFIX)
     if unknown := sorted(set(overrides) - set(known)):
         raise TypeError(f"from_pretrained: got {', '.join(unknown)}, expected only {', '.join(known)}")
@@ -61,7 +61,7 @@ def load(src: str | os.PathLike[str], revision: str | None, overrides: dict[str,
 
 
 class _Folder:
-    """A _Folder reads the files beside a tokenizer.json or a vocab.txt, and says what they mean together."""
+    """A _Folder reads the files beside a tokenizer.json or a vocab.txt, and combines their content."""
 
     def __init__(self, file: Path, overrides: dict[str, Any]) -> None:
         self.folder, self.overrides = file.parent, overrides
@@ -101,7 +101,7 @@ class _Folder:
             )  # fmt: skip
 
     def _find_pieces(self, class_is_named: bool) -> None:
-        """Reads the SentencePiece file, if there is no tokenizer.json and the kind has one, and finds out KoBERT's."""
+        """Reads the SentencePiece file if the kind has one and there is no tokenizer.json, and detects KoBERT's."""
         self.pieces: PieceModel | None = None
         if self.tokenizer_json or self.file.suffix == ".txt":
             return
@@ -115,7 +115,7 @@ class _Folder:
             raise ValueError(f"{file}: {obstacle}")
 
     def source(self) -> Source:
-        """Returns what the files describe. Errors are those of ``Tokenizer.from_pretrained``."""
+        """Returns the content of the files. Errors are those of ``Tokenizer.from_pretrained``."""
         padding, truncation = self.tokenizer_json.get("padding") or {}, self.tokenizer_json.get("truncation") or {}
         sides = {"padding_side": padding.get("direction"), "truncation_side": truncation.get("direction")}
         defaults = {name: side.lower() for name, side in sides.items() if isinstance(side, str)}
@@ -134,7 +134,7 @@ class _Folder:
         for name in SETTINGS[1:]:
             settings[name] = one_of(name, self.options.get(name, defaults.get(name, "right")), "right", "left")
         public = {name: contents[name] for name in NAMES}
-        # Tokens that no file names are for reading alone: none in a text becomes special by it.
+        # Tokens that no file names are only readable as attributes: they never become special tokens in a text.
         for name in NAMES:
             fallback = self.family.special_tokens.get(name, NAMES[name])
             if public[name] is None and name not in self.options and rust.token_to_id(fallback) is not None:
@@ -149,7 +149,7 @@ class _Folder:
     # Names and tokens
 
     def _names(self, stored_pad: str | None) -> dict[str, Any]:
-        """Returns the special tokens that have a name, a str or a dict each, in the order of transformers."""
+        """Returns the named special tokens, each a str or a dict, in the order of transformers."""
         defaults = KINDS[self.kind].names if self.is_made_anew else {"pad_token": stored_pad}
         names = {name: self.options.get(name, defaults.get(name)) for name in NAMED}
         if self.is_made_anew and KINDS[self.kind].mask_after_space and isinstance(names["mask_token"], str):
@@ -158,9 +158,9 @@ class _Folder:
         return names | own | self.options["model_specific_special_tokens"]
 
     def _tokens(self, names: Mapping[str, Any]) -> list[AddedToken]:
-        """Returns the tokens that Rust takes as a whole: the stored ones by id, those with a name, the extra ones."""
+        """Returns the tokens that Rust does not split: the stored ones by id, the named ones, and the extra ones."""
         extra = self.options["extra_special_tokens"]
-        # What SentencePiece takes as a whole, unless the config names tokens; only its control pieces are special.
+        # The whole tokens of SentencePiece, unless the config names tokens; only its control pieces are special.
         if self.pieces is not None and not self.names_extra_tokens:
             extra = [
                 AddedToken(piece.text, special=piece.type == CONTROL, normalized=False)
@@ -188,7 +188,7 @@ class _Folder:
         return list(tokens.values())
 
     def _check_names(self, rust: RustTokenizer, names: Mapping[str, Any]) -> None:
-        """Raises ValueError for a token that the vocabulary lacks: transformers gives it an id past the model's."""
+        """Raises ValueError for a token that the vocabulary lacks. transformers gives it an id beyond the model's."""
         stored = [*(self.added_tokens or {}).values(), *self.tokenizer_json.get("added_tokens", [])]
         known = {_content(token) for token in stored} | set(self.older_added_tokens)
         for name in NAMES:
@@ -201,11 +201,11 @@ class _Folder:
                 raise ValueError(f"{name}: got {value!r}, which the vocabulary in {self.folder} lacks")
 
     def _adds(self, name: str) -> bool:
-        """Tells whether a token may lack in the vocabulary, since the model has a row for it behind the others."""
+        """Tells whether a token may be missing in the vocabulary, because the model has a row for it at the end."""
         return name == "mask_token" and self.is_made_anew and KINDS[self.kind].adds_mask
 
     def _has_token_types(self, rust: RustTokenizer) -> bool:
-        """Tells whether the second text of a pair has token type 1, where the post-processor says so."""
+        """Tells whether the second text of a pair has token type 1, if the post-processor gives it."""
         inputs = self.options.get("model_input_names")
         if inputs is not None:
             return "token_type_ids" in inputs
@@ -220,7 +220,7 @@ class _Folder:
         return False
 
     def _log_older_versions(self, rust: RustTokenizer) -> None:
-        """Logs what one of transformers 4 and 5 takes from tokenizer.json, and the other does not."""
+        """Logs the parts of tokenizer.json that only one of transformers 4 and 5 uses."""
         if self.is_made_anew and self.pieces is not None:
             self._log_parts(kinds.parts_of_transformers_4(self.kind, self.pieces))
         elif not self.tokenizer_json:
@@ -269,7 +269,7 @@ class _Folder:
         else:
             try:
                 rust = RustTokenizer.from_file(str(self.file))
-            except Exception as error:  # tokenizers raises nothing more precise
+            except Exception as error:  # tokenizers raises no more precise class
                 raise ValueError(f"{self.file} is no tokenizer: {error}") from error
             rust.no_truncation()
             rust.no_padding()
@@ -278,11 +278,11 @@ class _Folder:
         return rust
 
     def _casing(self) -> set[str]:
-        """Returns the options of casing that a tokenizer other than BERT's has, too."""
+        """Returns the casing options that a tokenizer other than BERT's has too."""
         return {"do_lower_case"} if self.is_made_anew and KINDS[self.kind].lowercases else set()
 
     def _byte_level(self, model: Mapping[str, Any]) -> RustTokenizer:
-        """Makes RoBERTa's tokenizer of tokenizer.json, or of vocab.json and merges.txt."""
+        """Makes RoBERTa's tokenizer from tokenizer.json, or from vocab.json and merges.txt."""
         if self.tokenizer_json:
             pairs = (pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"])
             vocab, merges = model["vocab"], [(first, second) for first, second in pairs]
@@ -297,9 +297,9 @@ class _Folder:
         return kinds.byte_level(vocab, merges, bool(self.options.get(PREFIX, False)))
 
     def _unigram(self, model: Mapping[str, Any], contents: Mapping[str, str | None]) -> RustTokenizer:
-        """Makes a tokenizer of pieces, of tokenizer.json or of a SentencePiece file.
+        """Makes a tokenizer of pieces from tokenizer.json or from a SentencePiece file.
 
-        Of the normalizer in tokenizer.json SentencePiece's table alone is taken.
+        From the normalizer in tokenizer.json it uses only SentencePiece's table.
         """
         if self.pieces is None:
             vocab = [(token, score) for token, score in model["vocab"]]
@@ -313,7 +313,7 @@ class _Folder:
         return kinds.unigram(self.kind, vocab, self.unknown_id, charsmap, self.options, self.pieces)
 
     def _set_template(self, rust: RustTokenizer, contents: Mapping[str, Any]) -> None:
-        """Sets the special tokens around a text and a pair, as the class has them."""
+        """Sets the special tokens of the class around a text and a pair."""
         if not self.is_made_anew:
             return
         if self.kind in BERT_KINDS:
@@ -333,7 +333,7 @@ class _Folder:
 
 
 def _family_of(model_type: Any) -> Family:
-    """Returns the family of a model type, and BERT's for none or for one that is not covered."""
+    """Returns the family of a model type; BERT's for a missing or unsupported type."""
     return FAMILIES.get(model_type, FAMILIES["bert"]) if isinstance(model_type, str) else FAMILIES["bert"]
 
 
@@ -344,7 +344,7 @@ def _versioned(files: Any) -> str | None:
 
 
 def _model_type(model: Mapping[str, Any]) -> str | None:
-    """Returns the type of a model in tokenizer.json, which names it, but for old files."""
+    """Returns the type of a model in tokenizer.json. Old files do not name it."""
     if model.get("type"):
         return str(model["type"])
     if "merges" in model:
@@ -354,7 +354,7 @@ def _model_type(model: Mapping[str, Any]) -> str | None:
 
 
 def _prefix_of(rust: RustTokenizer) -> bool | None:
-    """Returns add_prefix_space of the pre-tokenizer, None where it has none."""
+    """Returns add_prefix_space of the pre-tokenizer, or None if it has none."""
     return getattr(rust.pre_tokenizer, PREFIX, None)
 
 
@@ -372,11 +372,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_vocab(path: Path, names: Mapping[str, str | None]) -> dict[str, int]:
-    """Returns the line number of each token. If a token stands twice, the last line counts; a special one may not."""
+    """Returns the line number of each token. The last of equal lines counts; a special token must not be repeated."""
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer in {path.parent}: looked for tokenizer.json and vocab.txt")
     try:
-        lines = path.read_bytes().decode().split("\n")  # read_text would take a stray \r for a line's end
+        lines = path.read_bytes().decode().split("\n")  # read_text would treat a stray \r as a line end
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
     tokens = [line.rstrip() for line in (lines if lines[-1] else lines[:-1])]

@@ -1,7 +1,7 @@
-"""Texts become tokens with their places in the text, and tokens become rows with special tokens.
+"""This module converts texts to tokens with positions in the text, and tokens to rows with special tokens.
 
-Both work on a tokenizer of the library ``tokenizers``, so that a model of transformers is trained on the tokens that
-``fastbert.Tokenizer`` gives.
+Both work on a tokenizer of the library ``tokenizers``, so that a transformers model is trained on the tokens of
+``fastbert.Tokenizer``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from fastbert.text.encoding import PackedEncoding, Piece, assemble
 class TokenizedText(NamedTuple):
     """A TokenizedText holds the n tokens of a text, without special tokens and not truncated.
 
-    ids: token ids. offsets: (n, 2) int64, where each token begins and ends in the text, in characters. words: (n,)
-    int64, the number of the word that each token is a part of, as the pre-tokenizer cuts words; -1 for a token that is
-    in no word.
+    ids: token ids. offsets: (n, 2) int64, the start and end of each token in the text, in characters. words: (n,)
+    int64, the number of each token's word, by the pre-tokenizer's split; -1 for a token outside of words.
     """
 
     ids: list[int]
@@ -30,7 +29,7 @@ class TokenizedText(NamedTuple):
     words: np.ndarray
 
     def starts_of_words(self) -> np.ndarray:
-        """Returns (n,) bool: whether a token is the first of its word. One in no word is a word of its own."""
+        """Returns (n,) bool: whether a token is the first of its word. A token outside of words counts as a word."""
         starts = np.ones(len(self.ids), bool)
         starts[1:] = (self.words[1:] != self.words[:-1]) | (self.words[1:] < 0)
         return starts
@@ -60,7 +59,7 @@ def _one(encoding: Any) -> TokenizedText:
 
 
 def _joined(parts: list[TokenizedText], texts: list[str]) -> TokenizedText:
-    """Returns the tokens of a text whose pieces are `texts`. A piece ends where a word does."""
+    """Returns the tokens of a text from those of its pieces `texts`. Each piece ends at the end of a word."""
     ids: list[int] = []
     offsets, words = [np.empty((0, 2), np.int64)], [np.empty(0, np.int64)]
     n_characters = n_words = 0
@@ -76,9 +75,9 @@ def _joined(parts: list[TokenizedText], texts: list[str]) -> TokenizedText:
 def pack(
     template: tuple[Piece, ...], firsts: Sequence[Sequence[int]], seconds: Sequence[Sequence[int]] | None = None
 ) -> PackedEncoding:
-    """Puts ids into rows with special tokens, end to end. Nothing is truncated.
+    """Packs ids into consecutive rows with special tokens. Nothing is truncated.
 
-    template: of a text, or of a pair where there are `seconds`. firsts, seconds: B lists of ids without special tokens.
+    template: that of a text, or with `seconds` of a pair. firsts, seconds: B lists of ids without special tokens.
     """
     sides = [firsts] if seconds is None else [firsts, seconds]
     kept = [[len(ids) for ids in side] for side in sides]
@@ -92,7 +91,7 @@ def pack(
 
 
 def n_special_tokens(template: tuple[Piece, ...], before: int | None = None) -> int:
-    """Returns the number of special tokens in a row; with `before`, of those in front of its text of that number."""
+    """Returns the number of special tokens in a row; with `before`, only those in front of the text of that number."""
     n = 0
     for piece in template:
         if piece.source == before:

@@ -1,4 +1,4 @@
-"""A text that is too long for a model is read in windows that overlap, and each of its tokens counts in one of them."""
+"""A text longer than the model's limit is read in overlapping windows. Each token counts in only one of them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 def overlapping(n: int, capacity: int, stride: int, starts: np.ndarray | None = None) -> list[tuple[int, int]]:
     """Returns the (first, last) of windows over n tokens: the first window begins at 0, the last one ends at n.
 
-    capacity: most tokens of a window. stride: how many tokens a window shares with the next one. starts: (n,) bool,
-    where words begin; then windows begin and end where words do, and share at least `stride` tokens, unless a word is
-    too long for that. Without it they are the windows of ``tokenizers``. There is one window for a text without tokens.
-
-    Raises ValueError for a capacity below 1, and for a stride that is negative or not below the capacity.
+    capacity: the maximum number of tokens of a window. stride: the number of tokens in the overlap of a window and the
+    next. starts: (n,) bool, true where words begin; then windows begin and end at word boundaries, and overlap by at
+    least `stride` tokens, unless a word is too long. Without it the windows equal those of ``tokenizers``. A text
+    without tokens has one window. Raises ValueError for a capacity below 1, and for a stride that is negative or not
+    below the capacity.
     """
     if capacity < 1:
         raise ValueError(f"max_length: leaves room for {capacity} tokens of the text beside the special tokens")
@@ -35,18 +35,17 @@ def overlapping(n: int, capacity: int, stride: int, starts: np.ndarray | None = 
 
 
 def _at_or_before(places: np.ndarray, place: int, above: int, default: int) -> int:
-    """Returns the last of the places up to `place` that lies above `above`."""
+    """Returns the last of the places up to `place` that is greater than `above`, else the default."""
     i = int(np.searchsorted(places, place, side="right")) - 1
     return int(places[i]) if i >= 0 and places[i] > above else default
 
 
 def owners(spans: list[tuple[int, int]], n: int, starts: np.ndarray | None = None) -> np.ndarray:
-    """Returns (n,) int64: for each token the number of the window in which it has most context.
+    """Returns (n,) int64: for each token the number of the window that gives it the most context.
 
-    That is the window where its distance to the nearer end of the window is greatest; an end of the window that is the
-    end of the text cuts nothing off, and does not count. Of equal windows the first is taken. starts: (n,) bool, where
-    words begin; then all tokens of a word have the window in which the whole word has most context, unless no window
-    holds all of it.
+    In that window the distance to the nearer end is greatest; an end of the window that is also an end of the text is
+    ignored. Of equal windows the first is chosen. starts: (n,) bool, true where words begin; then all tokens of a word
+    have the window with the most context for the whole word, unless no window contains the whole word.
     """
     alone = _best(spans, n, np.arange(n), np.arange(n))
     if starts is None or n == 0 or len(spans) == 1:
@@ -60,7 +59,7 @@ def owners(spans: list[tuple[int, int]], n: int, starts: np.ndarray | None = Non
 
 
 def _best(spans: list[tuple[int, int]], n: int, firsts: np.ndarray, lasts: np.ndarray) -> np.ndarray:
-    """Returns for each stretch of tokens the window that holds it with most context, -1 where there is none."""
+    """Returns for each range of tokens the window that contains it with the most context, or -1."""
     most = np.full(len(firsts), -1, np.int64)
     best = np.full(len(firsts), -1, np.int64)
     for number, (first, last) in enumerate(spans):

@@ -1,7 +1,7 @@
-"""SentencePiece's model files are read here, without the sentencepiece and protobuf packages.
+"""This module reads SentencePiece's model files without the packages sentencepiece and protobuf.
 
-A file is one message of protocol buffers (sentencepiece_model.proto of https://github.com/google/sentencepiece): pairs
-of a key and a value, end to end. The few fields that a tokenizer needs are taken, and the others are skipped.
+A file is one message of protocol buffers (sentencepiece_model.proto of https://github.com/google/sentencepiece):
+consecutive pairs of a key and a value. The module reads the fields that a tokenizer needs, and skips the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LAST_TYPE = BYTE
 
 
 class Piece(NamedTuple):
-    """A Piece is an entry of the vocabulary; its place in the list is SentencePiece's id."""
+    """A Piece is an entry of the vocabulary; its index in the list is SentencePiece's id."""
 
     text: str
     score: float  # the logarithm of a probability in a unigram model, the negated rank in a BPE model
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
 
 
 class PieceModel(NamedTuple):
-    """A PieceModel holds what a SentencePiece file says, as far as a tokenizer needs it."""
+    """A PieceModel holds the parts of a SentencePiece file that a tokenizer needs."""
 
     pieces: list[Piece]
     model_type: int
@@ -39,7 +39,10 @@ class PieceModel(NamedTuple):
 
 
 def read_pieces(path: Path) -> PieceModel:
-    """Reads a SentencePiece file. Raises ValueError for anything else, such as a Git LFS pointer or half a file."""
+    """Reads a SentencePiece file.
+
+    Raises ValueError for other content, such as a Git LFS pointer or a truncated file.
+    """
     data = path.read_bytes()
     model_type, unknown_id, charsmap = UNIGRAM, 0, b""
     try:
@@ -60,10 +63,10 @@ def read_pieces(path: Path) -> PieceModel:
 
 
 def _usual_pieces(data: bytes) -> tuple[list[Piece], int]:
-    """Returns the pieces that a file begins with, as far as all are written in the usual form, and where they end.
+    """Returns the pieces at the start of a file, up to the first with an unusual form, and their end.
 
-    That form is a text, a score and perhaps a type, in this order and short. `_fields` reads any form, but takes
-    seconds for the 250,000 pieces of XLM-RoBERTa.
+    The usual form is a text, a score and optionally a type, in this order and short. `_fields` reads any form, but
+    takes seconds for the 250,000 pieces of XLM-RoBERTa.
     """
     texts: list[bytes] = []
     scores: list[bytes] = []
@@ -101,7 +104,7 @@ def _piece(data: bytes) -> Piece:
 
 
 def _fields(data: bytes, place: int = 0) -> Iterator[tuple[int, Any]]:
-    """Yields (number, value) of a message from a place on: an int, or the bytes of a text, a message or a float."""
+    """Yields (number, value) of a message from a position on: an int, or the bytes of a text, a message or a float."""
     end = len(data)
     while place < end:
         key, place = _varint(data, place)
@@ -123,7 +126,7 @@ def _fields(data: bytes, place: int = 0) -> Iterator[tuple[int, Any]]:
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """Returns the number at a place, seven bits a byte, and the place after it."""
+    """Returns the number at a position, seven bits per byte, and the position after it."""
     value = data[place]
     place += 1
     if value < 128:
@@ -139,10 +142,10 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
 
 
 def merges_of(pieces: list[Piece]) -> list[tuple[str, str]]:
-    """Returns the merges of a BPE model, the first to be done first.
+    """Returns the merges of a BPE model, in the order in which they are applied.
 
-    SentencePiece merges the two neighbours whose piece has the highest score; the pairs of pieces that make a piece
-    stand in the order of their ids.
+    SentencePiece merges the two neighbours whose piece has the highest score. Pairs that make the same piece are in the
+    order of their ids.
     """
     ids = {piece.text: i for i, piece in enumerate(pieces)}
     merges = []

@@ -1,6 +1,6 @@
-"""The keys of tokenizer_config.json and special_tokens_map.json are followed, have no effect, or are logged.
+"""Each key of tokenizer_config.json and special_tokens_map.json is followed, has no effect, or is logged.
 
-The ids are those of transformers 5. A key for which transformers 4 gives other ids is logged.
+The ids are those of transformers 5. Keys for which transformers 4 gives other ids are logged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAMES = {
     "sep_token": "[SEP]",
     "mask_token": "[MASK]",
 }
-# The order in which transformers adds the tokens that a config names, where the vocabulary lacks them.
+# The order in which transformers adds the tokens that a config names, if the vocabulary lacks them.
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 CASING = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
 SETTINGS = ("model_max_length", "padding_side", "truncation_side")
@@ -32,7 +32,7 @@ FOLLOWED = frozenset(
      "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output")
 )  # fmt: skip
 
-# Keys that transformers reads, or has written, and that change no id, side or limit of these tokenizers.
+# Keys that transformers reads or has written, and that change no id, side or limit of these tokenizers.
 NO_EFFECT = frozenset(
     ("add_bos_token", "add_eos_token", "backend", "chat_control_tokens", "chat_template", "device_map", "errors",
      "files_loaded", "full_tokenizer_file", "is_local", "language", "legacy", "local_files_only",
@@ -56,7 +56,7 @@ LOGGED: dict[str, tuple[tuple[Any, ...], str]] = {
     "auto_map": ((None, {}), "code that comes with a folder is not run: the class beside it is taken"),
 }
 
-# Tokenizers of transformers that run in Python, with rules that no tokenizer.json holds.
+# Tokenizers of transformers that run in Python, with rules that tokenizer.json cannot hold.
 IN_PYTHON = frozenset(
     ("Bartpho", "BertJapanese", "Bertweet", "BioGpt", "BlenderbotSmall", "ByT5", "Canine", "Cpm", "CpmAnt", "CTRL",
      "Esm", "FSMT", "Flaubert", "MyT5", "PLBart", "Perceiver", "Phobert", "ProphetNet", "RoCBert", "Tapas", "XLM")
@@ -67,11 +67,11 @@ _CLEANED = (
     (" ' ", "'"),
     *((f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")),
 )
-_NO_LIMIT = 10**12  # a model_max_length from here on means none; transformers writes 1e30
+_NO_LIMIT = 10**12  # a model_max_length of at least this means no limit; transformers writes 1e30
 
 
 def log_unfollowed(config: Mapping[str, Any], file: Any) -> None:
-    """Logs by name each key that is not followed. Raises ValueError for one without which the ids would be others."""
+    """Logs the name of each key that is not followed. Raises ValueError for a key that would change the ids."""
     if config.get("init_inputs"):
         raise ValueError(f"{file}: init_inputs: got {config['init_inputs']!r}, expected none: arguments without names")
     for key, (harmless, reason) in LOGGED.items():
@@ -97,10 +97,10 @@ def is_named_token(key: str, value: Any) -> bool:
 
 
 def merged(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the config, with what special_tokens_map.json says over it where it has no added_tokens_decoder.
+    """Returns the config; without added_tokens_decoder, special_tokens_map.json overrides it.
 
-    "extra_special_tokens" is a list or None there, and "model_specific_special_tokens" a dict, with what other keys say
-    of both.
+    In the result, "extra_special_tokens" is a list or None, and "model_specific_special_tokens" a dict. They include
+    the values of other keys for both.
     """
     extra, additional = config.get("extra_special_tokens"), config.get("additional_special_tokens")
     if not extra and additional is not None:
@@ -126,9 +126,9 @@ def merged(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[st
 
 
 def names_extra_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> bool:
-    """Tells whether the files name extra tokens, or none, in the place of those that a SentencePiece file has.
+    """Tells whether the files name extra tokens, or none, instead of those of a SentencePiece file.
 
-    transformers 5 then takes only theirs. Tokens with names of their own, and "additional_special_tokens" of
+    transformers 5 then uses only those of the files. Tokens with their own names, and "additional_special_tokens" of
     special_tokens_map.json, do not count.
     """
     extra, more = config.get("extra_special_tokens", {}), special_map.get("extra_special_tokens")
@@ -139,7 +139,7 @@ def names_extra_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]
 
 
 def limit_of(options: Mapping[str, Any]) -> int | None:
-    """Returns the limit of tokens, None for none. ``max_len``, its older name, counts where the newer is missing."""
+    """Returns the limit of tokens, or None. ``max_len``, the older name, is used if the newer is missing."""
     name = "model_max_length" if "model_max_length" in options else "max_len"
     limit = options.get(name)
     if limit is not None and not (type(limit) in (int, float) and limit >= 1):
@@ -148,7 +148,7 @@ def limit_of(options: Mapping[str, Any]) -> int | None:
 
 
 def flags_of(options: Mapping[str, Any]) -> dict[str, bool]:
-    """Returns the settings of FLAGS, False where they are missing."""
+    """Returns the settings of FLAGS, False if they are missing."""
     flags = {name: options.get(name, False) or False for name in FLAGS}
     for name, value in flags.items():
         if not isinstance(value, bool):

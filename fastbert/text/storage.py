@@ -1,4 +1,4 @@
-"""Files lie on a local disk, or under a URL such as s3://bucket/folder, which pyarrow opens."""
+"""Files are on a local disk, or at a URL such as s3://bucket/folder, which pyarrow opens."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any, BinaryIO, cast
 
 from fastbert.checkpoint.files import replacing
 
-AHEAD_BYTES = 2**18  # asked for at once under a URL, where each request takes its time
+AHEAD_BYTES = 2**18  # bytes per request for a URL, because each request takes time
 
 
 def is_url(path: str) -> bool:
-    """Tells whether a path is opened by pyarrow."""
+    """Tells whether pyarrow opens a path."""
     return "://" in path
 
 
@@ -26,13 +26,13 @@ def join(folder: str, name: str) -> str:
 
 
 def need_pyarrow(path: str) -> None:
-    """Raises ValueError, with what to install, where a path needs pyarrow and there is none."""
+    """Raises ValueError, with the install command, if pyarrow is missing."""
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(f"{path}: Parquet files and URLs need pyarrow: pip install pyarrow")
 
 
 def open_file(path: str) -> BinaryIO:
-    """Opens a file for reading, at any place."""
+    """Opens a file for reading, with random access."""
     if not is_url(path):
         return open(path, "rb")
     system, inner = _system(path)
@@ -40,16 +40,16 @@ def open_file(path: str) -> BinaryIO:
 
 
 def open_lines(path: str) -> BinaryIO:
-    """Opens a file whose lines are read, at any place."""
+    """Opens a file for reading lines, with random access."""
     if not is_url(path):
         return open(path, "rb")
-    return io.BufferedReader(cast(io.RawIOBase, open_file(path)), AHEAD_BYTES)  # pyarrow's files have no lines
+    return io.BufferedReader(cast(io.RawIOBase, open_file(path)), AHEAD_BYTES)  # pyarrow's files cannot read lines
 
 
 def files_in(path: str, suffixes: tuple[str, ...]) -> list[str]:
-    """Returns the path of a file, or those of the files in a folder, in sorted order, that end in one of the suffixes.
+    """Returns the path of a file, or the sorted paths of the files in a folder that end in one of the suffixes.
 
-    Hidden files are left out. Raises FileNotFoundError where there is nothing.
+    Hidden files are omitted. Raises FileNotFoundError if there is no file.
     """
     names = [path]
     if not is_url(path):
@@ -76,7 +76,7 @@ def files_in(path: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def stamp(path: str) -> list[Any]:
-    """Returns path, size in bytes and time of the last change in ns: what changes when a file does."""
+    """Returns path, size in bytes and modification time in ns, which change when a file changes."""
     if not is_url(path):
         status = os.stat(path)
         return [os.path.abspath(path), status.st_size, status.st_mtime_ns]
@@ -91,7 +91,7 @@ def size_of(path: str) -> int:
 
 
 def names_in(folder: str) -> set[str]:
-    """Returns the names of what lies in a folder; none where there is no folder."""
+    """Returns the names in a folder; an empty set if there is no folder."""
     if not is_url(folder):
         return set(os.listdir(folder)) if os.path.isdir(folder) else set()
     from pyarrow.fs import FileSelector
@@ -101,7 +101,7 @@ def names_in(folder: str) -> set[str]:
 
 
 def make_folder(folder: str) -> None:
-    """Makes a folder with those above it, unless it is there."""
+    """Makes a folder and its parents, if they do not exist."""
     if not is_url(folder):
         os.makedirs(folder, exist_ok=True)
         return
@@ -111,9 +111,9 @@ def make_folder(folder: str) -> None:
 
 @contextmanager
 def writing(path: str) -> Iterator[BinaryIO]:
-    """Gives a file to write to, which appears under its name as a whole at the end, and not after an error.
+    """Yields a file to write. It appears under its name when it is complete, and not after an error.
 
-    An object store shows an object when all of it is there. So it is made in memory first, and sent as a whole.
+    An object store shows only complete objects. So an object is built in memory first, and sent as a whole.
     """
     if not is_url(path):
         with replacing(Path(path)) as temporary, open(temporary, "wb") as file:

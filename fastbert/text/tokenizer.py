@@ -1,6 +1,6 @@
 """The tokenizer converts text to token ids and token ids to text, with the ``tokenizers`` library.
 
-The ids are the same as from transformers' tokenizer for the same folder. ``encoding`` truncates and pads arrays. In the
+The ids equal those of transformers' tokenizer for the same folder. ``encoding`` truncates and pads arrays. In the
 library's Rust object, truncation and padding are state. With arrays, threads that share a tokenizer may use different
 ``max_length``, and the cut tokens can be counted.
 """
@@ -67,7 +67,7 @@ class Tokenizer:
     clean_up_tokenization_spaces: bool
 
     def __init__(self, source: Source) -> None:
-        """Is called by ``from_pretrained`` and ``train``."""
+        """``from_pretrained`` and ``train`` call this."""
         rust = self._rust = source.rust
         self._as_bert, self._has_token_types = source.as_bert, source.has_token_types
         # The templates of a text and of a pair, with special tokens and without.
@@ -86,7 +86,7 @@ class Tokenizer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._rust.encode_special_tokens = self.split_special_tokens  # which the Rust object forgets in a pickle
+        self._rust.encode_special_tokens = self.split_special_tokens  # the Rust object loses this in a pickle
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, model_max_length={self.model_max_length})"
@@ -176,7 +176,7 @@ class Tokenizer:
             casing = (normalizer.lowercase, normalizer.strip_accents, normalizer.handle_chinese_chars)
             config |= dict(zip(CASING, casing, strict=True))
         if isinstance(self._rust.model, WordPiece):
-            lines = [f"[no token {i}]" for i in range(self.vocab_size)]  # the line is the id: no gaps
+            lines = [f"[no token {i}]" for i in range(self.vocab_size)]  # line numbers are ids: no gaps
             for token, i in self._rust.get_vocab().items():
                 lines[i] = lines[i] if "\n" in token else token
             write_text(folder / "vocab.txt", "\n".join(lines) + "\n")
@@ -333,7 +333,7 @@ class Tokenizer:
         if limit is not None and not (isinstance(limit, (int, np.integer)) and limit >= n_special):
             raise ValueError(f"max_length: got {limit!r}, expected None or an int >= {n_special}, the special tokens")
 
-        # There may be one text: counts stay lists, for each of NumPy's functions costs more than all of its tokens.
+        # For a single text, NumPy's functions cost more than all of its tokens. So the counts stay lists.
         from_left = one_of("truncation_side", self.truncation_side, "right", "left") == "left"
         parts: list[tuple[np.ndarray, np.ndarray]] = []
         lengths: list[int] = []
@@ -364,12 +364,12 @@ class Tokenizer:
         """Returns for each text, without special tokens, an object with a length and with `ids`."""
         if len(texts) <= 2 and max(map(len, texts), default=0) > windows.CHARACTERS and windows.splits(self._rust):
             return [self._in_pieces(text, limit) for text in texts]
-        # The library's threads are not PyTorch's, and as many as there are cores: whoever allows one gets one.
+        # The library uses one thread per core. It ignores PyTorch's limit; a limit of one is applied here.
         batches = [[text] for text in texts] if torch.get_num_threads() == 1 else [texts]
         return [row for batch in batches for row in self._rust.encode_batch_fast(batch, add_special_tokens=False)]
 
     def _in_pieces(self, text: str, limit: int | None) -> LongText:
-        """Counts the tokens of a long text to its end, and keeps the ids that truncation can leave."""
+        """Counts all tokens of a long text, and keeps the ids that truncation can leave."""
         n_tokens, ids = 0, np.empty(0, np.int64)
         from_left = self.truncation_side == "left"
         for piece in windows.pieces(text, windows.CHARACTERS):

@@ -1,4 +1,7 @@
-"""Some folders are read in two ways: transformers 4 takes from tokenizer.json what transformers 5 makes anew."""
+"""transformers 4 uses parts of tokenizer.json that transformers 5 builds again.
+
+So some folders are read differently.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from tokenizers.models import BPE
 
 from fastbert.text.settings import CASING, PREFIX
 
-# Values in the models that are made anew. A key that tokenizer.json lacks has the first of them.
+# Values in the models that are built from a vocabulary. The first is used for a key that tokenizer.json lacks.
 _MODELS: dict[str, dict[str, tuple[Any, ...]]] = {
     "WordPiece": {"continuing_subword_prefix": ("##",), "max_input_chars_per_word": (100,)},
     "Unigram": {"byte_fallback": (False,)},
@@ -21,20 +24,21 @@ _MODELS: dict[str, dict[str, tuple[Any, ...]]] = {
         "fuse_unk": (False,), "byte_fallback": (False,), "ignore_merges": (False,),
     },
 }  # fmt: skip
-_SPACES = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}  # of no effect before a split at spaces
+_SPACES = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}  # has no effect before a split at spaces
 
 
 def parts_that_differ(
     tokenizer_json: Mapping[str, Any], rust: RustTokenizer, options: Mapping[str, Any], unknown_id: int | None
 ) -> list[str]:
-    """Names the parts of tokenizer.json that differ from those of ``rust``, after what transformers 4 changes in them.
+    """Names the parts of tokenizer.json that differ from those of ``rust``, with the changes of transformers 4 applied.
 
-    unknown_id: of the unknown token in a Unigram model. Raises ValueError for the content of no tokenizer.json.
+    unknown_id: the id of the unknown token in a Unigram model. Raises ValueError for invalid content of a
+    tokenizer.json.
     """
     try:
         model = _emptied(tokenizer_json["model"])
         theirs = RustTokenizer.from_str(json.dumps({**tokenizer_json, "added_tokens": [], "model": model}))
-    except Exception as error:  # tokenizers raises nothing more precise
+    except Exception as error:  # tokenizers raises no more precise class
         raise ValueError(f"no tokenizer: {error}") from error
     before, after = _parts(theirs), _parts(rust)
     state = before["normalizer"]
@@ -53,7 +57,7 @@ def parts_that_differ(
 
 
 def _emptied(model: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a model of the same type that knows no word: only the parts around it are looked at."""
+    """Returns a model of the same type without words, because only the parts around it are compared."""
     if isinstance(model.get("vocab"), list):
         return {**model, "type": "Unigram", "vocab": [["?", 0.0]], "unk_id": 0, "byte_fallback": False}
     model_type = "BPE" if "merges" in model else "WordPiece"
@@ -61,7 +65,7 @@ def _emptied(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _parts(rust: RustTokenizer) -> dict[str, Any]:
-    """Returns the normalizer and the pre-tokenizer, without what has no effect on ids."""
+    """Returns the normalizer and the pre-tokenizer, without settings that have no effect on ids."""
     shell = RustTokenizer(BPE())
     shell.normalizer, shell.pre_tokenizer = rust.normalizer, rust.pre_tokenizer
     content = json.loads(shell.to_str())
@@ -103,6 +107,6 @@ def _model_differs(model: Mapping[str, Any], model_type: str, unknown_id: int | 
 
 
 def prefix_that_differs(rust: RustTokenizer, options: Mapping[str, Any]) -> bool:
-    """Tells whether transformers 4 changes ``add_prefix_space`` of a tokenizer.json that 5 takes as it stands."""
+    """Tells whether transformers 4 changes ``add_prefix_space`` of a tokenizer.json that 5 uses unchanged."""
     stored = getattr(rust.pre_tokenizer, PREFIX, None)
     return stored is not None and bool(stored) != bool(options.get(PREFIX, False))

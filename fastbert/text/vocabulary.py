@@ -1,4 +1,4 @@
-"""This module learns a vocabulary of WordPieces from texts. ``loading`` reads that of a checkpoint."""
+"""This module learns a WordPiece vocabulary from texts. ``loading`` reads that of a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ TOKEN_FIELDS = ("content", "single_word", "lstrip", "rstrip", "normalized", "spe
 
 
 class Source(NamedTuple):
-    """A Source holds what a Tokenizer is made of."""
+    """A Source holds the parts of a Tokenizer."""
 
     rust: RustTokenizer  # knows all tokens; neither pads nor truncates
     names: dict[str, str | None]  # keys: NAMES
     settings: dict[str, Any]  # keys: SETTINGS, FLAGS
-    as_bert: bool  # vocabulary and casing options say all there is to know, as for transformers' BertTokenizer
-    has_token_types: bool = True  # whether the second text of a pair has token type 1, where the post-processor says so
-    add_prefix_space: bool | None = None  # of the pre-tokenizer, where it has such a setting
+    as_bert: bool  # vocabulary and casing options describe it completely, as for transformers' BertTokenizer
+    has_token_types: bool = True  # whether the second text of a pair has token type 1, if the post-processor gives it
+    add_prefix_space: bool | None = None  # of the pre-tokenizer, if it has this setting
 
 
 def learn(
@@ -40,7 +40,7 @@ def learn(
     limit_alphabet: int | None,
     trainer: dict[str, Any],
 ) -> Source:
-    """Learns a vocabulary, as ``Tokenizer.train`` says. ``trainer``: vocab_size, min_frequency and show_progress."""
+    """Learns a vocabulary, as in ``Tokenizer.train``. ``trainer``: vocab_size, min_frequency and show_progress."""
     if isinstance(texts_or_files, (str, bytes)):
         raise TypeError(f"texts_or_files: got a single {type(texts_or_files).__name__}, expected texts or Paths")
     if missing := [token for token in NAMES.values() if token not in special_tokens]:
@@ -67,8 +67,8 @@ def learn(
         base = [*dict.fromkeys(special_tokens), *alphabet]
         if len(base) > vocab_size:
             raise ValueError(f"vocab_size: got {vocab_size}, but special tokens and alphabet are {len(base)}")
-        # The trainer numbers an alphabet of its own in the order of a randomly seeded hash map, and breaks ties between
-        # merges by these numbers. An alphabet that comes as special tokens has a fixed order.
+        # The trainer numbers its own alphabet in the order of a randomly seeded hash map, and uses these numbers for
+        # ties between merges. An alphabet that is passed as special tokens has a fixed order.
         texts = map(json.loads, spool) if once else _read_texts(items)
         rust.train_from_iterator(texts, trainers.WordPieceTrainer(limit_alphabet=0, special_tokens=base, **trainer))
     rust = bert_pipeline(rust.get_vocab(with_added_tokens=False), NAMES["unk_token"], **casing)
@@ -105,7 +105,7 @@ def set_bert_template(rust: RustTokenizer, *cls_and_sep: str | None) -> None:
 
 
 def _read_texts(items: Iterable[str | Path]) -> Iterator[str]:
-    """Yields the texts among the items, and the lines of the files."""
+    """Yields the texts of the items, and the lines of the files."""
     for i, item in enumerate(items):
         if not isinstance(item, Path):
             check_text(f"texts_or_files[{i}]", item)

@@ -1,7 +1,7 @@
-"""This module counts texts in characters, and cuts long ones into pieces that give the same tokens.
+"""This module counts texts in characters, and splits long ones into pieces that give the same tokens.
 
-A text is cut only at a space between two plain letters or digits, "... a| b ...", and the space goes with what follows.
-README.md says for which tokenizers the ids of the pieces are those of the whole.
+A text is split only at a space between two plain letters or digits, "... a| b ...", and the space belongs to the next
+piece. README.md describes for which tokenizers the ids of the pieces equal those of the whole text.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-# Characters handed to Rust at once, at most, but for a text that cannot be cut. Rust's encodings, some 200 bytes a
-# token, then stay below 100 MB, also where each character is a token.
+# Maximum number of characters per call of Rust, except for a text that cannot be split. Rust's encodings need about 200
+# bytes per token, so they stay below 100 MB even if each character is a token.
 CHARACTERS = 2**19
-TEXTS = 2048  # texts handed to Rust at once, at most
-WINDOW_CHARACTERS = 2**23  # of the texts of a window, which are tokenised one span after the other
+TEXTS = 2048  # maximum number of texts per call of Rust
+WINDOW_CHARACTERS = 2**23  # characters of the texts in a window, which is tokenised in several calls
 
-# Letters and digits of the scripts that write spaces: Latin, Greek, Cyrillic, Armenian, Hebrew, Arabic, Devanagari,
-# Georgian, and of those that seldom do: kana, ideographs, Hangul syllables.
+# Letters and digits of scripts with spaces: Latin, Greek, Cyrillic, Armenian, Hebrew, Arabic, Devanagari, Georgian; and
+# of scripts with few spaces: kana, ideographs, Hangul syllables.
 _PLAIN = (
     "0-9A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017f\u0391-\u03a1\u03a3-\u03c9\u0410-\u044f\u0561-\u0586"
     "\u05d0-\u05ea\u0621-\u063a\u0641-\u064a\u0905-\u0939\u10d0-\u10f0\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
@@ -26,12 +26,12 @@ _PLAIN = (
 _PLACE = re.compile(f"(?<=[{_PLAIN}]) (?=[{_PLAIN}])")
 _NORMALIZERS = {"BertNormalizer", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "Precompiled"}
 _SPLITTING = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit", "ByteLevel", "Metaspace"}
-_NEUTRAL = {"Digits", "Punctuation"}  # they look at single characters, and may leave the place whole
+_NEUTRAL = {"Digits", "Punctuation"}  # they work on single characters, and may leave the space unsplit
 _MODELS = {"WordPiece", "WordLevel", "BPE", "Unigram"}
 
 
 def spans(texts: Sequence[str], n_texts: int, characters: int, others: Sequence[str] = ()) -> Iterator[tuple[int, int]]:
-    """Yields (first, last) of runs of at most that many texts and characters, or of one text.
+    """Yields (first, last) of runs with at most the given numbers of texts and characters, or with one text.
 
     others: the second texts of pairs.
     """
@@ -50,7 +50,7 @@ def spans(texts: Sequence[str], n_texts: int, characters: int, others: Sequence[
 
 
 def splits(rust: Any) -> bool:
-    """Tells whether the ids of a text are those of its pieces, one after the other, for this state of a tokenizer."""
+    """Tells whether the ids of a text equal the concatenated ids of its pieces, for this state of a tokenizer."""
     steps = _steps(rust.pre_tokenizer, "pretokenizers")
     first = next((i for i, step in enumerate(steps) if step["type"] in _SPLITTING and _is_forced(step)), None)
     if first is None or not {step["type"] for step in steps[:first]} <= _NEUTRAL:
@@ -81,12 +81,12 @@ def _steps(component: Any, key: str) -> list[dict[str, Any]]:
 
 
 def _is_forced(step: dict[str, Any]) -> bool:
-    """Tells whether a pre-tokenizer that splits at spaces does so with its settings."""
+    """Tells whether a pre-tokenizer's settings make it split at spaces."""
     return bool(step.get({"ByteLevel": "use_regex", "Metaspace": "split"}.get(step["type"], ""), True))
 
 
 def _is_local(step: dict[str, Any]) -> bool:
-    """Tells whether a normalizer's step looks only at single characters, letters with accents or runs of spaces."""
+    """Tells whether a normalizer's step reads only single characters, letters with accents or runs of spaces."""
     if step["type"] != "Replace":
         return step["type"] in _NORMALIZERS
     pattern = step["pattern"]
@@ -100,7 +100,7 @@ def _ends_plain(text: str) -> bool:
 
 
 def place_before(text: str, end: int, low: int = 0) -> int:
-    """Returns the last place after ``low`` and up to ``end`` at which a text may be cut; ``low`` if there is none."""
+    """Returns the last place after ``low`` and up to ``end`` at which a text may be split; ``low`` if there is none."""
     step = 256
     while True:
         start = max(end - step, low + 1)
@@ -112,13 +112,13 @@ def place_before(text: str, end: int, low: int = 0) -> int:
 
 
 def place_after(text: str, start: int) -> int:
-    """Returns the first place from ``start`` on at which the text may be cut; its length if there is none."""
+    """Returns the first place from ``start`` on at which the text may be split; its length if there is none."""
     match = _PLACE.search(text, start)
     return len(text) if match is None else match.start()
 
 
 def pieces(text: str, size: int) -> Iterator[str]:
-    """Yields the text in pieces of about ``size`` characters, and in longer ones where it cannot be cut."""
+    """Yields the text in pieces of about ``size`` characters; in longer pieces if it cannot be split there."""
     start = 0
     while len(text) - start > size:
         end = place_before(text, start + size, start)

@@ -1,6 +1,6 @@
-"""This package trains a BERT on raw text, trains heads on a BERT, and finds the source of NaN in any training loop.
+"""This package trains BERT on raw text, trains heads on BERT, and finds the source of NaN in any training loop.
 
-Modules are imported when a name is first used, so that the options of `fastbert pretrain` do not wait for PyTorch.
+Modules are imported when a name is first used, so the options of `fastbert pretrain` do not wait for PyTorch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The unigram baseline is what a model reaches that knows how frequent each token is, not what stands beside it."""
+"""The unigram baseline is the score of a model that knows the frequency of each token, but not its context."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class UnigramBaseline:
-    """A baseline is two numbers, beside which those of masked tokens are read.
+    """A `UnigramBaseline` holds two numbers, for comparison with the scores on masked tokens.
 
-    loss: the cross entropy in nats a token. accuracy: the share of tokens that are the most frequent one of the
-    training text, which is what a model without context does best to answer.
+    loss: the cross entropy, in nats per token. accuracy: the share of tokens that are the most frequent token of the
+    training text. A model without context gets the best accuracy if it always predicts this token.
     """
 
     loss: float
@@ -24,11 +24,11 @@ class UnigramBaseline:
 def unigram_baseline(
     train_counts: ArrayLike, evaluation_counts: ArrayLike | None = None, special: Iterable[int] = ()
 ) -> UnigramBaseline:
-    """Computes the baseline from how often each id of the vocabulary occurs, (V,) whole numbers each.
+    """Computes the baseline from the number of times that each id of the vocabulary occurs, (V,) whole numbers each.
 
-    evaluation_counts: of the held-out text, by default the training text itself. special: ids that are never masked,
-    which count nowhere. The training counts are smoothed by one, so that an id without an occurrence costs a finite
-    loss. Raises ValueError for counts of other shapes, negative ones, and a text without a token.
+    evaluation_counts: the counts of the held-out text, by default those of the training text. special: ids that are
+    never masked; they are not counted. The training counts are smoothed by one, so that an id that does not occur has a
+    finite loss. Raises ValueError for counts of different shapes, negative counts, and a text without tokens.
     """
     train = _counts("train_counts", train_counts)
     held_out = train if evaluation_counts is None else _counts("evaluation_counts", evaluation_counts)

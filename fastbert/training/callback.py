@@ -1,4 +1,4 @@
-"""A callback for transformers' Trainer, and for those of sentence-transformers, guards every step."""
+"""A callback checks every step of the Trainers of transformers and sentence-transformers for NaN and infinity."""
 
 from __future__ import annotations
 

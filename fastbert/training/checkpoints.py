@@ -1,10 +1,10 @@
-"""A checkpoint is a folder that is whole or not there, whatever kills the process that writes it.
+"""A checkpoint is a folder that is either complete or absent, even if the writing process is killed at any time.
 
-It is filled under another name, brought to the disk, and renamed. `complete.json` in it lists its files:
+It is filled under a different name, synced to disk, and renamed. Its file `complete.json` lists its files:
 
-    NAME        a whole folder, with complete.json
+    NAME        a complete folder, with complete.json
     .NAME.new   a folder that is being filled
-    .NAME.old   the folder that a new one of the same name is about to replace
+    .NAME.old   the previous folder of this name, while a new one replaces it
     .NAME.gone  a folder that is being deleted
 """
 
@@ -27,17 +27,17 @@ from fastbert.checks import positive
 logger = logging.getLogger("fastbert")
 
 MARKER = "complete.json"
-Write = Callable[[Path], None]  # fills the folder, which is there and empty
+Write = Callable[[Path], None]  # fills the folder, which exists and is empty
 _STEP = re.compile(r"step-(\d{8,})")
-_CHUNK = 1 << 22  # bytes that are read at a time
-_FULL = 1 << 24  # bytes: a disk with less than that is taken to be full
+_CHUNK = 1 << 22  # bytes per read
+_FULL = 1 << 24  # bytes: a disk with less free space counts as full
 
 
 class Checkpoints:
-    """Keeps the checkpoints of one run: a folder `step-00001000` for each step, of which the newest stay.
+    """A `Checkpoints` keeps the newest checkpoints of one run, each in a folder such as `step-00001000`.
 
-    folder: it is made where it does not exist. keep: the number of complete ones that stay. One process may write at a
-    time: of several processes of a run, rank 0.
+    folder: created if it does not exist. keep: the number of complete checkpoints to keep. Only one process may write
+    at a time: in a run with several processes, rank 0.
     """
 
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2) -> None:
@@ -48,10 +48,10 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, write: Write) -> Path:
-        """Has `write` fill the checkpoint of a step, and deletes the oldest beyond `keep`; returns its folder.
+        """Calls `write` to fill the checkpoint of a step, and deletes the oldest beyond `keep`; returns the folder.
 
-        The folder is on the disk when this returns. An error leaves the checkpoints as they were. Raises OSError where
-        the disk is full or cannot be written, with the name of the last good checkpoint.
+        The folder is synced to disk when this returns. After an error the earlier checkpoints are unchanged. Raises
+        OSError if the disk is full or cannot be written; the message names the last good checkpoint.
         """
         try:
             self._clean()
@@ -67,13 +67,13 @@ class Checkpoints:
         return path
 
     def steps(self) -> list[int]:
-        """Returns the steps of the checkpoints that have all their files in full length, in rising order."""
+        """Returns the steps of the checkpoints whose files all exist with their full size, in ascending order."""
         return [step for step in self._numbers() if obstacle(self.path(step)) is None]
 
     def newest(self, *, verify: bool = True) -> Path | None:
-        """Returns the newest checkpoint that is complete, or None. Each newer one that is not is named in the log.
+        """Returns the newest complete checkpoint, or None. The log names each newer checkpoint that is not complete.
 
-        verify: read all bytes and compare their checksums, too, which takes a second or so for each gigabyte.
+        verify: also read all bytes and compare their checksums, which takes about a second per gigabyte.
         """
         for step in reversed(self._numbers()):
             reason = obstacle(self.path(step), contents=verify)
@@ -83,7 +83,7 @@ class Checkpoints:
         return None
 
     def _numbers(self) -> list[int]:
-        """Returns the steps that have a folder, complete or not. What a killed process had renamed away is put back."""
+        """Returns the steps that have a folder, complete or not. Restores folders that a killed process had renamed."""
         if not self.folder.is_dir():
             return []
         for left in list(self.folder.glob(".step-*.old")):
@@ -92,7 +92,7 @@ class Checkpoints:
         return sorted(int(match[1]) for match in matches if match)
 
     def _clean(self) -> None:
-        """Deletes what a killed process left behind."""
+        """Deletes the files that a killed process left."""
         self._numbers()
         for kind in ("new", "old", "gone"):
             for path in list(self.folder.glob(f".step-*.{kind}")):
@@ -100,11 +100,11 @@ class Checkpoints:
 
 
 def replace_folder(path: str | os.PathLike[str], write: Write, **facts: Any) -> Path:
-    """Has `write` fill a new folder, which then takes the place of `path`; returns the path.
+    """Calls `write` to fill a new folder, which then replaces `path`; returns the path.
 
-    Whenever a process is killed in here, `recover(path)` gives the old folder or the new one, whole. facts: they are
-    written into complete.json. After an error the old folder is as before, and what was written is gone. Raises
-    OSError where the disk is full, whatever `write` raised then.
+    If the process is killed at any time in this function, `recover(path)` returns the old folder or the new one,
+    complete. facts: written into complete.json. After an error the old folder is unchanged, and the new files are
+    deleted. Raises OSError if the disk is full, whatever exception `write` raised.
     """
     path = Path(path)
     new, old = _beside(path, "new"), _beside(path, "old")
@@ -125,7 +125,7 @@ def replace_folder(path: str | os.PathLike[str], write: Write, **facts: Any) -> 
         is_swapped = True
         _sync(path.parent)
     except BaseException as error:
-        # The libraries that write tensors report a full disk by exceptions of their own.
+        # Libraries that write tensors report a full disk with their own exceptions.
         is_full = isinstance(error, Exception) and shutil.disk_usage(path.parent).free < _FULL
         if is_swapped:
             os.rename(path, new)
@@ -142,20 +142,20 @@ def replace_folder(path: str | os.PathLike[str], write: Write, **facts: Any) -> 
 
 
 def recover(path: str | os.PathLike[str]) -> Path | None:
-    """Gives a folder of `replace_folder`, None if there is none. One that was renamed away is put back."""
+    """Returns a folder of `replace_folder`, or None if there is none. Restores the folder if it was renamed."""
     path = Path(path)
     try:
         if not path.is_dir():
             os.rename(_beside(path, "old"), path)
-    except FileNotFoundError:  # there is none, or another process has put it back
+    except FileNotFoundError:  # there is none, or another process has restored it
         pass
     return path if path.is_dir() else None
 
 
 def obstacle(path: str | os.PathLike[str], *, contents: bool = False) -> str | None:
-    """Gives the reason why a folder is not complete, or None.
+    """Returns the reason why a folder is not complete, or None.
 
-    contents: the bytes of all files are read and compared with their checksums, and not only their sizes.
+    contents: read the bytes of all files and compare their checksums; otherwise only their sizes are compared.
     """
     path = Path(path)
     try:
@@ -174,7 +174,7 @@ def obstacle(path: str | os.PathLike[str], *, contents: bool = False) -> str | N
 
 
 def verify(path: str | os.PathLike[str]) -> None:
-    """Raises ValueError for a folder that is not complete, by size and by checksum of each file, and says why."""
+    """Raises ValueError, with the reason, for a folder that is not complete, by the size and checksum of each file."""
     reason = obstacle(path, contents=True)
     if reason is not None:
         raise ValueError(f"{path}: {reason}")
@@ -185,7 +185,7 @@ def _beside(path: Path, kind: str) -> Path:
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Brings all files of a folder to the disk, and then complete.json with their sizes and checksums and the facts."""
+    """Syncs all files of a folder to disk, then complete.json with their sizes and checksums and with the facts."""
     files: dict[str, dict[str, int]] = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / MARKER:
@@ -202,7 +202,7 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Brings a file or the entries of a folder to the disk."""
+    """Syncs a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -219,7 +219,7 @@ def _checksum(path: Path) -> int:
 
 
 def _delete(path: Path, folder: Path) -> None:
-    """Deletes a folder under another name than `path`, so that a killed deletion leaves no seemingly complete one."""
+    """Renames a folder before its deletion, so that a killed deletion leaves no folder that looks complete."""
     gone = _beside(path, "gone")
     _remove(gone)
     os.rename(folder, gone)

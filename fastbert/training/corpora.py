@@ -1,4 +1,4 @@
-"""A run's corpora come from text, tokenised once: the one to train on, and held-out documents."""
+"""The corpora of a run are made from text that is tokenised once: a training corpus and held-out documents."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from fastbert.training.settings import Settings
 
 @dataclass(frozen=True)
 class Corpora:
-    """held_out: how many documents of the training corpus are held out; 0 where `evaluation` is a corpus of its own."""
+    """A `Corpora` holds the corpora of a run.
+
+    held_out: the number of documents of the training corpus that are held out; 0 if `evaluation` is a separate corpus.
+    """
 
     training: Corpus
     evaluation: Corpus | None
@@ -29,8 +32,8 @@ class Corpora:
 def open_corpora(settings: Settings, tokenizer: Tokenizer, *, show_progress: bool = True) -> Corpora:
     """Tokenises the texts of a run, or finds them in the cache.
 
-    Of several processes on one machine, one does the work and the others wait for it. Raises as `prepare` does, and
-    ValueError for a corpus of which no document can be held out.
+    If several processes run on one machine, one of them tokenises and the others wait. Raises the errors of `prepare`,
+    and ValueError if no document of the corpus can be held out.
     """
     cache = cache_folder(settings)
     cache.mkdir(parents=True, exist_ok=True)
@@ -63,9 +66,10 @@ def cache_folder(settings: Settings) -> Path:
 
 
 def n_held_out(n_documents: int, settings: Settings) -> int:
-    """Returns how many documents are held out: a share of all, and as many as an evaluation needs.
+    """Returns the number of held-out documents: the configured share, but at least as many as an evaluation needs.
 
-    Next sentences need two documents, in what is held out and in the rest. Raises ValueError where there are too few.
+    Next-sentence prediction needs two documents in the held-out part and two in the rest. Raises ValueError if the
+    corpus has too few.
     """
     if settings.evaluation_share == 0:
         return 0
@@ -81,7 +85,7 @@ def n_held_out(n_documents: int, settings: Settings) -> int:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Lets one process of this machine in at a time. The lock of a process that dies is free."""
+    """Admits one process of this machine at a time. If a process dies, its lock is released."""
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -1,7 +1,7 @@
-"""`Processes` knows the processes of a run: one, or those that torchrun started. It wraps the model for them.
+"""`Processes` describes the processes of a run, one or those that torchrun started, and wraps the model for them.
 
-What processes tell one another about a step (counts, a wish to stop) goes through gloo on the host, so that nobody
-waits for a GPU. Gradients go through NCCL on GPUs and gloo on CPUs.
+Data about a step (counts, a request to stop) is exchanged through gloo on the host, so that no process waits for a GPU.
+Gradients are exchanged through NCCL on GPUs and through gloo on CPUs.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ TIMEOUT = timedelta(minutes=30)
 
 
 def n_processes() -> int:
-    """Returns the number of processes that torchrun has started, 1 without it."""
+    """Returns the number of processes that torchrun has started, or 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 @dataclass(frozen=True)
 class Processes:
-    """rank: of this process, from 0 to n - 1. local_rank: on its machine. device: where it computes."""
+    """A `Processes` describes the position of this process in a run.
+
+    rank: the rank of this process, from 0 to n - 1. local_rank: its rank on its machine. device: the device on which it
+    computes.
+    """
 
     rank: int
     n: int
@@ -37,9 +41,9 @@ class Processes:
 
     @classmethod
     def start(cls, device: str | None = None) -> Processes:
-        """Joins the processes that torchrun's environment names; without it the process is alone.
+        """Joins the processes that torchrun's environment variables describe; without them, the process runs alone.
 
-        device: by default GPU `local_rank` where there is one, else the CPU.
+        device: by default GPU `local_rank` if a GPU is available, else the CPU.
         """
         rank, n = int(os.environ.get("RANK", 0)), n_processes()
         local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -55,16 +59,16 @@ class Processes:
 
     @property
     def is_first(self) -> bool:
-        """Tells whether this process writes files and speaks to the user."""
+        """Tells whether this process writes files and prints messages."""
         return self.rank == 0
 
     @property
     def grouped(self) -> bool:
-        """Tells whether there is a group of processes, be it of one."""
+        """Tells whether there is a process group, even a group of one process."""
         return dist.is_initialized()
 
     def sum(self, values: Sequence[int]) -> list[int]:
-        """Returns the sums over all processes of integers of the host."""
+        """Returns the sums of host integers over all processes."""
         if self.n == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.int64)
@@ -78,7 +82,7 @@ class Processes:
         return tensor
 
     def gather(self, value: Any) -> list[Any]:
-        """Returns the value of each process, on all of them."""
+        """Returns the values of all processes, on each process."""
         if self.n == 1:
             return [value]
         values: list[Any] = [None] * self.n
@@ -86,53 +90,55 @@ class Processes:
         return values
 
     def check_equal(self, name: str, value: Any) -> None:
-        """Raises ValueError on every process where the processes differ in a value."""
+        """Raises ValueError on every process if the value differs between processes."""
         values = self.gather(value)
         if any(other != values[0] for other in values):
             listed = ", ".join(f"rank {rank}: {other}" for rank, other in enumerate(values))
             raise ValueError(f"{name}: the processes differ: {listed}")
 
     def wait(self) -> None:
-        """Waits until all processes are here."""
+        """Waits until all processes call it."""
         if self.n > 1:
             dist.barrier() if self.device.type == "cpu" else dist.barrier(device_ids=[self.device.index or 0])
 
     def wrap(
         self, objective: nn.Module, *, n_accumulated: int = 1, fsdp: bool = False, bf16: bool = False
     ) -> nn.Module:
-        """Returns the module that averages gradients over processes.
+        """Returns the module that averages gradients over the processes.
 
-        n_accumulated: batches of a process in each step. fsdp: shard parameters and the optimiser's state, too.
+        n_accumulated: the number of batches per process in each step. fsdp: also shard the parameters and the
+        optimiser's state.
         """
         if fsdp:
             return shard(objective, bf16)
         if self.n == 1:
             return objective
-        # Without buffers nothing is broadcast in a forward pass.
+        # A module without buffers broadcasts nothing in a forward pass.
         assert not list(objective.buffers())
         return nn.parallel.DistributedDataParallel(
             objective,
             device_ids=[self.device.index or 0] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            static_graph=n_accumulated == 1,  # PyTorch takes no no_sync in the first pass of a static graph
+            static_graph=n_accumulated == 1,  # PyTorch forbids no_sync in the first pass of a static graph
         )
 
     def close(self) -> None:
-        """Leaves the group."""
+        """Leaves the process group."""
         leave()
 
 
 def leave() -> None:
-    """Leaves the group of processes, where there is one."""
+    """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _own_store(rank: int, n: int) -> dict[str, Any]:
-    """Gives the arguments of a store in which no process finds the address of one that has died.
+    """Returns the arguments of a store in which no process finds the address of a dead process.
 
-    torchrun keeps its store when it starts the processes again, with what the dead ones wrote. On one machine the
-    number of restarts tells the attempts apart. On several it differs among machines, and their store is PyTorch's own.
+    When torchrun restarts the processes, it keeps its store, with the entries of the dead processes. On one machine the
+    number of restarts distinguishes the attempts. On several machines this number differs between machines, so they use
+    PyTorch's default store.
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT")
     if restarts is None or os.environ.get("GROUP_WORLD_SIZE") != "1":
@@ -143,7 +149,7 @@ def _own_store(rank: int, n: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def accumulating(module: Any, *, is_last: bool) -> Iterator[None]:
-    """Keeps gradients on this process for the passes inside, but for the last of a step, which averages them."""
+    """Keeps gradients on this process during the passes inside, except the last of a step, which averages them."""
     if isinstance(module, nn.parallel.DistributedDataParallel) and not is_last:
         with module.no_sync():
             yield
@@ -154,7 +160,7 @@ def accumulating(module: Any, *, is_last: bool) -> Iterator[None]:
 
 
 def shard(objective: nn.Module, bf16: bool) -> nn.Module:
-    """Shards the layers and then the rest, with the tied embedding in it, by FSDP2."""
+    """Shards each layer with FSDP2, and then the rest of the model, which contains the tied embedding."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     precision = MixedPrecisionPolicy(reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
@@ -166,5 +172,5 @@ def shard(objective: nn.Module, bf16: bool) -> nn.Module:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Tells whether `shard` has been here: the parameters are DTensors."""
+    """Tells whether the model was sharded by `shard`: its parameters are DTensors."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""An evaluation gives the losses and accuracies of held-out documents, whose masks are the same each time."""
+"""An evaluation computes the losses and accuracies of held-out documents. Their masks are the same each time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastbert.training.objective import MLM_LOSS, MLM_RIGHT, N_SUMS, NSP_LOSS, N
 
 @dataclass(frozen=True)
 class Scores:
-    """Means over masked tokens and over pairs; None where there is none. Losses are in nats."""
+    """A `Scores` holds means over masked tokens and over pairs, or None if there are none. Losses are in nats."""
 
     mlm_loss: float | None
     mlm_accuracy: float | None
@@ -24,7 +24,7 @@ class Scores:
 
     @classmethod
     def of(cls, sums: Sequence[float], n_masked: int, n_pairs: int, *, counted: bool = True) -> Scores:
-        """Makes means of the sums of an objective. counted: whether they hold what was predicted right."""
+        """Computes the means from the sums of an objective. counted: whether the sums include the right predictions."""
 
         def mean(place: int, n: int) -> float | None:
             return sums[place] / n if n else None
@@ -38,29 +38,31 @@ class Scores:
 
     @property
     def loss(self) -> float:
-        """The sum of both losses, as the objective has it."""
+        """Returns the sum of both losses, as in the objective."""
         return (self.mlm_loss or 0.0) + (self.nsp_loss or 0.0)
 
     def as_dict(self) -> dict[str, float]:
-        """Returns what is there, with `loss`."""
+        """Returns the scores that are not None, and `loss`."""
         fields = {name: value for name, value in vars(self).items() if value is not None}
         return {"loss": self.loss, **fields}
 
 
 @torch.no_grad()
 def evaluate(objective: nn.Module, batches: Sequence[Any], processes: Processes, autocast: Any) -> Scores:
-    """Returns the scores of batches, which are dealt out to the processes. The model is in eval mode meanwhile.
+    """Returns the scores of batches, which are distributed over the processes. The model is in eval mode meanwhile.
 
-    batches: of fastbert.training.data.batch, the same ones on every process. autocast: a context for each pass.
+    batches: batches of fastbert.training.data.batch, the same ones on every process. autocast: creates a context for
+    each pass.
     """
     device = processes.device
     was_training = objective.training
     objective.eval()
     try:
-        # Each batch has a row of its own, so that the order of the sum does not depend on the number of processes.
+        # Each batch has its own row, so that the order of the sum does not depend on the number of processes.
         sums = torch.zeros(len(batches), N_SUMS, device=device)
         for first in range(0, len(batches), processes.n):
-            # Every process makes as many passes, since FSDP gathers weights in each. One too many counts nothing.
+            # FSDP gathers weights in each pass, so all processes make the same number of passes. A surplus pass is not
+            # counted.
             i = first + processes.rank
             with autocast():
                 _, of_batch = objective(*arguments_of(batches[min(i, len(batches) - 1)], device), count_right=True)

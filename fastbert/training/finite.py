@@ -1,4 +1,4 @@
-"""`FiniteGuard` stops a training at the first NaN or infinity, and names the step and the source."""
+"""`FiniteGuard` stops training at the first NaN or infinity, and names the step and the source."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch.autograd import Variable
 
 from fastbert.training.replay import Call, counts_of, first_in_forward, first_parameter
 
-MOST_CALLS = 256  # kept at most between two checks
+MOST_CALLS = 256  # the largest number of calls to keep between two checks
 LEAST_SCALE = 1.0
 _WRAPPERS = nn.DataParallel, nn.parallel.DistributedDataParallel
 
 
 class FiniteGuard:
-    """Watches the steps of a training, in a `with` statement or until `close`.
+    """A `FiniteGuard` checks the training steps in a `with` statement, or until `close`.
 
     model: the model that each step calls; with DistributedDataParallel, the model inside. least_scale: with a
-    GradScaler, a gradient may overflow sometimes, and the scale falls. Below this scale an overflow is an error.
+    GradScaler, a gradient may sometimes overflow, and then the scale decreases. An overflow below this scale is an
+    error.
 
         with FiniteGuard(model) as guard:
             for batch in batches:
@@ -32,9 +33,9 @@ class FiniteGuard:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    In each step the guard reads the gradients once, saves the state of the generators, and waits for the device once.
-    If a value is not finite, it repeats the calls since the last check, module by module, with the same dropout. So
-    call `check` before the optimizer changes the weights.
+    In each step the guard reads the gradients once, saves the state of the random generators, and waits for the device
+    once. If a value is not finite, the guard repeats the calls since the last check, module by module, with the same
+    dropout. So call `check` before the optimizer changes the weights.
     """
 
     def __init__(self, model: nn.Module, *, least_scale: float = LEAST_SCALE) -> None:
@@ -60,7 +61,7 @@ class FiniteGuard:
         self.close()
 
     def close(self) -> None:
-        """Takes the guard off the model."""
+        """Removes the guard from the model."""
         for handle in self._handles:
             handle.remove()
         self._forget()
@@ -68,9 +69,10 @@ class FiniteGuard:
     def check(self, loss: Tensor | None = None, *, step: int | None = None, scaler: Any = None) -> None:
         """Raises FloatingPointError if the loss or a gradient of this step is not finite.
 
-        loss: by default the `loss` of the model's outputs since the last check, if they have one. Call it after
-        `backward` and before the optimizer's step; without a backward pass, only the loss is checked. step: its number
-        for the message, by default the number of this call, from 1 on. scaler: the GradScaler, if there is one.
+        Call it after `backward` and before the optimizer's step; without a backward pass, it checks only the loss.
+        loss: by default the `loss` of each model output since the last check, if the outputs have one. step: the step
+        number for the message, by default the number of this call, counted from 1. scaler: the GradScaler, if there is
+        one.
         """
         self.step = self.step + 1 if step is None else step
         losses = self._losses if loss is None else [loss.detach()]
@@ -104,7 +106,7 @@ class FiniteGuard:
                 value.register_hook(self._in_backward)
 
     def _in_backward(self, grad: Tensor) -> None:
-        """Registers a check of the gradients at the end of the present backward pass."""
+        """Registers a check of the gradients at the end of the current backward pass."""
         if not self._is_queued:
             self._is_queued = True
             Variable._execution_engine.queue_callback(self._after_backward)
@@ -132,7 +134,7 @@ class FiniteGuard:
             for call in self._calls:
                 if (source := first_in_forward(getattr(self.model, "_orig_mod", self.model), call)) is not None:
                     return source
-        except Exception as error:  # the loss is not finite all the same
+        except Exception as error:  # the loss is still not finite
             return f"the loss or a gradient is not finite, and the forward pass, made again, raises {error!r}"
         finally:
             self._is_replaying = False
@@ -144,13 +146,13 @@ class FiniteGuard:
             return f"the loss is the first that is not finite: {counts}; all outputs of modules are finite"
         assert self._norms is not None
         norms = dict(zip(self._names, self._norms.tolist(), strict=True))
-        # Modules are made in the order of the forward pass.
+        # Modules are created in the order of the forward pass.
         name = next(name for name in reversed(self._names) if not math.isfinite(norms[name]))
         return f"the gradient of {name} is the first that is not finite in the backward pass: its norm is {norms[name]}"
 
 
 def _values(output: Any) -> Iterable[Any]:
-    """The fields of a model's output."""
+    """Returns the fields of a model's output."""
     if isinstance(output, Mapping):
         return output.values()
     if hasattr(output, "to_tuple"):
@@ -159,7 +161,7 @@ def _values(output: Any) -> Iterable[Any]:
 
 
 def _norms(gradients: list[Tensor]) -> Tensor:
-    """The norm of each gradient, in float32 at least, on the device of the first."""
+    """Returns the norm of each gradient, computed in float32 or wider, as float32 on the device of the first."""
     norms: list[Tensor] = [torch.empty(0)] * len(gradients)
     for dtype in {gradient.dtype for gradient in gradients}:
         places = [i for i, gradient in enumerate(gradients) if gradient.dtype == dtype]
@@ -171,7 +173,7 @@ def _norms(gradients: list[Tensor]) -> Tensor:
 
 
 def _finite(tensors: list[Tensor]) -> bool:
-    """Tells whether all values are finite; waits for the device once."""
+    """Tells whether all values are finite. It waits for the device once."""
     if not tensors:
         return True
     device = tensors[0].device

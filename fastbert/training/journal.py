@@ -1,4 +1,4 @@
-"""A journal holds the numbers of a run: training.jsonl, and TensorBoard where it is installed."""
+"""A journal records the numbers of a run: in training.jsonl, and in TensorBoard if that is installed."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ KINDS = ("start", "train", "evaluation", "end")
 
 
 class Journal:
-    """Writes what a run does, one JSON object a line, in a `with` statement or until `close`.
+    """A `Journal` records a run, one JSON object per line, in a `with` statement or until `close`.
 
-    folder: of training.jsonl, made where it does not exist. resume_step: the updates that are done in the checkpoint
-    from which the run goes on. Lines of later steps are cut off, so that the file becomes that of an uninterrupted run;
-    0 empties it, because the run begins anew. None is for a new run. tensorboard: write the numbers there too, into the
-    folder `tensorboard`, where the package is installed. Raises FileExistsError for a new run where there is a journal.
+    folder: the folder of training.jsonl, created if it does not exist. resume_step: for a run that resumes, the number
+    of updates in the checkpoint. Lines of later steps are removed, so that the file equals that of an uninterrupted
+    run; 0 empties the file, because the run starts again. None means a new run. tensorboard: if the package is
+    installed, also write the numbers into the folder `tensorboard`. Raises FileExistsError for a new run if a journal
+    exists already.
 
-    A full disk is reported once, and training continues: what could not be written is missing from the journal.
+    A full disk is reported once, and training continues. The lines that could not be written are missing from the
+    journal.
     """
 
     def __init__(
@@ -51,8 +53,8 @@ class Journal:
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Adds a line: kind ("start", "train", "evaluation" or "end"), step, and the values.
 
-        step: the number of updates that are done. A number that is not finite is written as null, and a tensor or an
-        array of one number as that number. Raises ValueError for another kind.
+        step: the number of completed updates. A number that is not finite is written as null. A tensor or array with
+        one number is written as that number. Raises ValueError for another kind.
         """
         line = {"kind": one_of("kind", kind, *KINDS), "step": step, **{k: plain(v) for k, v in values.items()}}
         self._append(json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n")
@@ -60,7 +62,7 @@ class Journal:
             self._show(kind, step, line)
 
     def sync(self) -> None:
-        """Brings the lines to the disk. It belongs before a checkpoint, so that no line before it can be lost."""
+        """Syncs the lines to disk. Call it before a checkpoint, so that no line before the checkpoint can be lost."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -80,7 +82,7 @@ class Journal:
             self._end += len(line)
         except OSError as error:
             self._failed(error)
-            os.ftruncate(self._file.fileno(), self._end)  # so that no line is torn in the middle of the file
+            os.ftruncate(self._file.fileno(), self._end)  # so that the file contains no incomplete line in its middle
 
     def _failed(self, error: OSError) -> None:
         if not self._is_failing:
@@ -99,9 +101,9 @@ class Journal:
 
 
 def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Reads the lines of a training.jsonl, or of the one in a folder; a torn last line is left out.
+    """Reads the lines of a training.jsonl file, or of the one in a folder; omits an incomplete last line.
 
-    Raises FileNotFoundError if there is none, and ValueError with the number of a line that is no JSON object.
+    Raises FileNotFoundError if there is none, and ValueError, with the line number, for a line that is no JSON object.
     """
     path = Path(path)
     path = path / FILE if path.is_dir() else path
@@ -110,7 +112,7 @@ def read_journal(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def plain(value: Any) -> Any:
-    """Returns the value as JSON has it: None for a number that is not finite, a number for a tensor of one."""
+    """Returns the value for JSON: None for a number that is not finite, and a number for a tensor of one element."""
     if isinstance(value, dict):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -133,7 +135,7 @@ def _parsed(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _cut(path: Path, step: int) -> None:
-    """Truncates the journal before the first line of a later step, or the first that is torn."""
+    """Truncates the journal before the first line that is incomplete or belongs to a later step."""
     if not path.exists():
         return
     end = 0
@@ -149,7 +151,7 @@ def _cut(path: Path, step: int) -> None:
 
 
 def _summary_writer(folder: Path, resume_step: int | None) -> Any:
-    """Makes TensorBoard's writer, None where the package is not installed."""
+    """Returns TensorBoard's writer, or None if the package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

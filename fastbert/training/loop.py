@@ -1,7 +1,8 @@
-"""The loop of pre-training: batches in, steps of the optimiser out; everything else is handed in.
+"""The loop of pre-training takes batches and makes steps of the optimiser. All other parts are arguments.
 
-A step is a number of batches. Each process takes its share, gradients add up, and one update is made of the means over
-the whole step. The numbers of a step are read while the next one runs, so that the device never waits for the host.
+A step consists of a number of batches. Each process takes its share of them, gradients are accumulated, and one update
+uses the means over the whole step. The numbers of a step are read while the next step runs, so that the device never
+waits for the host.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ from fastbert.training.objective import N_SUMS, arguments_of
 
 @dataclass
 class State:
-    """How far a run is. cursor: where the data goes on. best: the least loss of an evaluation. seconds: of all runs."""
+    """A `State` is the progress of a run.
+
+    cursor: the position in the data at which the run continues. best: the lowest loss of an evaluation. seconds: the
+    duration of the run, with all its resumed parts.
+    """
 
     step: int = 0
     cursor: Any = None
@@ -34,28 +39,29 @@ class State:
 
 @dataclass
 class StepReport:
-    """What a step was. The scores are means over all processes; accuracies are there where they were asked for."""
+    """A `StepReport` describes a step. The scores are means over all processes, with accuracies only on request."""
 
     step: int
     scores: Scores
-    norm: float  # of all gradients together, before they were clipped
+    norm: float  # of all gradients together, before clipping
     learning_rate: float
     tokens: int  # of all processes
     sequences: int
     epoch: int
     tokens_so_far: int
     ended: float  # time.perf_counter() when the step was launched
-    waited: float  # seconds that the loop has waited for data so far
+    waited: float  # seconds that the loop has waited for data in total
 
 
 @dataclass
 class Loop:
-    """What the loop is handed.
+    """A `Loop` holds the parts of the loop of pre-training.
 
-    objective: the module that is called, be it wrapped for several processes. steps_of_data: yields objects with
-    `step`, `batches` of this process, and the cursor `after` them. learning_rate: of a step, which counts from 0.
-    autocast: a context for each forward pass. after_step: is called with the state and the report of each step, in
-    order, when the numbers of the step are known; `settled` of it asks for them at once. stop: asks whether to end.
+    objective: the module to call, possibly wrapped for several processes. steps_of_data: yields objects with `step`,
+    the `batches` of this process, and the cursor `after` them. learning_rate: returns the rate of a step, counted from
+    0. autocast: creates a context for each forward pass. after_step: called with the state and the report of each step,
+    in order, when the numbers of the step are known. at_rest: called with the state after the last step and after each
+    step for which is_due is true; all steps are reported by then. stop: tells whether to end the run.
     """
 
     objective: nn.Module
@@ -75,7 +81,7 @@ class Loop:
     _pending: _Pending | None = field(default=None, repr=False)
 
     def run(self, state: State) -> State:
-        """Trains from a state to the last step, or until a stop is requested. The state is changed and returned."""
+        """Trains from a state to the last step, or until a stop is requested. It changes the state and returns it."""
         self.objective.train()
         started, before = time.perf_counter(), state.seconds
         for data in self.steps_of_data:
@@ -101,7 +107,7 @@ class Loop:
             [sum(len(b.rows) for b in batches), sum(b.n_pairs for b in batches), sum(b.n_tokens for b in batches),
              sum(len(b.documents) for b in batches), self.stop()]
         )  # fmt: skip
-        # Gradients are averaged over processes: the factor n makes a sum of that.
+        # DDP averages gradients over the processes; the factor n turns the average into a sum.
         scales = processes.n / max(1, n_masked), processes.n / max(1, n_pairs)
         learning_rate = self.learning_rate(step)
         for group in self.optimizer.param_groups:
@@ -129,7 +135,7 @@ class Loop:
         return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
     def _settle(self, state: State) -> None:
-        """Reads the numbers of the step before, and hands them on."""
+        """Reads the numbers of the previous step, and passes them to after_step."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -148,11 +154,11 @@ class Loop:
 
 @dataclass
 class _Pending:
-    """A step that was launched, and whose numbers were not read yet."""
+    """A `_Pending` is a step that was launched and whose numbers have not been read yet."""
 
     step: int
     data: Any
-    numbers: Tensor  # the sums of all processes, and the norm
+    numbers: Tensor  # the sums over all processes, and the norm
     sums: Tensor  # of each batch of this process
     learning_rate: float
     n_masked: int
@@ -175,7 +181,7 @@ class _Pending:
 
 
 def dropout_seed(seed: int, step: int, batch: int) -> int:
-    """Returns the seed of the generators for one batch of a step: a mix of the three numbers, of 62 bits."""
+    """Returns the seed of the generators for one batch of a step: a 62-bit hash of the three numbers."""
     mixed = 0
     for number in (seed, step, batch):
         mixed = (mixed ^ number) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF

@@ -1,4 +1,4 @@
-"""The card of a model is a README.md, in the form of the Hugging Face hub, of facts and nothing else."""
+"""A model card is a README.md in the format of the Hugging Face hub. It contains only facts."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CARD = "README.md"
 def write_card(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> Path:
     """Writes README.md into the folder of a model; returns its path.
 
-    facts: what is known of the run, by the names of the journal's first line, and seconds, tokens_seen, language (a
-    code or several) and mask_token. What is not there is not written about. Scores come from the last evaluation in the
-    journal, and the picture is shown if it is there.
+    facts: the facts about the run, with the names of the journal's first line; also seconds, tokens_seen, language (one
+    or several codes) and mask_token. The card omits missing facts. The scores are from the last evaluation in the
+    journal. The card shows the picture if it exists.
     """
     folder = Path(folder)
     history = History.read(folder) if (folder / FILE).exists() else History({}, (), (), {})
@@ -70,7 +70,7 @@ def _summary(facts: Mapping[str, Any]) -> str:
 
 
 def _is_continued(facts: Mapping[str, Any]) -> bool:
-    """Tells whether the run began with the weights of a checkpoint."""
+    """Tells whether the run started from the weights of a checkpoint."""
     name = facts.get("model_config")
     return name is not None and name not in SHAPES and Path(name).suffix != ".json" and not Path(name).is_file()
 
@@ -119,7 +119,7 @@ fastbert fill-mask "A text with a {mask}." --model FOLDER
     return text + "```"
 
 
-# Key, name, and what stands after the value.
+# Key, name, and the text after the value.
 _ROWS = (
     ("files", "text: files", ""),
     ("documents", "text: documents", ""),

@@ -1,6 +1,7 @@
-"""The objective of pre-training gives the losses of a packed batch as sums, and counts what is predicted right.
+"""The objective of pre-training returns the losses of a packed batch as sums, and counts the right predictions.
 
-Sums and not means: a step is many batches, on many processes, and its loss is divided by the counts of the whole step.
+It returns sums instead of means, because a step has many batches on many processes. The counts of the whole step divide
+its loss.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from fastbert.models.tasks import BertForMaskedLM, BertForPreTraining
 from fastbert.ops import IGNORED, packing
 from fastbert.ops.packing import PackedBatch
 
-# The places in the sums of a batch.
+# The indices in the sums of a batch.
 MLM_LOSS, MLM_RIGHT, NSP_LOSS, NSP_RIGHT = range(4)
 N_SUMS = 4
 
-_ROWS_OF_LOGITS = 1024  # at once, where only the best class is asked for
+_ROWS_OF_LOGITS = 1024  # rows of logits per product in `_n_right`
 
 
 class PretrainingObjective(nn.Module):
-    """MLM and NSP losses of a BertForPreTraining, or MLM losses of a BertForMaskedLM, on packed batches.
+    """The objective computes the MLM and NSP losses of a BertForPreTraining, or the MLM loss of a BertForMaskedLM.
 
-    It is a module, so that DistributedDataParallel and FSDP can wrap it.
+    Batches are packed. It is a module, so that DistributedDataParallel and FSDP can wrap it.
     """
 
     def __init__(self, model: BertForPreTraining | BertForMaskedLM) -> None:
@@ -49,14 +50,14 @@ class PretrainingObjective(nn.Module):
         scales: tuple[float, float] = (1.0, 1.0),
         count_right: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Returns the loss to differentiate, and the sums, (4,) float32, at the places that this file names.
+        """Returns the loss to differentiate, and the sums, (4,) float32, at the indices defined in this file.
 
-        batch: the packing of B sequences in T tokens. input_ids, token_type_ids: (T,) int64. rows: (M,) int64, which of
-        the T tokens are predicted; labels: (M,) int64, their ids. next_sentence_label: (B,) int64, 0 = is next, 1 =
-        random, -100 = no pair. scales: what the sums of MLM and NSP losses are multiplied with. count_right: whether to
-        count the tokens and pairs that are predicted right, which costs a product; without it these sums are 0.
+        batch: the packing of B sequences in T tokens. input_ids, token_type_ids: (T,) int64. rows: (M,) int64, the
+        indices of the tokens to predict; labels: (M,) int64, their ids. next_sentence_label: (B,) int64, 0 = is next, 1
+        = random, -100 = no pair. scales: factors for the sums of MLM and NSP losses. count_right: whether to count the
+        right predictions of tokens and pairs, which costs one more matrix product; without it these sums are 0.
 
-        Labels are not checked: their maker knows that they are in range.
+        The labels are not checked: the code that makes them guarantees that they are in range.
         """
         model: Any = self.model
         encoder = model.bert
@@ -89,16 +90,16 @@ class PretrainingObjective(nn.Module):
 
 @torch.no_grad()
 def _n_right(decoder: Any, x: Tensor, labels: Tensor) -> Tensor:
-    """How many rows of x, (M, H), have their label as the likeliest token."""
+    """Returns the number of rows of x, (M, H), whose label is the most likely token."""
     chunks = zip(x.split(_ROWS_OF_LOGITS), labels.split(_ROWS_OF_LOGITS), strict=True)
     right = [(decoder(rows).argmax(-1) == wanted).sum() for rows, wanted in chunks]
     return torch.stack(right).sum() if right else labels.new_zeros(())
 
 
 def arguments_of(batch: Any, device: torch.device) -> tuple[Any, ...]:
-    """Returns the arguments of a forward pass of the objective, on a device, from a Batch of fastbert.training.data.
+    """Returns the arguments of the objective's forward pass, on a device, from a Batch of fastbert.training.data.
 
-    Nothing waits for the device.
+    It does not wait for the device.
     """
     offsets = batch.cu_seqlens.tolist()
     lengths = [end - start for start, end in zip(offsets, offsets[1:], strict=False)]

@@ -1,4 +1,4 @@
-"""AdamW for a BERT decays the matrices alone, and its state goes by the names of parameters."""
+"""This module creates AdamW for BERT, which decays only the matrices, and saves its state by parameter name."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FUSED_DEVICES = {"cuda", "cpu", "xpu", "mps"}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Gives two groups for an optimizer: the matrices, which decay, and the biases and norms, which do not.
+    """Returns two groups for an optimizer: the matrices, with weight decay, and the biases and norms, without.
 
-    A parameter does not decay if it has fewer than two dimensions or stands in a LayerNorm. Tied weights are in a group
-    once, and frozen parameters in none. Both groups are there even if one is empty. Raises ValueError for a model
-    without a parameter to train.
+    A parameter has no weight decay if it has fewer than two dimensions or belongs to a LayerNorm. A tied weight is in a
+    group once; a frozen parameter is in no group. Both groups exist even if one is empty. Raises ValueError for a model
+    without trainable parameters.
     """
     norms = {
         id(parameter)
@@ -44,10 +44,10 @@ def make_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
 ) -> torch.optim.AdamW:
-    """Makes AdamW over the groups of `parameter_groups`, with BERT's constants by default.
+    """Creates AdamW for the groups of `parameter_groups`, by default with BERT's constants.
 
-    It is fused, one kernel for many parameters, where PyTorch can do that on the device of the parameters.
-    Raises ValueError as `parameter_groups` and AdamW do.
+    It is fused (one kernel for many parameters) if PyTorch supports that on the device of the parameters. Raises
+    ValueError as `parameter_groups` and AdamW do.
     """
     groups = [group for group in parameter_groups(model, weight_decay) if group["params"]]
     fused = all(
@@ -57,10 +57,10 @@ def make_optimizer(
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
-    """Gives what `load_optimizer_state` reads: the state of each parameter by its name in the model.
+    """Returns the state for `load_optimizer_state`: the state of each parameter, by its name in the model.
 
-    The tensors are those of the optimizer, and not copies. Names do not change when the groups are put in another
-    order, as numbers do. torch.load reads the saved result with weights_only=True.
+    The tensors are the optimizer's own tensors, not copies. Names do not change with the order of the groups, but
+    PyTorch's numbers do. torch.load reads the saved result with weights_only=True.
     """
     names = _names(optimizer, model)
     state = {name: dict(optimizer.state[p]) for name, p in names.items() if p in optimizer.state}
@@ -68,9 +68,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Puts a state of `optimizer_state` into the optimizer, as copies on the devices of the parameters.
+    """Loads a state of `optimizer_state` into the optimizer, as copies on the devices of the parameters.
 
-    Raises ValueError for names or shapes that are not those of the model, and says which; the optimizer is unchanged.
+    Raises ValueError, with the names or shapes, if they differ from those of the model; the optimizer is then
+    unchanged.
     """
     names = _names(optimizer, model)
     if set(state["names"]) != set(names):
@@ -81,7 +82,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
             if isinstance(value, torch.Tensor) and value.ndim and value.shape != names[name].shape:
                 expected = tuple(names[name].shape)
                 raise ValueError(f"state: {key} of {name} has the shape {tuple(value.shape)}, expected {expected}")
-    # PyTorch numbers parameters through all groups, and puts each value on the device it belongs on.
+    # PyTorch numbers the parameters of all groups consecutively, and moves each value to the device of its parameter.
     content = optimizer.state_dict()
     name_of = {id(p): name for name, p in names.items()}
     order = [name_of[id(p)] for group in optimizer.param_groups for p in group["params"]]
@@ -94,7 +95,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module, sta
 
 
 def _names(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of the optimizer, by name, in the order of the model."""
+    """Returns the optimizer's parameters by name, in the order of the model."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     names = {name: p for name, p in model.named_parameters() if id(p) in held}
     if len(names) != len(held):

@@ -1,6 +1,6 @@
 """`fastbert pretrain` and `python -m fastbert.training.pretrain` have one option for each field of `Settings`.
 
-Neither the options nor --help wait for PyTorch.
+The options and --help do not import PyTorch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ on N GPUs of a machine:
 after a crash, the same command with --resume"""
 
 # For each group and field: the name of the value in --help ("" for a choice or a switch), and the help text.
-# "(default: ...)" is added if the default of `Settings` is a value.
+# "(default: ...)" is added unless the default of `Settings` is None, () or False.
 HELP: dict[str, dict[str, tuple[str, str]]] = {
     "data": {
         "text": ("PATH", "files, folders and globs: plain text, JSON lines or Parquet, also compressed"),
@@ -99,12 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
-    """Makes the settings of parsed arguments. Raises ValueError, with the name of the field, as `Settings` does."""
+    """Makes the settings from parsed arguments. Raises ValueError, with the name of the field, as `Settings` does."""
     return Settings(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)})
 
 
 def parse(argv: Sequence[str] | None = None, prog: str = "python -m fastbert.training.pretrain") -> Settings:
-    """Makes the settings of a command line, by default that of the process.
+    """Makes the settings from a command line, by default that of the process.
 
     Raises SystemExit as argparse does, also for values that `Settings` does not allow.
     """
@@ -126,7 +126,7 @@ def argument(
 ) -> dict[str, Any]:
     """Returns the keyword arguments of `add_argument` for a field of settings, whose annotations are strings.
 
-    text: the help text, to which the default is added. choices: the allowed values of a field, by its name.
+    text: the help text, to which the default is added. choices: the allowed values of each field, by its name.
     """
     annotation = str(field.type)
     if field.default is dataclasses.MISSING:
@@ -137,7 +137,7 @@ def argument(
             text += f" (default: {_written(field.default)})"
     keywords["help"] = text.replace("%", "%%")
     if annotation == "bool":
-        # Python 3.10 adds a default of its own to the help of a BooleanOptionalAction that has one.
+        # Python 3.10 adds its own default to the help of a BooleanOptionalAction that has a default.
         on_and_off = {"action": argparse.BooleanOptionalAction} if field.default else {"action": "store_true"}
         return {"help": keywords["help"], **on_and_off}
     if annotation.startswith("tuple"):

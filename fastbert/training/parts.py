@@ -1,4 +1,4 @@
-"""`Parts` are what a pre-training run is made of: model, data, plan and optimiser."""
+"""`Parts` holds the parts of a pre-training run: model, data, plan and optimiser."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fastbert.training.settings import Settings, n_steps_of
 from fastbert.training.starting_model import starting_model
 
 TOKENS_PER_BATCH = {"cuda": 16_384, "cpu": 4_096}
-EVALUATION_BATCH = 4_096  # tokens, on every device: masks depend on the batches
+EVALUATION_BATCH = 4_096  # tokens, equal on every device because masks depend on the batches
 
 
 class Parts:
-    """What a run is made of, from its settings. Processes of a run make the same parts, each on its device."""
+    """A `Parts` makes the parts of a run from its settings. All processes make the same parts, on their devices."""
 
     def __init__(self, settings: Settings, processes: Processes) -> None:
         self.settings, self.processes = settings, processes
@@ -58,7 +58,7 @@ class Parts:
 
     @property
     def tokens_per_step(self) -> int:
-        """The budget of a step of all processes."""
+        """Returns the token budget of a step, over all processes."""
         settings = self.settings
         if settings.sequences_per_step is not None:
             return settings.sequences_per_step * self.max_length
@@ -66,7 +66,7 @@ class Parts:
 
     @property
     def tokens_per_batch(self) -> int:
-        """The budget of what a device takes at once."""
+        """Returns the token budget of one batch on a device."""
         wanted = self.settings.tokens_per_batch or TOKENS_PER_BATCH.get(self.processes.device.type, 4_096)
         return max(self.max_length, min(wanted, -(-self.tokens_per_step // self.processes.n)))
 
@@ -94,11 +94,11 @@ class Parts:
         return self.processes.wrap(objective, n_accumulated=n_accumulated, fsdp=self.settings.fsdp, bf16=self.bf16)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Gives the context of a forward pass."""
+        """Returns the context for a forward pass."""
         return torch.autocast(self.processes.device.type, torch.bfloat16) if self.bf16 else nullcontext()
 
     def learning_rate(self, step: int) -> float:
-        """Returns the learning rate of a step, which counts from 0."""
+        """Returns the learning rate of a step, counted from 0."""
         settings, steps = self.settings, self.steps
         return settings.learning_rate * learning_rate_factor(
             step,
@@ -110,7 +110,7 @@ class Parts:
 
     @cached_property
     def evaluation_batches(self) -> list[Batch]:
-        """The batches of held-out documents, with masks that do not change."""
+        """Returns the batches of held-out documents. Their masks are always the same."""
         corpora, settings = self.corpora, self.settings
         corpus, held_out = corpora.training, corpora.held_out
         if corpora.evaluation is not None:
@@ -136,7 +136,7 @@ class Parts:
 
     @cached_property
     def baseline(self) -> UnigramBaseline:
-        """What the masked tokens of the evaluation cost a model that knows frequencies alone."""
+        """Returns the baseline for the evaluation's masked tokens: the score of a model that knows only frequencies."""
         corpus, batches = self.corpora.training, self.evaluation_batches
         labels = np.concatenate([batch.labels for batch in batches]) if batches else None
         counts = None if labels is None else np.bincount(labels, minlength=corpus.vocab_size)

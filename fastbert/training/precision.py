@@ -1,4 +1,4 @@
-"""The precision in which a training multiplies; weights and the optimiser's state are float32 in each."""
+"""The precision is the data type of matrix products. Weights and the optimiser's state are always float32."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastbert.engine import cpu_encoder
 
 
 def takes_bf16(precision: str, device: torch.device) -> bool:
-    """Tells whether products are in bfloat16: where that is asked for, or where the device is faster at it."""
+    """Tells whether matrix products use bfloat16: by the setting, or for "auto" if the device is faster with it."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

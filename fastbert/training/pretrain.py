@@ -1,6 +1,6 @@
 """`pretrain` trains a BERT on raw text.
 
-On several processes: torchrun --nproc-per-node N -m fastbert.training.pretrain, with the options of the command.
+For several processes: torchrun --nproc-per-node N -m fastbert.training.pretrain, with the options of the command.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from fastbert.training.stopping import StopSignals
 
 
 def pretrain(settings: Settings) -> Result:
-    """Trains a BERT on raw text, from a shape or from a checkpoint, and writes a folder that transformers reads.
+    """Trains a BERT on raw text, from a shape or from a checkpoint, and writes a folder that transformers can read.
 
-    With torchrun, every process calls it. Raises ValueError and OSError for what a run cannot start or go on
-    with, and FloatingPointError for a loss or a gradient that is not finite, with the step and its documents.
+    With torchrun, every process calls it. Raises ValueError and OSError if a run cannot start or continue, and
+    FloatingPointError if a loss or a gradient is not finite, with the step and its documents.
     """
     processes = Processes.start(settings.device)
     try:
@@ -31,7 +31,7 @@ def pretrain(settings: Settings) -> Result:
 
 
 def main() -> int:
-    """Runs with the options of the process: what torchrun starts. Returns the exit code, as `fastbert pretrain`."""
+    """Runs pre-training with the command-line options, under torchrun. Returns the exit code of `fastbert pretrain`."""
     settings = options.parse()
     logging.basicConfig(format="fastbert: %(levelname)s: %(message)s")
     try:

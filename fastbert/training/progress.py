@@ -1,4 +1,4 @@
-"""A training shows where it stands: a bar in a terminal, and a line now and then elsewhere."""
+"""Training shows its progress: as a bar in a terminal, and as an occasional line elsewhere."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import sys
 import time
 from typing import Any
 
-SECONDS = 30.0  # between two lines where standard error is no terminal
-# What is shown of the numbers of a step, under which label, and how.
+SECONDS = 30.0  # between two lines if standard error is no terminal
+# For each displayed value of a step: its label and its format.
 SHOWN = {
     "loss": ("loss", "{:.3f}"),
     "mlm_accuracy": ("mlm", "{:.1%}"),
@@ -18,10 +18,10 @@ SHOWN = {
 
 
 class Progress:
-    """Shows the steps that are done, on standard error, in a `with` statement or until `close`.
+    """A `Progress` shows the completed steps on standard error, in a `with` statement or until `close`.
 
-    total: the steps of the run. start: those that are done already. disabled: show nothing. seconds: between two lines
-    where standard error is no terminal.
+    total: the number of steps of the run. start: the number of completed steps. disabled: show nothing. seconds: the
+    time between two lines if standard error is no terminal.
     """
 
     def __init__(self, total: int, start: int = 0, disabled: bool = False, *, seconds: float = SECONDS) -> None:
@@ -41,10 +41,10 @@ class Progress:
         self.close()
 
     def update(self, step: int, **values: float | None) -> None:
-        """Shows that `step` updates are done. values: those that `SHOWN` names are shown, and None is left out.
+        """Shows that `step` updates are completed. values: those with a name in `SHOWN` are displayed, except None.
 
-        loss: in nats. mlm_accuracy, nsp_accuracy: shares of what was predicted rightly. tokens_per_second. waiting: the
-        share of the time in which the device waited for data. The values of the last call that had some stay.
+        loss: in nats. mlm_accuracy, nsp_accuracy: shares of right predictions. tokens_per_second. waiting: the share of
+        the time in which the device waited for data. A call without values keeps the last displayed ones.
         """
         done, self.step = step - self.step, step
         if self.disabled:
@@ -83,7 +83,7 @@ def _words(values: dict[str, float | None]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """90 s as 1:30, and 3 h as 3:00:00."""
+    """Formats a duration: 90 s as 1:30, and 3 h as 3:00:00."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,4 +1,4 @@
-"""A call of a model can be kept, and made again module by module, to find the first output that is not finite."""
+"""This module replays a recorded call module by module, to find the first output that is not finite."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from fastbert import adapters
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a model in training: its arguments, and the state of what it depends on."""
+    """A `Call` holds one call of a model in training: its arguments, and its random and autocast state."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     device: torch.device
-    generators: tuple[Tensor, Tensor | None]  # of the CPU, and of the device if that is a GPU
+    generators: tuple[Tensor, Tensor | None]  # of the CPU, and of the device if it is a GPU
     autocast: tuple[bool, torch.dtype]
 
     @classmethod
     def about_to_run(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any], device: torch.device) -> Call:
-        """Keeps a call that begins now."""
+        """Records a call that begins now."""
         own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         autocast = torch.is_autocast_enabled(device.type), torch.get_autocast_dtype(device.type)
-        # A SentenceTransformer writes its outputs into the dictionary that it gets.
+        # A SentenceTransformer writes its outputs into the dictionary of its inputs.
         args, kwargs = tuple(map(_copied, args)), {name: _copied(value) for name, value in kwargs.items()}
         return cls(args, kwargs, device, (torch.get_rng_state(), own), autocast)
 
     @contextmanager
     def state(self) -> Iterator[None]:
-        """Restores what the call depended on, and afterwards what there was before."""
+        """Sets the recorded state for the duration of the context; afterwards the previous state returns."""
         enabled, dtype = self.autocast
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.set_rng_state(self.generators[0])
@@ -46,7 +46,7 @@ class Call:
 
 
 class _NotFinite(Exception):
-    """Ends a replay at the first output that is not finite. name: of the module that gave it."""
+    """This exception ends a replay at the first output that is not finite. name: the name of its module."""
 
     def __init__(self, name: str, source: str) -> None:
         super().__init__(source)
@@ -54,11 +54,12 @@ class _NotFinite(Exception):
 
 
 def first_in_forward(model: nn.Module, call: Call) -> str | None:
-    """Makes the call again; says which module has the first output that is not finite, None if there is none.
+    """Replays the call; returns a text about the module with the first output that is not finite, or None.
 
-    The first module in the order in which calls end: a module comes after those inside it. A hook on some modules has a
-    model of ours, or an accelerated one, run another way, with other masks of dropout. So the call is made twice: as it
-    was, with hooks where nothing changes; and with hooks everywhere, which tells more if it comes to the same place.
+    The order is that in which calls end: a module comes after the modules inside it. A hook on some modules of fastbert
+    models and accelerated models changes how they run, and so their dropout masks. So the call is replayed twice: with
+    hooks on modules that run the same with a hook, and with hooks on all modules. The second result is more precise,
+    and is returned if it names the same place.
     """
     inputs = _not_finite((call.args, dict(call.kwargs)))
     if inputs is not None:
@@ -70,15 +71,16 @@ def first_in_forward(model: nn.Module, call: Call) -> str | None:
 
 
 def _everywhere(model: nn.Module) -> dict[nn.Module, str]:
-    """All modules and their names, but for dropouts, which are never at fault."""
+    """Returns all modules and their names, except dropout modules, which are never the source."""
     return {module: name for name, module in model.named_modules() if not isinstance(module, nn.Dropout)}
 
 
 def _where_nothing_changes(model: nn.Module) -> dict[nn.Module, str]:
-    """Yields the modules, and their names, that give the same results with a hook.
+    """Returns the modules, with their names, that give the same results with a hook.
 
-    Ours fuse what follows a product with the dropout before and the norm after it; where somebody listens to those,
-    PyTorch draws the masks. Of an accelerated encoder they are the modules of its twin.
+    fastbert's modules run the steps after a matrix product (dropout, sum, norm) as one fused operation. With a hook on
+    one of these parts, PyTorch draws the dropout masks instead. For an accelerated encoder, the result has the modules
+    of its twin.
     """
     modules = _everywhere(model)
     names = dict(modules)
@@ -98,7 +100,7 @@ def _where_nothing_changes(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _replay(model: nn.Module, call: Call, modules: Mapping[nn.Module, str]) -> _NotFinite | None:
-    """Makes the call again with a look at the outputs of some modules, by name."""
+    """Replays the call with hooks that check the outputs of the given modules."""
 
     def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         wrong = _not_finite(output)
@@ -123,7 +125,7 @@ def _replay(model: nn.Module, call: Call, modules: Mapping[nn.Module, str]) -> _
 
 
 def first_parameter(model: nn.Module) -> str | None:
-    """Says which parameter is the first that is not finite, None if all are."""
+    """Returns a text about the first parameter that is not finite, or None if all are finite."""
     for name, parameter in model.named_parameters():
         if (wrong := counts_of(parameter)) is not None:
             return f"the parameter {name} is not finite: {wrong}"
@@ -131,7 +133,7 @@ def first_parameter(model: nn.Module) -> str | None:
 
 
 def counts_of(tensor: Tensor) -> str | None:
-    """Counts the values of a tensor that are not finite, in words; None if all are finite."""
+    """Returns a text with the number of values of a tensor that are not finite, or None if all are finite."""
     if not tensor.dtype.is_floating_point or tensor.numel() == 0:
         return None
     n_nan, n_inf = int(tensor.isnan().sum()), int(tensor.isinf().sum())
@@ -140,12 +142,12 @@ def counts_of(tensor: Tensor) -> str | None:
 
 
 def _not_finite(value: Any) -> str | None:
-    """What is not finite in the first tensor of a structure that has such a value, None if there is none."""
+    """Returns the text of `counts_of` for the first tensor of a structure with a value that is not finite, or None."""
     return next((wrong for tensor in _tensors(value) if (wrong := counts_of(tensor)) is not None), None)
 
 
 def _copied(value: Any) -> Any:
-    """The value with a container of its own, and the same tensors."""
+    """Returns a shallow copy of a container; it holds the same tensors. Returns other values unchanged."""
     return copy.copy(value) if isinstance(value, (Mapping, list)) else value
 
 

@@ -1,4 +1,4 @@
-"""The curve of a run shows what its journal holds, as a page and as a picture."""
+"""The curve of a run shows the contents of its journal, as a page and as a picture."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fastbert")
 
 PAGE, PICTURE = "curve.html", "curve.png"
-MOST_POINTS = 1_000  # of a line that is drawn
-SMOOTHING = 50  # a smoothed point is the mean over this part of the lines in the journal
+MOST_POINTS = 1_000  # per line in the figure
+SMOOTHING = 50  # a smoothed point is the mean over 1 / SMOOTHING of the lines in the journal
 FEW = 12  # evaluations: a longer table is folded
 
 METHOD = (
@@ -41,7 +41,7 @@ METHOD = (
 
 @dataclass(frozen=True)
 class History:
-    """A history is the lines of a journal, by kind. start and end are empty where they are missing."""
+    """A `History` holds the lines of a journal, by kind. start and end are empty if they are missing."""
 
     start: Mapping[str, Any]
     train: Sequence[Mapping[str, Any]]
@@ -59,21 +59,21 @@ class History:
         return cls(start[-1] if start else {}, by_kind["train"], by_kind["evaluation"], end[-1] if end else {})
 
     def series(self, name: str, *, evaluation: bool = False) -> np.ndarray:
-        """Returns the steps and the values of a number, (2, n) float64, where it is there."""
+        """Returns the steps and the values of a number, (2, n) float64, from the lines that have it."""
         lines = self.evaluations if evaluation else self.train
         pairs = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         return np.array(pairs, dtype=np.float64).reshape(-1, 2).T
 
     @property
     def last_scores(self) -> Mapping[str, Any]:
-        """Returns the last evaluation, or without one the last step in the journal."""
+        """Returns the last evaluation, or the last training line if there is no evaluation."""
         return (self.evaluations or self.train or [{}])[-1]
 
 
 def write_curve(folder: str | os.PathLike[str]) -> list[Path]:
-    """Writes curve.html and, where matplotlib is installed, curve.png beside the journal; returns what was written.
+    """Writes curve.html and, with matplotlib, curve.png into the journal's folder; returns the written paths.
 
-    Raises FileNotFoundError if there is no journal, and ValueError for one that cannot be read.
+    Raises FileNotFoundError if there is no journal, and ValueError if it cannot be read.
     """
     folder = Path(folder)
     history = History.read(folder)
@@ -96,14 +96,14 @@ def write_curve(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def curve(history: History) -> Plot:
-    """Returns the figure: losses, accuracies and the learning rate over steps, with the tokens above."""
+    """Returns the figure of losses, accuracies and the learning rate over steps. The tokens are above each panel."""
     last = history.last_scores
     numbers = ", ".join(f"{name} {last[key]:.3f}" for key, name, _ in COLUMNS if last.get(key) is not None)
     alt = f"Line chart. Losses, accuracies and learning rate over the steps of the run. At the end: {numbers}."
     return Plot("training", "curve", "Pre-training", alt, partial(_draw, history))
 
 
-# Key in the journal, name, and how a value is written.
+# Key in the journal, name, and format of a value.
 COLUMNS = (
     ("mlm_loss", "loss of masked tokens", "{:.4f}"),
     ("mlm_accuracy", "masked tokens right", "{:.2%}"),
@@ -113,7 +113,7 @@ COLUMNS = (
 
 
 def verdict_of(history: History) -> Verdict:
-    """Says how far the masked tokens came, beside what frequency alone does."""
+    """Compares the scores on masked tokens with the unigram baseline."""
     last, start = history.last_scores, history.start
     loss, accuracy, base = last.get("mlm_loss"), last.get("mlm_accuracy"), start.get("unigram_loss")
     if loss is None:
@@ -221,7 +221,7 @@ def _draw_panel(axes: Axes, history: History, name: str, level: float | None, la
 
 
 def _mark_tokens(axes: Axes, history: History) -> None:
-    """Writes above a panel how many tokens were read by then."""
+    """Writes above a panel the number of tokens read up to each step."""
     steps, tokens = history.series("tokens") if history.train else history.series("tokens", evaluation=True)
     if not steps.size:
         return
@@ -236,7 +236,7 @@ def _mark_tokens(axes: Axes, history: History) -> None:
 
 
 def _short(count: float) -> str:
-    """1,500,000 as 1.5 M."""
+    """Formats a count: 1,500,000 as 1.5 M."""
     for size, unit in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if count >= size:
             return f"{count / size:.3g}{unit}"
@@ -244,7 +244,7 @@ def _short(count: float) -> str:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """Returns the mean around each value, (n,) -> (n,), over a part of all; fewer take part at both ends."""
+    """Returns a moving average, (n,) -> (n,), over about n / SMOOTHING values; fewer at both ends."""
     half = len(values) // SMOOTHING // 2
     sums = np.concatenate([[0.0], np.cumsum(values)])
     places = np.arange(len(values))
@@ -253,6 +253,6 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about MOST_POINTS of the points, the last one among them."""
+    """Returns at most about MOST_POINTS of the points, always with the last one."""
     stride = -(-len(steps) // MOST_POINTS) or 1
     return steps[::-1][::stride][::-1], values[::-1][::stride][::-1]

@@ -1,4 +1,4 @@
-"""A `Run` puts the parts of pre-training together, and does what is due between steps."""
+"""A `Run` combines the parts of pre-training, and does the work between steps."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ STEPS_TO_ESTIMATE = 20
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to.
+    """A `Result` is the result of a run.
 
-    scores: of the last evaluation, None without one. signal: the one that stopped the run, or None.
+    scores: those of the last evaluation, or None without one. signal: the signal that stopped the run, or None.
     """
 
     folder: Path
@@ -46,7 +46,7 @@ class Result:
 
 
 class Run:
-    """One run: its folder, its journal, and what happens between steps."""
+    """A `Run` holds one run: its folder, its journal, and the work between steps."""
 
     def __init__(self, settings: Settings, processes: Processes) -> None:
         self.settings, self.processes = settings, processes
@@ -59,7 +59,7 @@ class Run:
 
     @property
     def evaluate_every(self) -> int:
-        """Steps between evaluations."""
+        """Returns the number of steps between evaluations."""
         return self.settings.evaluate_every or max(1, self.steps // 20)
 
     # The folder of the run
@@ -77,7 +77,7 @@ class Run:
             raise ValueError(error)
 
     def _facts(self) -> dict[str, Any]:
-        """What must be the same when the run resumes."""
+        """Returns the facts that must be the same when the run resumes."""
         corpora = self.parts.corpora
         evaluation = corpora.evaluation.fingerprint if corpora.evaluation is not None else None
         return {
@@ -92,7 +92,7 @@ class Run:
         }
 
     def _begin(self) -> State:
-        """Starts the run, or finds where it stopped."""
+        """Starts a new run, or loads the newest checkpoint of an existing one."""
         if not (self.output / saving.RUN).exists():
             if self.settings.resume and self.processes.is_first:
                 logger.warning("%s holds no run to resume: a new run begins", self.output)
@@ -111,7 +111,7 @@ class Run:
     # The run
 
     def train(self, stop: StopSignals) -> Result:
-        """Trains to the end, or until a signal comes."""
+        """Trains to the end, or until a signal arrives."""
         settings, processes = self.settings, self.processes
         state = self._begin()
         if state.step >= self.steps and self._is_finished():
@@ -151,13 +151,13 @@ class Run:
         return Result(self.output, state.step, self.scores, stop.number if state.step < self.steps else None)
 
     def _is_finished(self) -> bool:
-        """Tells whether the journal has its last line."""
+        """Tells whether the journal has its end line."""
         path = self.output / FILE
         return path.exists() and any(line["kind"] == "end" for line in read_journal(path)[-1:])
 
     def _open_journal(self, state: State) -> None:
         settings, first = self.settings, self.processes.is_first
-        # A run that was killed before its first checkpoint begins anew, and so does its journal.
+        # If a run was killed before its first checkpoint, it starts again, and so does its journal.
         is_new = not self.settings.resume
         self.journal = (
             Journal(self.output, resume_step=None if is_new else state.step, tensorboard=settings.tensorboard)
@@ -213,7 +213,7 @@ class Run:
             self._evaluate(state)
         if is_last or stopping or state.step % self.settings.checkpoint_every == 0:
             self._save(state, must=is_last or stopping)
-        # What happened here is no part of the speed of a step.
+        # The speed of a step does not include this work.
         self.time, self.waited, self.tokens = time.perf_counter(), self.loader.waited, state.tokens
 
     def _evaluate(self, state: State) -> None:
@@ -239,7 +239,7 @@ class Run:
         self.processes.wait()
 
     def _attempt(self, write: Callable[[], Any], must: bool = False) -> None:
-        """Writes a folder; a disk that is full stops the run at its end alone."""
+        """Writes a folder. If the disk is full, it raises only if `must` is true; otherwise it logs a warning."""
         try:
             write()
         except OSError as error:
@@ -248,7 +248,7 @@ class Run:
             logger.warning("%s; training continues", error.strerror or error)
 
     def _finish(self, state: State) -> None:
-        """Leaves the model, its card and the curve in the folder of the run."""
+        """Writes the model, its card and the curve into the folder of the run."""
         saved = saving.Saved.of(self.parts.model, self.parts.optimizer, self.parts.tokenizer, self.processes)
         if self.processes.is_first:
             recover(self.output / BEST)

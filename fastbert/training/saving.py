@@ -1,4 +1,4 @@
-"""A checkpoint of a run is a model's folder with the state of the optimiser and of the run beside it."""
+"""A checkpoint of a run is a model folder that also contains the state of the optimiser and of the run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ OPTIMIZER, STATE, RUN = "optimizer.pt", "state.json", "run.json"
 
 @dataclasses.dataclass(frozen=True)
 class Saved:
-    """What a checkpoint holds, on the host of the first process; None elsewhere."""
+    """A `Saved` holds the content of a checkpoint, on the host of the first process.
+
+    tensors: the weights of a sharded model, else None. optimizer: the optimiser's state; without FSDP, None on
+    processes other than the first.
+    """
 
     model: Any
     tensors: dict[str, torch.Tensor] | None
@@ -35,19 +39,19 @@ class Saved:
 
     @classmethod
     def of(cls, model: Any, optimizer: torch.optim.Optimizer, tokenizer: Tokenizer, processes: Processes) -> Saved:
-        """Collects what is to be written. With FSDP all processes must call it."""
+        """Collects the content of a checkpoint. With FSDP all processes must call it."""
         if is_sharded(model):
             tensors, state = _whole(model, optimizer)
             return cls(model, tensors, state, tokenizer)
         return cls(model, None, optimizer_state(optimizer, model) if processes.is_first else None, tokenizer)
 
     def write_model(self, folder: Path) -> None:
-        """Writes the model and its tokenizer, as transformers and fastbert read them."""
+        """Writes the model and its tokenizer, in the format of transformers and fastbert."""
         self.model.save_pretrained(folder, state_dict=self.tensors)
         self.tokenizer.save_pretrained(folder)
 
     def write(self, folder: Path, state: State) -> None:
-        """Writes all of it."""
+        """Writes the whole checkpoint."""
         self.write_model(folder)
         torch.save(self.optimizer, folder / OPTIMIZER)
         fields = {**dataclasses.asdict(state), "cursor": state.cursor.as_dict()}
@@ -55,7 +59,7 @@ class Saved:
 
 
 def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> State:
-    """Puts the weights and the optimiser's state of a checkpoint into a model and its optimiser, bit for bit."""
+    """Loads the weights and the optimiser's state of a checkpoint into a model and its optimiser, bit for bit."""
     stored = type(model).from_pretrained(folder, dtype="float32", device="cpu")
     if is_sharded(model):
         _load_whole(model, optimizer, stored, folder)
@@ -67,12 +71,12 @@ def load(folder: Path, model: Any, optimizer: torch.optim.Optimizer) -> State:
 
 
 def _whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The whole tensors of a sharded model, and its optimiser's state in the form of `optimizer_state`."""
+    """Returns the complete tensors of a sharded model, and its optimiser's state in the form of `optimizer_state`."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     tensors, content = get_state_dict(model, optimizer, options=options)
-    state = content.get("state", {})  # the first process alone has it
+    state = content.get("state", {})  # only the first process has it
     return tensors, {"names": list(state), "state": state}
 
 
@@ -87,12 +91,12 @@ def _load_whole(model: nn.Module, optimizer: torch.optim.Optimizer, stored: nn.M
 
 
 def write_run(output: Path, run: dict[str, Any]) -> None:
-    """Writes down what a run is: its settings, and what its data and model were."""
+    """Writes the facts of a run: its settings, and the identity of its data and model."""
     write_text(output / RUN, json.dumps(run, indent=2, ensure_ascii=False) + "\n")
 
 
 def check_same_run(output: Path, run: dict[str, Any]) -> None:
-    """Raises ValueError where a run that resumes differs from the one that began, with each difference."""
+    """Raises ValueError, with each difference, if a run that resumes differs from the original run."""
     stored, run = read_json(output / RUN), json.loads(json.dumps(run))
     differences = []
     for name in sorted({*stored["settings"], *run["settings"]} - MAY_DIFFER):

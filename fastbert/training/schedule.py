@@ -1,4 +1,4 @@
-"""The learning rate of a step is a function of the step alone, so a resumed run needs no state of a scheduler."""
+"""The learning rate of a step depends only on the step, so a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ KINDS = ("linear", "trapezoid")
 
 
 def learning_rate_factor(step: int, *, steps: int, warmup: int, decay: int = 0, kind: str = "linear") -> float:
-    """Gives what the peak learning rate is multiplied by in the update of `step`, which counts from 0.
+    """Returns the factor of the peak learning rate in the update of `step`, counted from 0.
 
-    steps: the updates of the whole run. warmup: the updates in which the factor rises by 1 / warmup each, so that the
-    first update has 1 / warmup and not 0. kind: "linear" falls from 1 to 0 in all updates that are left, as in the
-    paper; "trapezoid" stays at 1 and falls in the last `decay` updates. "linear" does not read `decay`.
-    At `steps` and beyond the factor is 0. Raises ValueError for a value that does not fit, by its name.
+    steps: the updates of the whole run. warmup: the updates in which the factor rises by 1 / warmup each; the first
+    update has 1 / warmup, not 0. kind: "linear" falls from 1 to 0 over all remaining updates, as in the paper;
+    "trapezoid" stays at 1 and falls in the last `decay` updates. "linear" ignores `decay`.
+
+    From `steps` on the factor is 0. Raises ValueError, with the name, for an invalid value.
     """
     one_of("kind", kind, *KINDS)
     positive("steps", steps)

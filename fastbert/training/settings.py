@@ -1,4 +1,4 @@
-"""`Settings` holds the settings of a pre-training run, and checks them when it is made."""
+"""`Settings` holds the settings of a pre-training run, and checks them at its creation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ SCHEDULES = "linear", "trapezoid"
 LAYOUTS = "auto", "sentences", "documents", "files"
 ERRORS = "strict", "replace"
 
-# What may differ between a run and the one that it resumes: where things lie, and what changes no number. What lies
-# there is compared by its content.
+# The fields that may differ when a run resumes: paths, and settings that change no result. The content at these paths
+# is compared.
 MAY_DIFFER = frozenset(
     ("text", "evaluation_text", "tokenizer", "cache", "output", "resume", "rebuild", "workers", "log_every",
      "checkpoint_every", "keep", "tensorboard", "progress", "fsdp", "device")
@@ -32,30 +32,30 @@ class Settings:
     # Data
     text: tuple[str, ...]  # files, folders, globs
     tokenizer: str  # a folder, or a hub id
-    output: str  # the folder of the result, and of checkpoints and logs on the way
-    layout: str = "auto"  # of the text: see fastbert.training.data.sources
-    field: str = "text"  # of a record in JSON lines and Parquet
-    errors: str = "strict"  # what to do with bytes that are not UTF-8
+    output: str  # the folder for the result, the checkpoints and the logs
+    layout: str = "auto"  # layout of the text: see fastbert.training.data.sources
+    field: str = "text"  # the text field of a record in JSON lines and Parquet
+    errors: str = "strict"  # how to handle bytes that are not UTF-8
     cache: str | None = None  # the folder of tokenised corpora
-    rebuild: bool = False  # tokenise even where the cache has the corpus
-    evaluation_text: tuple[str, ...] = ()  # held-out documents, in the place of a share of the text
-    evaluation_share: float = 0.01  # of the documents, held out
+    rebuild: bool = False  # tokenise even if the cache has the corpus
+    evaluation_text: tuple[str, ...] = ()  # held-out documents, instead of a share of the text
+    evaluation_share: float = 0.01  # the share of documents to hold out
 
     # Model and objective
-    model_config: str = "base"  # a name, a config.json, or a checkpoint to go on from
-    max_length: int | None = None  # tokens of a sequence; by default 512, or what the model reads
+    model_config: str = "base"  # a name, a config.json, or a checkpoint to continue from
+    max_length: int | None = None  # sequence length in tokens; by default 512 or the model's limit
     nsp: bool = True
     mlm_probability: float = 0.15
     whole_words: bool = False
-    short_probability: float = 0.1  # share of sequences that are made shorter, as in the paper
-    dropout: float | None = None  # of hidden states and attention, in the place of the config's
+    short_probability: float = 0.1  # share of sequences that are shortened, as in the paper
+    dropout: float | None = None  # of hidden states and attention; by default the config's value
 
     # Steps
     steps: int | None = None
-    epochs: float = 40.0  # decides on the steps where those are not named
-    tokens_per_step: int = 32_768  # of all processes and accumulated batches together
-    sequences_per_step: int | None = None  # in the place of tokens_per_step: so many sequences of max_length
-    tokens_per_batch: int | None = None  # what a device takes at once: by default 16,384 on a GPU, 4,096 on a CPU
+    epochs: float = 40.0  # determines the number of steps if `steps` is None
+    tokens_per_step: int = 32_768  # over all processes and accumulated batches
+    sequences_per_step: int | None = None  # replaces tokens_per_step: the number of sequences of max_length
+    tokens_per_batch: int | None = None  # batch size of a device: by default 16,384 on a GPU, 4,096 on a CPU
     seed: int = 0
 
     # Optimiser
@@ -64,17 +64,17 @@ class Settings:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-6
-    clip: float = 1.0  # the greatest norm of all gradients together; 0 for none
+    clip: float = 1.0  # limit of the norm of all gradients together; 0 for no limit
     schedule: str = "linear"
-    warmup: float = 0.01  # a share of the steps below 1, else a number of steps
-    decay: float = 0.1  # of the trapezoid, likewise
+    warmup: float = 0.01  # below 1 a share of the steps, else a number of steps
+    decay: float = 0.1  # the decay of the trapezoid, in the same form
     precision: str = "auto"
 
-    # On the way
-    evaluate_every: int | None = None  # steps; by default a twentieth of all
-    evaluation_tokens: int = 131_072  # at most, of the held-out documents
+    # During the run
+    evaluate_every: int | None = None  # in steps; by default a twentieth of all steps
+    evaluation_tokens: int = 131_072  # the maximum, from the held-out documents
     checkpoint_every: int = 1_000
-    keep: int = 2  # checkpoints
+    keep: int = 2  # number of checkpoints
     log_every: int = 10
     resume: bool = False
     workers: int = 2  # threads that make batches
@@ -109,7 +109,7 @@ class Settings:
         check_fields(self, whole, within)
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON has them."""
+        """Returns the fields as JSON values."""
         return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
 
 

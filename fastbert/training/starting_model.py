@@ -1,4 +1,4 @@
-"""A run starts from a model: a shape by name, a config.json, or a checkpoint to go on from."""
+"""A run starts from a model: a named shape, a config.json, or a checkpoint to continue from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastbert.models.tasks import BertForMaskedLM, BertForPreTraining
 from fastbert.text.tokenizer import Tokenizer
 from fastbert.training.settings import Settings
 
-# Layers and hidden size. Base and large: Devlin et al. 2018; the others: Turc et al. 2019, arXiv:1908.08962.
+# Number of layers and hidden size. base, large: Devlin et al. 2018; the others: Turc et al. 2019, arXiv:1908.08962.
 SHAPES = {
     "tiny": (2, 128),
     "mini": (4, 256),
@@ -26,7 +26,7 @@ HEAD_SIZE = 64
 
 
 def named_config(name: str, **fields: Any) -> BertConfig:
-    """Returns the config of a shape in SHAPES. fields: others of BertConfig."""
+    """Returns the config of a shape in SHAPES. fields: further fields of BertConfig."""
     n_layers, hidden_size = SHAPES[name]
     return BertConfig(
         num_hidden_layers=n_layers,
@@ -40,8 +40,8 @@ def named_config(name: str, **fields: Any) -> BertConfig:
 def starting_model(settings: Settings, tokenizer: Tokenizer) -> BertForPreTraining | BertForMaskedLM:
     """Returns the model to train, in float32 on the CPU: a BertForPreTraining, or without NSP a BertForMaskedLM.
 
-    Raises ValueError for a vocabulary that the embeddings do not hold, for sequences longer than the model reads, for
-    a family without the head, and for a `model_config` that is none of the three things it may be.
+    Raises ValueError for a vocabulary larger than the embeddings, for sequences longer than the model's limit, for a
+    family without the required head, and for a `model_config` of no allowed kind.
     """
     name = settings.model_config
     task: Any = BertForPreTraining if settings.nsp else BertForMaskedLM

@@ -1,4 +1,4 @@
-"""What a run is, in plain words at its start, and as facts for its journal and its model card."""
+"""This module describes a run: in plain sentences at its start, and as facts for its journal and its model card."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastbert.training.parts import Parts
 
 
 def statement(parts: Parts) -> str:
-    """Returns what a reader wants to know of a run before its first step: sizes, steps, and a baseline of the loss."""
+    """Returns a description of a run before its first step: sizes, steps, and a baseline of the loss."""
     facts = facts_of(parts)
     objective = "masked tokens and next sentences" if parts.settings.nsp else "masked tokens"
     lines = [
@@ -30,7 +30,7 @@ def statement(parts: Parts) -> str:
 
 
 def facts_of(parts: Parts) -> dict[str, Any]:
-    """Returns what a run is, for its journal and its model card: names as they are used there."""
+    """Returns the facts of a run, with the names that its journal and its model card use."""
     corpora, settings, config = parts.corpora, parts.settings, parts.model.config
     evaluation = corpora.evaluation
     held_out = corpora.held_out if evaluation is None else evaluation.n_documents
@@ -73,7 +73,7 @@ def facts_of(parts: Parts) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Returns the name of the processor, with the number of threads that PyTorch takes."""
+    """Returns the name of the processor, with the number of PyTorch's threads."""
     name = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""A run that is told to stop by SIGTERM or SIGINT ends its step, saves, and goes."""
+"""A run that receives SIGTERM or SIGINT completes its step, saves, and ends."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ SIGNALS = signal.SIGTERM, signal.SIGINT
 
 
 class StopSignals:
-    """Remembers a signal in a `with` statement; a second SIGINT is a KeyboardInterrupt at once.
+    """A `StopSignals` records a signal in a `with` statement; a second SIGINT raises KeyboardInterrupt at once.
 
-    number: the first signal that came, or None. Outside the main thread Python delivers no signals, and none is
-    remembered.
+    number: the first received signal, or None. Outside the main thread Python delivers no signals, so none is recorded.
     """
 
     def __init__(self) -> None:

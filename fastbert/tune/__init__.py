@@ -1,3 +1,3 @@
-"""The command `fastbert tune`: block sizes and other choices that suit a GPU, found by timing."""
+"""The command `fastbert tune` measures which block sizes and other choices are the fastest on a GPU."""
 
 from fastbert.tune.search import use_table as use_table

@@ -1,4 +1,4 @@
-"""Candidates are the kernels and tiles that `fastbert tune` chooses from for one shape.
+"""Candidates are the kernels and tiles from which `fastbert tune` selects for one shape.
 
 K and M are the sizes of a weight, (M, K).
 """
@@ -22,7 +22,7 @@ _PERSISTENT_TILES = (
     (128, 128, 64, 8, 4), (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (256, 128, 64, 8, 3), (128, 64, 64, 4, 4),
     (64, 128, 64, 4, 4), (64, 256, 64, 8, 3), (128, 128, 128, 8, 2),
 )  # fmt: skip
-# The same, and programs a multiprocessor.
+# The same, and the number of programs per multiprocessor.
 _APART_TILES = ((128, 128, 64, 8, 2, 2), (64, 128, 64, 4, 3, 3), (128, 256, 64, 8, 3, 1))
 _SPECIALIZED_TILES = ((128, 256, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 4, 3))
 _FEW_ROWS_TILES = (
@@ -42,8 +42,8 @@ _PERSISTENT_TILES_8BIT = (
 )  # fmt: skip
 _APART_TILES_8BIT = ((64, 128, 128, 4, 3, 2),)
 _SPECIALIZED_TILES_8BIT = ((128, 128, 128, 4, 4), (128, 128, 128, 4, 3))
-# With a gate, a tile has two sums of 128 columns. More than 64 rows leave 8 warps that take pointers no registers, and
-# fewer are not multiplied in 8 bits on sm_90 and sm_100.
+# With a gate, a tile has two sums of 128 columns. With more than 64 rows, the pointer kernels with 8 warps run out of
+# registers. With fewer than 64 rows, sm_90 and sm_100 do not multiply in 8 bits.
 _GATED_TILES = (
     (64, 128, 128, 8, 3), (64, 128, 64, 8, 4), (64, 128, 64, 8, 3), (64, 128, 128, 8, 2), (64, 128, 64, 8, 2),
 )  # fmt: skip
@@ -52,7 +52,7 @@ _GATED_PERSISTENT_TILES = ((128, 128, 128, 8, 3), (128, 128, 64, 8, 4), (128, 12
 
 @dataclass(frozen=True)
 class Candidate:
-    """A kernel and its tile.
+    """A Candidate is a kernel and its tile.
 
     kernel: a name in GEMMS, QUANTIZED_GEMMS, QUANTIZED_GATED_GEMMS or FEW_ROWS of fastbert_kernels.tables, or
     "attention". tile: empty for cuBLAS.
@@ -70,7 +70,7 @@ class Candidate:
 
 
 def gemm_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilogue: str) -> Iterator[Candidate]:
-    """The candidates of a 16-bit or 32-bit linear: cuBLAS, the tiles that tables give now, then others that fit.
+    """Yields the candidates of a 16-bit or 32-bit linear: cuBLAS, the current tables' tiles, then others that fit.
 
     shape: (K, M). epilogue: "none", "gelu", "gated" or "residual".
     """
@@ -102,7 +102,7 @@ def gemm_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilo
 
 
 def few_rows_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilogue: str) -> Iterator[Candidate]:
-    """The candidates of a 16-bit linear on few rows: cuBLAS, small tiles and, before LayerNorm, K shared by programs.
+    """Yields the candidates of a 16-bit linear on few rows: cuBLAS, small tiles, and before LayerNorm split-K tiles.
 
     shape: (K, M). epilogue: "gelu", "gated" or "residual".
     """
@@ -121,9 +121,10 @@ def few_rows_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int], e
 def quantized_candidates(
     dtype: torch.dtype, arch: int, shape: tuple[int, int], group: int | None, quantizes: bool
 ) -> Iterator[Candidate]:
-    """The candidates of an 8-bit linear, for the kernel on pointers first: the tiles that tables give now, then others.
+    """Yields the candidates of an 8-bit linear, first for the pointer kernel: the current tables' tiles, then others.
 
-    shape: (K, M). group: columns of an operand that share a scale. quantizes: whether the result is in 8 bits.
+    shape: (K, M). group: the number of columns of an operand that share a scale. quantizes: whether the result is in 8
+    bits.
     """
     from fastbert_kernels import configs, quantized_configs
 
@@ -147,7 +148,7 @@ def quantized_candidates(
     if descriptors is None or shape[0] % 16 or shape[1] * out_size % 16:
         return
     tiles = list(map(whole_steps, (*map(_gemm_tile, _PERSISTENT_TILES_8BIT), *map(_apart, _APART_TILES_8BIT))))
-    if arch != configs.WARP_SPECIALIZED_ARCH:  # elsewhere the tile of two parts spills
+    if arch != configs.WARP_SPECIALIZED_ARCH:  # on other architectures the tile of two parts spills registers
         tiles = [sizes for sizes in tiles if sizes["BLOCK_COLS"] == quantized.OUT_GROUP]
     kernels = [("quantized_linear_persistent", sizes) for sizes in (descriptors.block_sizes, *tiles)]
     if arch == configs.WARP_SPECIALIZED_ARCH:
@@ -162,9 +163,9 @@ def quantized_candidates(
 
 
 def quantized_gated_candidates(dtype: torch.dtype, arch: int, shape: tuple[int, int]) -> Iterator[Candidate]:
-    """The candidates of an 8-bit product with a gate, for the kernel on pointers first: the tiles of now, then others.
+    """Yields the candidates of an 8-bit product with a gate, first for the pointer kernel.
 
-    shape: (K, I).
+    For each kernel the tile of the current tables comes first, then others. shape: (K, I).
     """
     from fastbert_kernels import quantized_configs
 
@@ -187,15 +188,18 @@ def _gemm_tile(tile: tuple[int, int, int, int, int]) -> dict[str, int]:
 
 
 def _apart(tile: tuple[int, int, int, int, int, int]) -> dict[str, int]:
-    """A persistent tile whose two loops are not flattened into one, with programs a multiprocessor at its end."""
+    """Returns a persistent tile whose two loops are not flattened into one.
+
+    The tile's last number is the number of programs per multiprocessor.
+    """
     return {**_gemm_tile(tile[:5]), "FLATTEN": 0, "PROGRAMS": tile[5]}
 
 
 def _leaves_registers(sizes: dict[str, int], dtype: torch.dtype, epilogue: str, groups: int = 1) -> bool:
-    """True if the accumulator leaves an epilogue enough of a thread's 255 registers.
+    """Tells whether the accumulator leaves enough of a thread's 255 registers for an epilogue.
 
-    One that takes half of them spills, except with the short GELU of 16 bits. This was seen in the offline compile, on
-    sm_80, 89 and 90; GELU of 16 bits also on 100 and 120.
+    An accumulator that uses half of the registers spills, except with the short 16-bit GELU. This was seen in the
+    offline compile, on sm_80, 89 and 90; for 16-bit GELU also on 100 and 120.
     """
     if epilogue == "none" or (epilogue in ("gelu", "gated") and dtype != torch.float32):
         return True
@@ -203,7 +207,7 @@ def _leaves_registers(sizes: dict[str, int], dtype: torch.dtype, epilogue: str, 
 
 
 def attention_candidates(dtype: torch.dtype, arch: int, head_size: int) -> Iterator[Candidate]:
-    """The candidates of attention: the tiles that tables give now, then others that fit."""
+    """Yields the candidates of attention: the tiles of the current tables, then others that fit."""
     from fastbert_kernels import attention_specialized, configs
 
     current = configs.attention_config(dtype, head_size, arch).block_sizes
@@ -221,7 +225,7 @@ def attention_candidates(dtype: torch.dtype, arch: int, head_size: int) -> Itera
         if (sizes["BLOCK_Q"] + 2 * sizes["num_stages"] * sizes["BLOCK_K"]) * block_d * dtype.itemsize <= limit
     )
     yield from dict.fromkeys(_candidate("attention", sizes) for sizes in fitting)
-    # Each candidate's result is held against float64 before it is timed; these have not run on a GPU yet.
+    # Each candidate's result is compared with float64 before timing; these have not run on a GPU yet.
     if arch == attention_specialized.ARCH and dtype != torch.float32 and head_size == block_d in (32, 64):
         yield from (_candidate("attention", sizes) for sizes in attention_specialized.tiles())
 
@@ -244,10 +248,10 @@ def _fits(
     staged_cols: int | None = None,
     n_weights: int = 1,
 ) -> bool:
-    """True if the operands of all stages fit into shared memory, and the tiles of output that are staged there.
+    """Tells whether the operands of all stages and the staged output tiles fit into shared memory.
 
-    staged_outputs: elements of dtype that an element of the output takes there. staged_cols: columns at most.
-    n_weights: the blocks of weights that a step multiplies.
+    staged_outputs: the number of elements of dtype per staged element of the output. staged_cols: the maximum number of
+    staged columns. n_weights: the number of weight blocks that a step multiplies.
     """
     rows, cols = sizes["BLOCK_ROWS"], sizes["BLOCK_COLS"]
     staged = staged_outputs * rows * min(cols, staged_cols or cols)

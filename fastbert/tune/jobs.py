@@ -1,4 +1,4 @@
-"""Jobs are what `fastbert tune` times: the GEMMs and the attention of models, each shape once.
+"""A job is a unit of work for `fastbert tune`: a GEMM or the attention of models. Each shape is timed once.
 
 K and M are the sizes of a weight, (M, K); D is the head size.
 """
@@ -25,10 +25,10 @@ from fastbert.tune.candidates import (
     quantized_gated_candidates,
 )
 
-# Sizes of all-MiniLM-L6-v2 and of BERT-base and -large: what is tuned where no model is named.
+# Sizes of all-MiniLM-L6-v2 and of BERT-base and -large, which are tuned if no model is named.
 DEFAULT_MODELS = {"MiniLM": (384, 1536, 12), "BERT-base": (768, 3072, 12), "BERT-large": (1024, 4096, 16)}
 TOKENS = (256, 2048, 16384)
-# The products of a layer: what the terminal calls them, and what follows each in 16 and 32 bits.
+# The products of a layer: their names in the terminal, and the operation after each in 16 and 32 bits.
 TITLES = {"qkv": "QKV", "out": "attention output", "up": "up", "down": "down"}
 EPILOGUES = {"qkv": "none", "out": "residual", "up": "gelu", "down": "residual"}
 GATED = "gated"  # The epilogue of a product with its gate.
@@ -36,14 +36,14 @@ GATED = "gated"  # The epilogue of a product with its gate.
 
 @dataclass(frozen=True)
 class Job:
-    """One entry of a table to be.
+    """A Job describes one entry of a future table.
 
-    op: "gemm", "few_rows", "quantized_gemm", "quantized_gated_gemm" or "attention". key: the entry's. title: what
-    people read. sizes: (K, M) of a GEMM, (K, I) of an 8-bit one with a gate, (number of heads, D) of attention.
-    epilogue: of a GEMM, "none", "gelu", "gated" or "residual"; "gelu" and "gated" of a quantised one quantise the
-    result; "gated" of another has half as many columns as the product, M. group: columns
-    of a quantised operand that share a scale, None where a row has one. tokens: the numbers of tokens at which it is
-    timed, where the entry is for these alone.
+    op: "gemm", "few_rows", "quantized_gemm", "quantized_gated_gemm" or "attention". key: the key of the entry. title:
+    the name for users. sizes: (K, M) of a GEMM, (K, I) of an 8-bit GEMM with a gate, (number of heads, D) of attention.
+    epilogue: that of a GEMM, "none", "gelu", "gated" or "residual"; for a quantised GEMM, "gelu" and "gated" quantise
+    the result; for other GEMMs, the result of "gated" has half as many columns as the product, M. group: the number of
+    columns of a quantised operand that share a scale, None for one scale per row. tokens: the numbers of tokens for the
+    timing, if the entry is only for these.
     """
 
     op: str
@@ -58,7 +58,7 @@ class Job:
 
     @property
     def out_dtype(self) -> torch.dtype:
-        """The dtype in which results are compared: of a quantised one, of what it stands for."""
+        """Returns the dtype in which results are compared; for quantised results, that of the dequantised ones."""
         return torch.bfloat16 if self.dtype.itemsize == 1 else self.dtype
 
 
@@ -69,9 +69,9 @@ def jobs_of(
     only: Sequence[str] = (),
     precisions: Sequence[str] = (),
 ) -> list[Job]:
-    """The jobs of the models, each shape once. only: "gemm" or "attention"; both by default.
+    """Returns the jobs of the models, each shape once. only: "gemm" or "attention"; both by default.
 
-    precisions: "fp8", "int8" or both, whose linears are timed too, where the architecture can multiply in them.
+    precisions: "fp8", "int8" or both. Their linears are timed too, if the architecture can multiply in them.
     """
     with_gemms, with_attention = not only or "gemm" in only, not only or "attention" in only
     jobs: dict[tuple[str, str], Job] = {}
@@ -91,9 +91,9 @@ def jobs_of(
 
 
 def _products(config: BertConfig) -> Iterator[tuple[str, tuple[int, int], str]]:
-    """Each product of a layer by name, the shape (M, K) of its weight, and its epilogue in 16 and 32 bits.
+    """Yields each product of a layer: its name, the shape (M, K) of its weight, and its epilogue in 16 and 32 bits.
 
-    Of a product with a gate the weight has both, one above the other.
+    For a product with a gate, the weight has the rows of both.
     """
     block = _first_block(config)
     for product, linears in block.products().items():
@@ -102,14 +102,14 @@ def _products(config: BertConfig) -> Iterator[tuple[str, tuple[int, int], str]]:
         if epilogue == "gelu" and block.gate is not None:
             epilogue = GATED
         elsewhere = block.pre_norm or block.rotary is not None or (product == "down" and block.second_norm is not None)
-        if epilogue == "residual" and elsewhere:  # the residual is added by another kernel
+        if epilogue == "residual" and elsewhere:  # another kernel adds the residual
             epilogue = "none"
         yield product, shape, epilogue
 
 
 @functools.cache
 def _blocks_of(settings: str) -> Block:
-    """The first layer of a model with these settings, whose tensors have no numbers."""
+    """Returns the first layer of a model with these settings, whose tensors are on the meta device."""
     config = BertConfig.from_dict(json.loads(settings))
     with torch.device("meta"):
         return next(iter(encoder_class(config)(config).blocks()))
@@ -124,7 +124,7 @@ def _title(product: str, epilogue: str) -> str:
 
 
 def _gemm_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
-    """The four linears of a layer in 16 or 32 bits."""
+    """Yields the jobs of the four linears of a layer in 16 or 32 bits."""
     from fastbert_kernels import configs
 
     for product, (m, k), epilogue in _products(config):
@@ -134,7 +134,7 @@ def _gemm_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> 
 
 
 def _few_rows_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
-    """The linears of a layer in 16 bits that have tiles of their own for few rows: up, and those before LayerNorm."""
+    """Yields the jobs of the 16-bit linears that have separate tiles for few rows: up, and those before LayerNorm."""
     from fastbert_kernels import few_rows
 
     if dtype == torch.float32:
@@ -148,7 +148,7 @@ def _few_rows_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int)
 
 
 def _attention_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
-    """The attention of a layer, if its head size has a kernel."""
+    """Yields the job of a layer's attention, if there is a kernel for its head size."""
     from fastbert_kernels import configs
 
     d = config.head_size
@@ -159,10 +159,11 @@ def _attention_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int
 
 
 def _quantized_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int) -> Iterator[Job]:
-    """The four linears of a layer in 8 bits."""
+    """Yields the jobs of the four linears of a layer in 8 bits."""
     from fastbert_kernels import quantized_configs
 
-    # Columns that share a scale: of a head in the attention's output, of a group that "up" wrote; else those of a row.
+    # Columns that share a scale: those of a head in the attention's output, those of a group in the output of "up";
+    # otherwise those of a row.
     groups: dict[str, int] = {"out": config.head_size, "down": quantized.OUT_GROUP}
     for product, (m, k), epilogue in _products(config):
         if epilogue == GATED:
@@ -183,7 +184,7 @@ def _quantized_jobs(name: str, config: BertConfig, dtype: torch.dtype, arch: int
 
 
 def default_models() -> list[tuple[str, BertConfig]]:
-    """Names and configurations of DEFAULT_MODELS."""
+    """Returns names and configurations of DEFAULT_MODELS."""
     return [
         (name, BertConfig(hidden_size=h, intermediate_size=i, num_attention_heads=n))
         for name, (h, i, n) in DEFAULT_MODELS.items()

@@ -1,9 +1,9 @@
-"""`tune` times the kernels and tiles there are on this GPU, and `write` keeps the best in a table for the kernels.
+"""`tune` times the available kernels and tiles on this GPU, and `write` stores the best in a table for the kernels.
 
-For each GEMM (K, M, epilogue) and each head size of the models, every candidate is first checked against float64, then
-timed at a few numbers of tokens. The number of tokens enters no choice: the candidate with the least geometric mean of
-times over them is taken. The table goes into the user's cache, where fastbert_kernels.tables looks for it before it
-takes the one that ships. Nothing is ever tuned or timed outside of `fastbert tune`.
+For each GEMM (K, M, epilogue) and each head size of the models, every candidate is first compared with float64, then
+timed at a few numbers of tokens. The choice does not depend on the number of tokens: the candidate with the lowest
+geometric mean of the times is selected. The table is stored in the user's cache. fastbert_kernels.tables prefers it to
+the shipped table. Only `fastbert tune` tunes or times kernels.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fastbert.tune.work import Work
 
 logger = logging.getLogger("fastbert")
 
-CHECK_TOKENS = 253  # a number of rows that no tile divides
+CHECK_TOKENS = 253  # a number of rows that is no multiple of any tile's
 ROUNDS = 15
 OURS = ("linear", "linear_persistent", "linear_specialized")
 Timer = Callable[[Mapping[str, Callable[[], Tensor]], torch.device], Mapping[str, float]]
@@ -39,9 +39,9 @@ Timer = Callable[[Mapping[str, Callable[[], Tensor]], torch.device], Mapping[str
 
 @dataclass
 class Outcome:
-    """The result of one job.
+    """An Outcome is the result of one job.
 
-    seconds: of each candidate, at each number of tokens. rejected: why the others were left out.
+    seconds: those of each candidate, at each number of tokens. rejected: the reasons why other candidates were omitted.
     """
 
     job: Job
@@ -49,7 +49,10 @@ class Outcome:
     rejected: dict[Candidate, str] = field(default_factory=dict)
 
     def best(self, *kernels: str) -> Candidate | None:
-        """The fastest candidate, of these kernels if any are named: by the geometric mean over numbers of tokens."""
+        """Returns the fastest candidate, by the geometric mean over numbers of tokens.
+
+        kernels: consider only these, if given.
+        """
         among = [candidate for candidate in self.seconds if not kernels or candidate.kernel in kernels]
         return min(among, key=lambda candidate: sum(map(math.log, self.seconds[candidate])), default=None)
 
@@ -67,7 +70,7 @@ class Outcome:
 
 
 def device_obstacle(device: torch.device) -> str | None:
-    """The reason why there is nothing to tune on this device, or None."""
+    """Returns the reason why nothing can be tuned on this device, or None."""
     if device.type != "cuda":
         return "tables are of NVIDIA GPUs, and there is none here" if device.type == "cpu" else f"got {device}"
     if not torch.cuda.is_available():
@@ -78,7 +81,7 @@ def device_obstacle(device: torch.device) -> str | None:
 
 
 def cuda_timer(runs: Mapping[str, Callable[[], Tensor]], device: torch.device) -> dict[str, float]:
-    """Median seconds of each run by events on the device, all in turn, the L2 cache flushed before each."""
+    """Returns the median seconds of each run, by device events, in turns, with the L2 cache flushed before each."""
     takers = {name: (lambda i, run=run: run()) for name, run in runs.items()}
     timings = measure.interleave(takers, device=device, rounds=ROUNDS, flush_l2=True)
     return {name: timing.median for name, timing in timings.items()}
@@ -109,7 +112,7 @@ def tune(
 
 
 def _check(outcome: Outcome, device: torch.device) -> list[Candidate]:
-    """The candidates that run and are as accurate as the policy wants: 1.25 times eager PyTorch and half an ulp."""
+    """Returns the candidates that run with an error within the policy: 1.25 times eager PyTorch's, plus half an ulp."""
     work = Work(outcome.job, CHECK_TOKENS, device)
     exact = work.exact()
     bound = 1.25 * measure.rms_error(work.eager(), exact) + 0.5 * torch.finfo(outcome.job.out_dtype).eps
@@ -117,7 +120,7 @@ def _check(outcome: Outcome, device: torch.device) -> list[Candidate]:
     for candidate in outcome.job.candidates:
         try:
             error = measure.rms_error(work.result(candidate), exact)
-        except Exception as problem:  # a compiler or a driver may refuse a tile in many ways; the others go on
+        except Exception as problem:  # a compiler or a driver may reject a tile in many ways; the loop continues
             outcome.rejected[candidate] = f"{type(problem).__name__}: {(str(problem).strip().splitlines() or [''])[-1]}"
             continue
         if not error <= bound:
@@ -136,7 +139,10 @@ def table_of(
     date: str | None = None,
     before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The table of the outcomes, in the format of fastbert_kernels.tables, with what `before` had of other shapes."""
+    """Returns the table of the outcomes, in the format of fastbert_kernels.tables.
+
+    Other shapes are kept from `before`.
+    """
     import triton
 
     from fastbert_kernels import tables
@@ -160,7 +166,8 @@ def table_of(
             table["attention"][key] = best.sizes
             continue
         if outcome.job.op == "few_rows":
-            # An activation stays with our kernel if it is there for more rows; so it is the best of ours that counts.
+            # An activation uses fastbert's kernel if that is used for more rows. So only fastbert's best candidate
+            # counts.
             chosen = best if outcome.job.epilogue == "residual" else outcome.best("linear") or best
             table["few_rows"][key] = {"kernel": chosen.kernel, **chosen.sizes}
             continue
@@ -193,9 +200,9 @@ def _microseconds(outcome: Outcome, timed: Iterable[Candidate | None]) -> dict[s
 
 
 def read_earlier(path: Path, device_name: str, arch: int) -> dict[str, Any] | None:
-    """The table that is there already, or None. Shapes of it that are not tuned now are kept.
+    """Returns the existing table, or None. Its shapes that are not tuned now are kept.
 
-    A table that cannot be read, or is of another GPU, counts as none, with a warning: it will be replaced.
+    A table that cannot be read, or that is for another GPU, is ignored with a warning, because it will be replaced.
     """
     from fastbert_kernels import tables
 
@@ -210,7 +217,7 @@ def read_earlier(path: Path, device_name: str, arch: int) -> dict[str, Any] | No
 
 
 def write(table: Mapping[str, Any], path: Path) -> None:
-    """Writes the table whole or not at all. Raises OSError that names the file where that cannot be done."""
+    """Writes the table completely or not at all. Raises OSError, with the file name, if that fails."""
     from fastbert_kernels import tables
 
     try:
@@ -223,7 +230,7 @@ def write(table: Mapping[str, Any], path: Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raises the OSError of `write` before anything is measured, if the folder takes no file."""
+    """Raises the OSError of `write` before any measurement, if the folder is not writable."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         trial = path.with_name(f".{path.name}.{os.getpid()}.trial")
@@ -237,9 +244,10 @@ def check_writable(path: Path) -> None:
 
 
 def use_table(path: str | os.PathLike[str] | None) -> None:
-    """Makes this process go by this table; None goes back to the one in the cache, or the one that ships.
+    """Makes this process use this table; None returns to the one in the cache, or the shipped one.
 
-    Raises ValueError, naming the file, if it does not parse, is of another version, or names no GPU of this machine.
+    Raises ValueError, with the file name, for a table that does not parse, has another version, or names no GPU of this
+    machine.
     """
     from fastbert_kernels import tables
 

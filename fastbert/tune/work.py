@@ -17,7 +17,7 @@ from fastbert.ops import quantized
 from fastbert.tune.candidates import Candidate
 from fastbert.tune.jobs import Job
 
-# Lengths of the sequences in which attention is timed, over and over up to the number of tokens.
+# Sequence lengths for timing attention, repeated up to the number of tokens.
 LENGTHS = (20, 512, 60, 128, 300)
 EPS = 1e-12
 QUANTIZED = "quantized_gemm", "quantized_gated_gemm"
@@ -26,7 +26,7 @@ Call = Callable[[], Tensor]
 
 
 class Work:
-    """A job on so many tokens has inputs, a call for each candidate, and a right result."""
+    """A Work is a job with inputs for n_tokens tokens, a call for each candidate, and the right result."""
 
     def __init__(self, job: Job, n_tokens: int, device: torch.device, seed: int = 0) -> None:
         self.job, self.n_tokens, self.device = job, n_tokens, device
@@ -56,7 +56,7 @@ class Work:
         return (torch.randn(*shape, generator=self.generator) * scale).to(self.device, self.job.out_dtype)
 
     def call(self, candidate: Candidate) -> Call:
-        """The candidate on these inputs, with all that follows from the choice: a GELU or LayerNorm of its own."""
+        """Returns a call of the candidate on these inputs, including the separate GELU or LayerNorm it needs."""
         if self.job.op == "attention":
             return self._attention(candidate)
         if self.job.op == "quantized_gemm":
@@ -167,7 +167,7 @@ class Work:
         return run
 
     def result(self, candidate: Candidate) -> Tensor:
-        """The result of the candidate; an 8-bit one dequantised."""
+        """Returns the result of the candidate; an 8-bit result is dequantised."""
         out = self.call(candidate)()
         if self.job.op not in QUANTIZED or self.out_scale is None:
             return out
@@ -186,7 +186,7 @@ class Work:
         return lambda: varlen_attention_forward(*arguments, config=sizes)
 
     def eager(self) -> Tensor:
-        """Plain PyTorch in the same dtype, whose error bounds that of every candidate."""
+        """Returns the result of plain PyTorch in the same dtype, whose error bounds that of every candidate."""
         if self.job.op in QUANTIZED:
             y = self._plain_quantized(torch.float32)
             if self.job.epilogue in ("gelu", "gated"):
@@ -195,7 +195,7 @@ class Work:
         return self._plain(self.job.dtype)
 
     def exact(self) -> Tensor:
-        """The right result, in float64; of 8-bit operands, one that is not quantised."""
+        """Returns the right result in float64; for 8-bit operands, the result is not quantised."""
         return self._plain_quantized(torch.float64) if self.job.op in QUANTIZED else self._plain(torch.float64)
 
     def _plain_quantized(self, dtype: torch.dtype) -> Tensor:
@@ -227,7 +227,7 @@ class Work:
 
 
 def _offsets(n_tokens: int) -> list[int]:
-    """(B + 1,) offsets of sequences of LENGTHS, over and over, n_tokens in all."""
+    """Returns (B + 1,) offsets of sequences with the lengths LENGTHS, repeated up to n_tokens in total."""
     offsets = [0]
     while offsets[-1] < n_tokens:
         offsets.append(min(n_tokens, offsets[-1] + LENGTHS[(len(offsets) - 1) % len(LENGTHS)]))

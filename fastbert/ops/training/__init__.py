@@ -1,5 +1,6 @@
-"""Operations with gradients, on packed tokens: forward passes that save what the backward passes need, and no more.
+"""This package has operations with gradients, on packed tokens. A forward pass saves only the backward pass's inputs.
 
-`kernels.py` says what a backend offers. `layer.py` is a whole encoder layer as one node of autograd; `functions.py` has
-the single operations, for layers with adapters or hooks. Masks of dropout are those of `fastbert.ops.dropout`.
+`kernels.py` defines the interface of a backend. `layer.py` runs a whole encoder layer as one autograd node.
+`functions.py` has the single operations, for layers with adapters or hooks. Dropout masks are those of
+`fastbert.ops.dropout`.
 """

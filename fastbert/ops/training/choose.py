@@ -1,4 +1,4 @@
-"""This module chooses the passes of training for an operation, or says why it has none and runs as plain PyTorch."""
+"""This module selects the training passes for an operation, or gives the reason why it runs as plain PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IN_TRAINING: ContextVar[bool] = ContextVar("fastbert passes of training", defaul
 
 @contextmanager
 def as_in_training() -> Iterator[None]:
-    """Lets operations run as in training though no gradient is wanted, so that both passes have the same bits."""
+    """Makes operations run as in training even without gradients, so that both passes have the same bits."""
     token = IN_TRAINING.set(True)
     try:
         yield
@@ -36,7 +36,7 @@ def as_in_training() -> Iterator[None]:
 
 
 def perhaps(dropout: Drop, compiling: bool) -> bool:
-    """Tells cheaply whether `wanted` is worth asking; torch.compile cannot trace the context variable."""
+    """Tells cheaply whether `wanted` must be called; torch.compile cannot trace the context variable."""
     return not compiling and (torch.is_grad_enabled() or dropout is not None or IN_TRAINING.get())
 
 
@@ -51,7 +51,7 @@ def wanted(policy: Policy, dropout: Drop, *tensors: Tensor | None) -> bool:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Returns the dtype of products with x: its own, or autocast's."""
+    """Returns the data type of products with x: its own, or autocast's."""
     device = x.device.type
     if x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
         return x.dtype
@@ -59,17 +59,17 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def kernels(op: str, policy: Policy, device: torch.device, dtype: torch.dtype, **what: Any) -> Kernels | None:
-    """Returns the passes of the backend that runs an operation, or None where that is plain PyTorch.
+    """Returns the passes of the backend that runs an operation, or None if plain PyTorch runs it.
 
-    dtype: of products. what: the keywords of `triton_obstacle`. A fallback is logged once, or raised as BackendError
-    under a strict policy.
+    dtype: the data type of products. what: the keywords of `triton_obstacle`. A fallback is logged once, or raises
+    BackendError under a strict policy.
     """
     backend = dispatch.choose(op, policy.backend, policy.strict, device, triton_obstacle(dtype, **what))
     return kernels_of(backend, dtype, **what)
 
 
 def obstacle(policy: Policy, device: torch.device, dtype: torch.dtype, **what: Any) -> str | None:
-    """Tells why an operation has no such passes under a policy, or None."""
+    """Returns the reason why an operation has no such passes under a policy, or None."""
     decision = dispatch.decide("", policy, device, triton_obstacle(dtype, **what))
     if decision.backend == "cpu":
         return cpu_obstacle(dtype, **what)
@@ -79,7 +79,7 @@ def obstacle(policy: Policy, device: torch.device, dtype: torch.dtype, **what: A
 
 
 def kernels_of(backend: str, dtype: torch.dtype, **what: Any) -> Kernels | None:
-    """Returns the passes of a backend that `dispatch.choose` gave, or None where they are plain PyTorch."""
+    """Returns the passes of a backend from `dispatch.choose`, or None if plain PyTorch runs the operation."""
     if backend == "triton":
         return TRITON
     return CPU if backend == "cpu" and cpu_obstacle(dtype, **what) is None else None
@@ -94,10 +94,10 @@ def triton_obstacle(
     activation: str = "none",
     gated: bool = False,
 ) -> str | None:
-    """Tells why the Triton kernels have no such passes, or None.
+    """Returns the reason why the Triton kernels have no such passes, or None.
 
-    sizes: numbers of features that are multiplied. hidden_size: of rows that are normalised. gated: whether the
-    activation's first half multiplies its second one.
+    sizes: numbers of features in matrix products. hidden_size: the size of normalised rows. gated: whether the first
+    half of a row goes through the activation and multiplies the second half.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there are no Triton kernels for {dtype}"
@@ -117,7 +117,7 @@ def cpu_obstacle(
     activation: str = "none",
     gated: bool = False,
 ) -> str | None:
-    """Tells why the C++ kernels have no such passes, or None."""
+    """Returns the reason why the C++ kernels have no such passes, or None."""
     if not cpu.multiplies(dtype):
         return cpu.obstacle() or f"the C++ kernels do not multiply {dtype} on this processor"
     if head_size % 16 or head_size > 256:

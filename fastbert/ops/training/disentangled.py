@@ -1,4 +1,7 @@
-"""Disentangled attention with gradients as one node of autograd. `fastbert.ops.disentangled` has the formula."""
+"""This module has disentangled attention with gradients as one autograd node.
+
+`fastbert.ops.disentangled` has the formula.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,10 @@ Gradients = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Settings(NamedTuple):
-    """The settings of one attention. buckets: how distances become rows, the arguments of `rows_of_distances`."""
+    """The settings of one attention are a named tuple.
+
+    buckets: the arguments of `rows_of_distances`, which maps distances to rows.
+    """
 
     batch: PackedBatch
     num_heads: int
@@ -27,12 +33,15 @@ class Settings(NamedTuple):
 
 
 class Kernels(Protocol):
-    """The passes of one backend. qkv: (T, 3 N D). keys, queries: (2R, N D), one of which may be None."""
+    """This protocol has the passes of one backend. qkv: (T, 3 N D).
+
+    keys, queries: (2R, N D); one of them may be None.
+    """
 
     def forward(
         self, qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings
     ) -> tuple[Tensor, Tensor | None]:
-        """(T, N D), and what the backward pass needs of it, (N, T) float32 or None."""
+        """Returns the output, (T, N D), and the state for the backward pass, (N, T) float32 or None."""
 
     def backward(
         self,
@@ -44,7 +53,10 @@ class Kernels(Protocol):
         lse: Tensor | None,
         settings: Settings,
     ) -> Gradients:
-        """The gradients of qkv, zeros in rows of no text, and of keys and queries. out, lse: what `forward` gave."""
+        """Returns the gradients of qkv, with zeros in padding rows, and of keys and queries.
+
+        out, lse: the results of `forward`.
+        """
 
 
 class _Cpu:
@@ -110,7 +122,7 @@ class _Triton:
 
 
 class _Plain:
-    """The forward pass in plain, differentiable PyTorch."""
+    """Plain, differentiable PyTorch runs the forward pass."""
 
     def forward(
         self, qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings
@@ -127,7 +139,7 @@ KERNELS: dict[str, Kernels] = {"cpu": _Cpu(), "triton": _Triton(), "torch": _Pla
 
 
 def attention(qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings, kernels: Kernels) -> Tensor:
-    """dropout(softmax(scale (q k^T + terms of distances))) v within each sequence, (T, 3 N D) -> (T, N D)."""
+    """Returns dropout(softmax(scale (q k^T + terms of distances))) v within each sequence, (T, 3 N D) -> (T, N D)."""
     out: Tensor = _Attention.apply(qkv, keys, queries, settings, kernels)
     return out
 
@@ -160,7 +172,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _plain(settings: Settings) -> Any:
-    """Returns the attention in plain PyTorch, on what its node of autograd took."""
+    """Returns the attention in plain PyTorch, with the inputs of its autograd node."""
 
     def function(qkv: Tensor, keys: Tensor | None, queries: Tensor | None, *_: Any) -> Tensor:
         return KERNELS["torch"].forward(qkv, keys, queries, settings)[0]

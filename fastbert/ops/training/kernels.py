@@ -1,7 +1,7 @@
-"""This module says what a backend offers for training: forward and backward passes without autograd.
+"""This module defines the interface of a backend for training: forward and backward passes without autograd.
 
-T packed tokens, H hidden, I intermediate, N heads, D head size. C is the dtype of products, float32, bfloat16 or
-float16. S is the dtype of the residual stream: C, or float32 under autocast.
+T packed tokens, H hidden, I intermediate, N heads, D head size. C is the data type of products: float32, bfloat16 or
+float16. S is the data type of the residual stream: C, or float32 under autocast.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ Weights = tuple[Tensor, ...]
 
 
 class Attention(NamedTuple):
-    """The settings of one attention. batch: how T rows lie in sequences.
+    """The settings of one attention are a named tuple.
 
-    columns: (T,) int32, as in `PackedBatch`, for a position bias or a window. window: columns on either side that a
-    query reaches, None for all; there is no position bias beside it.
+    batch: the packing of T rows in sequences. columns: (T,) int32, as in `PackedBatch`, for a position bias or a
+    window. window: the number of columns that a query reaches on either side, None for all; a window excludes a
+    position bias.
     """
 
     batch: PackedBatch
@@ -32,16 +33,16 @@ class Attention(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """The angles by which queries and keys turn. cos, sin: (T, D / 2) float32, contiguous."""
+    """The rotation angles of queries and keys are stored as cos and sin: (T, D / 2) float32, contiguous."""
 
     cos: Tensor
     sin: Tensor
 
 
 class EmbeddingSettings(NamedTuple):
-    """What the embeddings are beside tables and norm. Ids: (T,) int64, or None where there is no such table.
+    """The settings of the embeddings are a named tuple, without tables and norm.
 
-    padding_idx: the word whose row gets no gradient.
+    Ids: (T,) int64, or None if there is no such table. padding_idx: the id whose row gets no gradient.
     """
 
     input_ids: Tensor | None
@@ -53,9 +54,9 @@ class EmbeddingSettings(NamedTuple):
 
 
 class Normalized(NamedTuple):
-    """What `norm_forward` gives.
+    """The result of `norm_forward` is a named tuple.
 
-    y: (T, H) in S. low: y in C where it was asked for and C is not S, else None. total: (T, H) in C, the sum that was
+    y: (T, H) in S. low: y in C if it was requested and C is not S, else None. total: (T, H) in C, the sum that was
     normalised. mean, rstd: (T,) float32, of the unrounded sum.
     """
 
@@ -67,9 +68,10 @@ class Normalized(NamedTuple):
 
 
 class NormGradients(NamedTuple):
-    """What `norm_backward` gives. x: (T, H) in C. residual: (T, H) in S, or None. weight, bias, x_bias: (H,) float32.
+    """The result of `norm_backward` is a named tuple.
 
-    x_bias holds the sums of x over its rows: the gradient of a bias that was added to x.
+    x: (T, H) in C. residual: (T, H) in S, or None. weight, bias, x_bias: (H,) float32. x_bias holds the sums of x over
+    its rows: the gradient of a bias that was added to x.
     """
 
     x: Any
@@ -80,33 +82,36 @@ class NormGradients(NamedTuple):
 
 
 class Kernels(Protocol):
-    """The passes of one backend. Parameters may be float32 where C is not: they are rounded to C first."""
+    """This protocol has the passes of one backend. Float32 parameters are rounded to C first, if C is another type."""
 
     name: str
 
     def linear(self, x: Tensor, weights: Weights, biases: tuple[Tensor | None, ...]) -> Tensor:
-        """x W^T + b, (T, K) -> (T, M); W: the weights one above the other, (M, K)."""
+        """Returns x W^T + b, (T, K) -> (T, M). W: the concatenated rows of the weights, (M, K)."""
 
     def activated_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     ) -> tuple[Tensor, Tensor]:
-        """activation(pre) and pre = x W^T + b, (T, M) each."""
+        """Returns activation(pre) and pre = x W^T + b, (T, M) each."""
 
     def input_gradient(self, grad: Tensor, weights: Weights, residual: Tensor | None = None) -> Tensor:
-        """grad W + residual, (T, M) -> (T, K), in the residual's dtype, or grad's without one."""
+        """Returns grad W + residual, (T, M) -> (T, K), in the residual's dtype, or in grad's dtype without residual."""
 
     def weight_gradient(self, grad: Tensor, x: Tensor, to: dtype, bias: bool) -> tuple[Tensor, Tensor | None]:
-        """grad^T x, (M, K), and, if bias, the sums of grad over its rows, (M,), in a dtype."""
+        """Returns grad^T x, (M, K), and with bias the sums of grad over its rows, (M,), both in dtype `to`."""
 
     def activation_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient of pre, activation(pre), (T, I) both, and the gradient's sums over its rows, (I,) float32."""
+        """Returns the gradient of pre and activation(pre), (T, I) each, and the sums of the gradient over rows.
+
+        The sums are (I,) float32.
+        """
 
     def attention_forward(
         self, qkv: Tensor, settings: Attention, position_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(T, 3 N D) -> (T, N D), and the natural logarithm of the sums of exponentials, (N, T) float32.
+        """Returns the output, (T, 3 N D) -> (T, N D), and the logarithms of the softmax denominators.
 
-        position_bias: (N, 2R + 1), see fastbert.ops.position_bias.
+        These are natural logarithms, (N, T) float32. position_bias: (N, 2R + 1), see fastbert.ops.position_bias.
         """
 
     def attention_backward(
@@ -118,19 +123,19 @@ class Kernels(Protocol):
         settings: Attention,
         position_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The gradient of qkv, (T, 3 N D), zeros in rows of no sequence; and of position_bias, float32 at least."""
+        """Returns the gradient of qkv, (T, 3 N D), zeros in padding rows; and of position_bias, in float32 or wider."""
 
     def rotate(self, qkv: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
-        """Queries and keys turned by their rows' angles, (T, 3 N D), perhaps in the memory of qkv: see ops.rotary."""
+        """Returns queries and keys rotated by their rows' angles, (T, 3 N D), possibly in place: see ops.rotary."""
 
     def rotate_back(self, grad: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
-        """The gradient of what was turned, (T, 3 N D), perhaps in the memory of grad, which is contiguous."""
+        """Returns the gradient of the rotation's input, (T, 3 N D), possibly in place of grad, which is contiguous."""
 
     def gated(self, pre: Tensor, activation: str) -> Tensor:
-        """activation(first half) * second half of each row, (T, 2 I) -> (T, I)."""
+        """Returns activation(first half) * second half of each row, (T, 2 I) -> (T, I)."""
 
     def gated_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-        """The gradient of pre, (T, 2 I), from that of what `gated` gave, (T, I), and that again."""
+        """Returns the gradient of pre, (T, 2 I), from that of the result of `gated`, (T, I), and that result again."""
 
     def norm_forward(
         self,
@@ -142,7 +147,7 @@ class Kernels(Protocol):
         dropout: Dropout | None,
         low: bool,
     ) -> Normalized:
-        """LayerNorm(dropout(x) + residual) * weight + bias."""
+        """Returns LayerNorm(dropout(x) + residual) * weight + bias."""
 
     def norm_backward(
         self,
@@ -154,7 +159,7 @@ class Kernels(Protocol):
         out_dropout: Dropout | None,
         want_residual: bool,
     ) -> NormGradients:
-        """The gradients from those of y and of low, which are added. saved: (total, mean, rstd).
+        """Returns the gradients from those of y and of low, which are added. saved: (total, mean, rstd).
 
         out_dropout: a dropout of y itself.
         """
@@ -168,10 +173,10 @@ class Kernels(Protocol):
         bias: Tensor,
         settings: EmbeddingSettings,
     ) -> Normalized:
-        """dropout(LayerNorm(sum of the tables' rows)), without `low`. Ids are int64 and contiguous."""
+        """Returns dropout(LayerNorm(sum of table rows)), without `low`. Ids are int64 and contiguous."""
 
     def embedding_scatter(self, grad: Tensor, ids: Tensor, n_rows: int, padding_idx: int | None, to: dtype) -> Tensor:
-        """The rows of grad, (T, E), added up by id, (n_rows, E) in a dtype, zeros for padding_idx."""
+        """Returns the sums of grad's rows, (T, E), by id: (n_rows, E) in dtype `to`, with zeros for padding_idx."""
 
     def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
-        """The rows, (T, H), with elements dropped out."""
+        """Returns the rows, (T, H), with dropout."""

@@ -1,4 +1,4 @@
-"""A whole encoder layer as one node of autograd, in the form that its settings say."""
+"""This module runs a whole encoder layer as one autograd node, in the form that its settings describe."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["LayerParameters", "LayerSettings", "encoder_layer", "plain_layer"]
 
 
 def encoder_layer(x: Tensor, parameters: LayerParameters, settings: LayerSettings) -> Tensor:
-    """(T, H) -> (T, H) in x's dtype: attention and feed-forward part, each with dropout, residual and LayerNorm."""
+    """Runs a layer, (T, H) -> (T, H) in x's dtype: attention and feed-forward, dropout, residuals and LayerNorms."""
     output: Tensor = _EncoderLayer.apply(x, settings, *parameters.listed())
     return output
 
 
 def plain_layer(x: Tensor, parameters: LayerParameters, settings: LayerSettings) -> Tensor:
-    """The layer in plain, differentiable PyTorch."""
+    """Runs the layer in plain, differentiable PyTorch."""
     return _form(settings).plain(x, parameters, settings)
 
 
@@ -36,7 +36,7 @@ class _EncoderLayer(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             y, kept = _form(settings).forward(x, LayerParameters(*parameters), settings)
         ctx.settings = settings
-        # PyTorch raises its own error for a parameter that is written to before the backward pass.
+        # PyTorch raises an error if a parameter is written before the backward pass.
         read_again = x.dtype == settings.dtype or settings.pre_norm
         ctx.save_for_backward(x if read_again else None, *kept, *parameters)
         return y

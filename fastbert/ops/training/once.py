@@ -1,4 +1,4 @@
-"""Gradients of gradients: by PyTorch's own rules where the function can run again, and else a clear error."""
+"""Second derivatives use PyTorch's rules if the function can be computed again; otherwise they raise a clear error."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ SECOND_DERIVATIVE = (
 
 
 def batched(grad: Tensor) -> bool:
-    """Tells whether a gradient stands for many, as under is_grads_batched or vmap: kernels cannot read it."""
+    """Tells whether a gradient is batched, as under is_grads_batched or vmap. Kernels cannot read such a gradient."""
     functorch: Any = torch._C._functorch
     return bool(functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad))
 
 
 def once(grads: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Returns the gradients, with a node that raises RuntimeError if they are differentiated."""
+    """Returns the gradients with a node that raises RuntimeError if they are differentiated."""
     places = [i for i, gradient in enumerate(grads) if gradient is not None]
     if not places:
         return grads
@@ -36,9 +36,9 @@ def once(grads: tuple[Any, ...]) -> tuple[Any, ...]:
 def again(
     function: Callable[..., Tensor], grad: Tensor, inputs: Sequence[Any], needed: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """Returns differentiable gradients of function(*tensors), computed again in plain PyTorch.
+    """Returns differentiable gradients of function(*inputs), computed again in plain PyTorch.
 
-    inputs: what the node of autograd took, which the function takes as well; entries that are no tensors are None.
+    inputs: the inputs of the autograd node, which are also those of the function; entries that are no tensors are None.
     """
     places = [i for i, need in enumerate(needed) if need]
     differentiable = torch.is_grad_enabled()

@@ -1,4 +1,4 @@
-"""The passes of training by Triton kernels, with cuBLAS's products but for the one whose epilogue has a GELU."""
+"""This module has the training passes by Triton kernels. Matrix products use cuBLAS, except one with GELU epilogue."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastbert_kernels.masks import Dropout
 
 
 class TritonKernels:
-    """The passes by Triton kernels, on CUDA devices, and on the CPU under Triton's interpreter."""
+    """Triton kernels run the passes, on CUDA devices, and on the CPU under Triton's interpreter."""
 
     name = "triton"
 
@@ -60,7 +60,7 @@ class TritonKernels:
         sums = grad.sum(0, dtype=torch.float32).to(to) if bias else None
         if to == grad.dtype or grad.device.type != "cuda":
             return (grad.t() @ x).to(to), sums
-        return torch.mm(grad.t(), x, out_dtype=to), sums  # not rounded to 16 bits in between
+        return torch.mm(grad.t(), x, out_dtype=to), sums  # no rounding to 16 bits in between
 
     def activation_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
         from fastbert_kernels.gelu import activation_backward
@@ -191,7 +191,7 @@ class TritonKernels:
 
 
 def _window(settings: Attention) -> Any:
-    """What the kernels take for a window, or None."""
+    """Returns the window argument of the kernels, or None."""
     from fastbert_kernels.attention_window import Window
 
     window = settings.window

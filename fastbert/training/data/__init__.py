@@ -1,1 +1,1 @@
-"""Text on disk becomes packed batches of token ids."""
+"""This package converts text on disk to packed batches of token ids."""

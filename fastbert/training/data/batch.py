@@ -1,4 +1,4 @@
-"""A Batch holds packed sequences without padding, with the tokens to predict. It is made of Examples."""
+"""A Batch holds packed sequences without padding, and the tokens to predict. It is made from Examples."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fastbert.training.data.special import SpecialIds
 if TYPE_CHECKING:
     import torch
 
-EVALUATION = -1  # the step of batches that are there to evaluate: their masks are always the same
+EVALUATION = -1  # the step of evaluation batches, whose masks are always the same
 NO_PAIR = -100  # the next-sentence label of a sequence that is no pair
 
 
 @dataclass(frozen=True)
 class Masking:
-    """Masking says how tokens to predict are chosen: ``probability`` of them, and whether as ``whole_words``."""
+    """Masking holds the ``probability`` of a token to be chosen, and whether ``whole_words`` are chosen."""
 
     probability: float = 0.15
     whole_words: bool = False
@@ -33,12 +33,12 @@ class Masking:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """A Batch holds B sequences of T tokens together.
+    """A Batch holds B sequences with T tokens in total.
 
     ``input_ids``: (T,) int64, with masks. ``token_type_ids``: (T,) int64. ``cu_seqlens``: (B + 1,) int32, from 0 to T.
-    ``rows``: (M,) int64, the places of the tokens to predict, ascending. ``labels``: (M,) int64, their ids.
-    ``next_sentence_label``: (B,) int64, 0 if the second part follows the first one, 1 if it is random, -100 for a
-    sequence that is no pair. ``documents``: (B,) int64, the documents of the first parts.
+    ``rows``: (M,) int64, the indices of the tokens to predict, ascending. ``labels``: (M,) int64, their ids.
+    ``next_sentence_label``: (B,) int64, 0 if the second part follows the first, 1 if it is random, -100 for a sequence
+    that is no pair. ``documents``: (B,) int64, the documents of the first parts.
     """
 
     input_ids: np.ndarray
@@ -51,16 +51,16 @@ class Batch:
 
     @property
     def n_tokens(self) -> int:
-        """T, all tokens of the batch."""
+        """Returns T, the number of tokens in the batch."""
         return len(self.input_ids)
 
     @property
     def n_pairs(self) -> int:
-        """The number of sequences with a next-sentence label."""
+        """Returns the number of sequences with a next-sentence label."""
         return int(np.count_nonzero(self.next_sentence_label != NO_PAIR))
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Returns the arrays as tensors on the CPU, by their names. They share the memory of the arrays."""
+        """Returns the arrays as CPU tensors, by name. They share the memory of the arrays."""
         import torch
 
         return {name: torch.from_numpy(getattr(self, name)) for name in self.__dataclass_fields__}
@@ -78,17 +78,17 @@ def make_batch(
 ) -> Batch:
     """Returns the packed and masked batch of examples: [CLS] span [SEP], or [CLS] span [SEP] span [SEP], and so on.
 
-    ``first_token``: the tokens of the step that come before the batch. The masks depend on ``seed``, ``step``,
+    ``first_token``: the number of tokens of the step before this batch. The masks depend on ``seed``, ``step``,
     ``first_token`` and the text. For evaluation ``step`` is ``EVALUATION``.
 
-    Raises ValueError if whole words are wanted and the corpus does not know where words begin.
+    Raises ValueError if whole words are requested and the corpus has no starts of words.
     """
     if masking.whole_words and not corpus.has_words:
         raise ValueError("whole_words: got True, expected False for a corpus that does not know where words begin")
     n_spans = np.diff(examples.offsets)
     cu_seqlens = np.concatenate([[0], np.cumsum(examples.n_tokens())])
     n_tokens = int(cu_seqlens[-1])
-    # The [SEP] of a span stands behind all spans before, their [SEP]s, and the [CLS]s up to its own sequence.
+    # The [SEP] of a span follows all earlier spans, their [SEP]s, and the [CLS]s up to its own sequence.
     n_cls = np.repeat(np.arange(1, len(examples) + 1), n_spans)
     seps = np.cumsum(examples.lengths + 1) + n_cls - 1
     text = np.ones(n_tokens, bool)
@@ -99,7 +99,7 @@ def make_batch(
     ids[seps] = special.sep
     ids[text] = corpus.take(examples.starts, examples.lengths)
     sizes = examples.lengths + 1
-    sizes[examples.offsets[:-1]] += 1  # the first span has the [CLS]
+    sizes[examples.offsets[:-1]] += 1  # the first span includes the [CLS]
 
     is_special = np.zeros(max(corpus.vocab_size, *(i + 1 for i in special.all)), bool)
     is_special[list(special.all)] = True

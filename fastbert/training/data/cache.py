@@ -1,8 +1,8 @@
-"""A cache is a folder that holds a folder for each corpus, named by what the corpus was made of, not by paths or times.
+"""A cache is a folder with a folder for each corpus. Its name depends on the corpus's sources, not on paths or times.
 
-A corpus is built in a temporary folder, which gets its name when it is whole. Builders may run side by side: the first
-one to finish wins, and the others take what it made. A lock file beside the temporary folder says that its builder
-lives; what dead builders left is removed by the next one.
+A corpus is built in a temporary folder, which is renamed when it is complete. Several builders may run at once: the
+first to finish wins, and the others use its result. A lock file beside the temporary folder shows that its builder is
+alive. The next builder removes the files of dead builders.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from fastbert.training.data.writing import sync_folder
 
 HASHES = "hashes.json"
 BUILDING, LOCK = ".building-", ".lock"
-FRESH = 2.0  # seconds: a file that changed so short ago may change once more within the same time stamp
+FRESH = 2.0  # seconds: a file that changed more recently may change again within the same time stamp
 
 
 def name_of(content: Any) -> str:
-    """Returns the name of what JSON describes: 32 hexadecimal digits."""
+    """Returns the name for the given JSON content: 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def identity(path: Path) -> str:
-    """Returns path, size, time and inode of a file, which are the same for an unchanged file."""
+    """Returns path, size, time and inode of a file, which stay the same as long as the file is unchanged."""
     status = path.stat()
     return f"{os.path.realpath(path)}|{status.st_size}|{status.st_mtime_ns}|{status.st_ino}"
 
 
 def content_hashes(files: Sequence[Path], cache: Path, progress: Callable[[int], Any]) -> list[str]:
-    """Returns the BLAKE2b digest of each file's bytes. ``progress`` takes the number of bytes that were done.
+    """Returns the BLAKE2b digest of each file's bytes. ``progress`` is called with numbers of processed bytes.
 
-    The cache remembers digests by ``identity``, so that a file is read once. Raises ValueError for a file that changes
-    meanwhile.
+    The cache stores digests by ``identity``, so that a file is read only once. Raises ValueError for a file that
+    changes meanwhile.
     """
     known: dict[str, str] = {}
     with suppress(OSError, ValueError):
@@ -73,10 +73,10 @@ def content_hashes(files: Sequence[Path], cache: Path, progress: Callable[[int],
 
 @contextmanager
 def building(folder: Path, replace: bool = False) -> Iterator[Path]:
-    """Gives an empty folder beside ``folder``, which takes its place at the end.
+    """Yields an empty folder beside ``folder``, which is renamed to ``folder`` at the end.
 
-    A whole ``folder`` that is there by then stays, unless ``replace``. After an error the temporary folder is gone.
-    Raises OSError, with what to do, if the disk is full.
+    If a complete ``folder`` exists by then, it stays, unless ``replace`` is true. After an error the temporary folder
+    is deleted. Raises OSError, with advice, if the disk is full.
     """
     cache = folder.parent
     remove_dead(cache)
@@ -101,13 +101,13 @@ def building(folder: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def remove_dead(cache: Path) -> None:
-    """Removes the temporary folders whose builders are dead."""
+    """Removes the temporary folders of dead builders."""
     for path in cache.glob(f"{BUILDING}*"):
         if path.suffix != LOCK:
             if not path.with_name(path.name + LOCK).exists():
                 shutil.rmtree(path, ignore_errors=True)
             continue
-        with suppress(OSError):  # a lock that is held: its builder lives
+        with suppress(OSError):  # if the lock is held, the builder is alive
             fd = os.open(path, os.O_RDWR)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,13 +118,13 @@ def remove_dead(cache: Path) -> None:
 
 
 def _locked(cache: Path, name: str) -> tuple[Path, int]:
-    """A new name for a temporary folder, and the open file that locks it."""
+    """Returns a new name for a temporary folder, and the open lock file."""
     while True:
         temporary = cache / f"{BUILDING}{name}-{uuid.uuid4().hex[:12]}"
         lock = temporary.with_name(temporary.name + LOCK)
         fd = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC)
         fcntl.flock(fd, fcntl.LOCK_EX)
-        if lock.exists():  # else somebody took it for a dead one's, in between
+        if lock.exists():  # otherwise another process has removed it in between as a dead builder's lock
             return temporary, fd
         os.close(fd)
 

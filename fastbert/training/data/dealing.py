@@ -1,4 +1,4 @@
-"""The examples of a block are dealt out to steps, and those of a step to batches, evenly and within their budgets."""
+"""This module distributes examples of a block over steps, and those of a step over batches, within the budgets."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from fastbert.training.data.examples import Examples
 
 
 def deal(examples: Examples, step_budget: int, batch_budget: int, n_batches: int) -> list[list[Examples]]:
-    """Returns the batches of each step. Each step has ``n_batches`` of them, and none is empty.
+    """Returns the batches of each step. Each step has ``n_batches`` batches, and none is empty.
 
-    The examples are dealt in their order to as few steps as possible, with about as many tokens each. No step has
-    more than ``step_budget`` tokens, no batch more than ``batch_budget``. A step with fewer examples than
-    ``n_batches`` has its longest ones halved, for two tokens more each.
+    The examples are distributed in order over as few steps as possible, with about the same number of tokens each. No
+    step has more than ``step_budget`` tokens, and no batch more than ``batch_budget``. If a step has fewer examples
+    than ``n_batches``, its longest examples are halved, which adds two tokens each.
 
     Raises ValueError if a step has fewer tokens of text than ``n_batches``.
     """
@@ -24,7 +24,7 @@ def deal(examples: Examples, step_budget: int, batch_budget: int, n_batches: int
     n_steps = -(-n_tokens // step_budget)
     steps: list[list[np.ndarray]] = []
     while not steps:
-        # An example belongs to the step in which its middle lies.
+        # An example belongs to the step that contains its middle.
         bounds = np.unique(np.searchsorted(middles, np.arange(n_steps + 1) * (n_tokens / n_steps)))
         n_steps += 1
         if np.add.reduceat(sizes, bounds[:-1]).max() > step_budget:
@@ -46,7 +46,7 @@ def deal(examples: Examples, step_budget: int, batch_budget: int, n_batches: int
 
 
 def batches_of(examples: Examples, budget: int) -> list[Examples]:
-    """Returns the examples, in their order, in batches of ``budget`` tokens at most."""
+    """Returns the examples in their order, in batches of at most ``budget`` tokens."""
     ends = np.cumsum(examples.n_tokens())
     cuts = [0]
     while cuts[-1] < len(examples):
@@ -56,10 +56,10 @@ def batches_of(examples: Examples, budget: int) -> list[Examples]:
 
 
 def halved(examples: Examples, n: int) -> Examples:
-    """Returns ``n`` examples with the same text: the longest ones are cut until there are so many.
+    """Returns ``n`` examples with the same text: the longest examples are cut until there are ``n``.
 
-    A pair is cut into its two parts; then it is no pair. A single span is cut in the middle. What is cut stands at the
-    end. Raises ValueError if there are not ``n`` tokens of text.
+    A pair is cut into its two parts, which are then no pair. A single span is cut in the middle. The cut examples are
+    at the end. Raises ValueError if the text has fewer than ``n`` tokens.
     """
     while len(examples) < n:
         text = examples.n_tokens() - np.diff(examples.offsets) - 1
@@ -85,9 +85,9 @@ def halved(examples: Examples, n: int) -> Examples:
 
 
 def _batches(sizes: np.ndarray, budget: int, n_batches: int) -> list[np.ndarray] | None:
-    """Returns the indices of each batch, ascending, or None if one has more than ``budget`` tokens.
+    """Returns the indices of each batch, ascending, or None if a batch has more than ``budget`` tokens.
 
-    The longest example that is left goes to the batch with the fewest tokens; the first of two equal ones is taken.
+    The longest remaining example goes to the batch with the fewest tokens; of equal ones, the first is chosen.
     """
     heap = [(0, i) for i in range(n_batches)]
     owners = np.empty(len(sizes), np.int64)

@@ -1,7 +1,7 @@
-"""Sentences become token ids here, with the threads of the ``tokenizers`` library.
+"""This module converts sentences to token ids, with the threads of the ``tokenizers`` library.
 
-BERT's own pipeline treats the parts of a text between spaces alone, whatever stands around them. So their ids are kept,
-and a part that was seen before is looked up: most of running text. The ids are those of the library.
+BERT's own pipeline encodes each part between spaces independently of its context. So the ids of parts are stored, and a
+repeated part is looked up; most of running text is repeated parts. The ids equal those of the library.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from fastbert.text.tokenizer import Tokenizer
 
 KEPT_PARTS = 1_000_000  # about 220 MB
-LONG_PART = 40  # characters: longer ones are not kept
+LONG_PART = 40  # characters: longer parts are not stored
 
 
 def special_ids(tokenizer: Tokenizer) -> SpecialIds:
-    """Returns the special ids of a tokenizer. Raises ValueError, with its name, if it lacks one for pre-training."""
+    """Returns the special ids of a tokenizer. Raises ValueError, with the name, if pre-training needs a missing one."""
     names = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     ids = []
     for name, usual in names.items():
@@ -36,7 +36,7 @@ def special_ids(tokenizer: Tokenizer) -> SpecialIds:
 
 
 def word_begins(tokenizer: Tokenizer) -> np.ndarray | None:
-    """Returns for each id of a WordPiece vocabulary whether it begins a word: (vocab_size,) bool. Else None."""
+    """Returns for each id of a WordPiece vocabulary whether it begins a word, (vocab_size,) bool; for others None."""
     rust = tokenizer.for_raw_text()
     prefix = getattr(rust.model, "continuing_subword_prefix", None)
     if prefix is None or not _is_word_piece(rust):
@@ -48,9 +48,10 @@ def word_begins(tokenizer: Tokenizer) -> np.ndarray | None:
 
 
 class Encoded(NamedTuple):
-    """Encoded holds the ids of sentences, end to end.
+    """Encoded holds the ids of consecutive sentences.
 
-    ``ids``: (T,) uint32. ``lengths``: (k,) int64, of the sentences. ``words``: (T,) bool, where a word begins, or None.
+    ``ids``: (T,) uint32. ``lengths``: (k,) int64, of the sentences. ``words``: (T,) bool, true where a word begins, or
+    None.
     """
 
     ids: np.ndarray
@@ -59,30 +60,30 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """An Encoder gives the ids of sentences, without special tokens, whatever they look like. One thread may use it."""
+    """An Encoder returns the ids of any sentences, without special tokens. Only one thread may use it."""
 
     def __init__(self, tokenizer: Tokenizer, with_words: bool = False) -> None:
-        """Takes ``with_words``: whether ``words`` are wanted, by the tokenizer's own word ids."""
+        """Takes ``with_words``: whether to compute ``words`` from the tokenizer's word ids."""
         self._rust = tokenizer.for_raw_text()
         self._with_words = with_words
         self._known: dict[str, bytes] | None = {} if _treats_parts_alone(self._rust) and not with_words else None
         self._space = " " if _sees_space_before(self._rust) else ""
         self._unk = tokenizer.unk_token_id
-        # Such pieces can come out of a model whose vocabulary has them, however the text is split before.
+        # A model can produce these tokens if its vocabulary has them, however the text is split before.
         self._forbidden = np.zeros(tokenizer.vocab_size, bool)
         self._forbidden[[i for i in special_ids(tokenizer).all if i != self._unk]] = True
 
     def encode_documents(self, documents: list[list[str]]) -> Encoded:
-        """Returns the ids of the sentences of documents, as they stand in running text.
+        """Returns the ids of the sentences of documents, as in running text.
 
-        Byte-level BPE gives a word after a space other ids than one without. So sentences have one before them, but for
-        the first of a document.
+        Byte-level BPE gives a word after a space different ids. So each sentence has a space before it, except the
+        first of a document.
         """
         space = self._space
         return self.encode([space * (i > 0) + text for document in documents for i, text in enumerate(document)])
 
     def encode(self, sentences: list[str]) -> Encoded:
-        """Returns the ids of sentences. The special ones that a model makes of text become the unknown token's."""
+        """Returns the ids of sentences. Special tokens that the model makes from text become the unknown token."""
         if self._known is not None:
             ids, lengths = self._by_parts(sentences, self._known)
             words = None
@@ -141,7 +142,7 @@ def _is_word_piece(rust: Any) -> bool:
 
 
 def _treats_parts_alone(rust: Any) -> bool:
-    """Whether the ids of a text are those of its parts between spaces, one after the other."""
+    """Tells whether the ids of a text are the concatenated ids of its parts between spaces."""
     return (
         _is_word_piece(rust)
         and type(rust.normalizer).__name__ in ("BertNormalizer", "NoneType")
@@ -151,6 +152,6 @@ def _treats_parts_alone(rust: Any) -> bool:
 
 
 def _sees_space_before(rust: Any) -> bool:
-    """Whether a word has other ids after a space, as with byte-level BPE that does not add one itself."""
+    """Tells whether a word has different ids after a space, as with byte-level BPE that adds no space itself."""
     alone, spaced, twice = (rust.encode(text, add_special_tokens=False).ids for text in ("a", " a", "a a"))
     return alone != spaced and twice == alone + spaced

@@ -1,4 +1,4 @@
-"""Examples are spans of a corpus that become sequences. They are arrays of numbers: no token is copied."""
+"""Examples are spans of a corpus that become sequences. They are arrays of numbers, and no token is copied."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy as np
 
 
 class TokenSource(Protocol):
-    """A TokenSource gives the token ids of documents that lie end to end; ``shards.Corpus`` is one.
+    """A TokenSource returns the token ids of consecutive documents; ``shards.Corpus`` is one.
 
-    ``document_offsets``: (n_documents + 1,) integers, in tokens. Each document holds at least one token.
-    ``has_words``: whether ``word_starts`` can be asked.
+    ``document_offsets``: (n_documents + 1,) integers, in tokens. Each document has at least one token. ``has_words``:
+    whether ``word_starts`` is available.
     """
 
     vocab_size: int
@@ -23,15 +23,15 @@ class TokenSource(Protocol):
     has_words: bool
 
     def sentence_starts(self, start: int, end: int) -> np.ndarray:
-        """Returns the places of tokens in [start, end) at which a sentence begins: int64, ascending."""
+        """Returns the indices of the tokens in [start, end) that begin a sentence: int64, ascending."""
         ...
 
     def take(self, starts: Any, lengths: Any) -> np.ndarray:
-        """Returns the ids of spans of tokens, end to end: int64."""
+        """Returns the ids of spans of tokens, concatenated: int64."""
         ...
 
     def word_starts(self, starts: Any, lengths: Any) -> np.ndarray:
-        """Returns for the tokens of ``take`` whether a word begins there: bool."""
+        """Returns for each token of ``take`` whether it begins a word: bool."""
         ...
 
 
@@ -39,9 +39,9 @@ class TokenSource(Protocol):
 class Examples:
     """Examples holds n sequences of one or more spans of tokens.
 
-    ``starts``, ``lengths``, ``segments``: (n_spans,) int64, the first token, the tokens and the token type of each
-    span. ``offsets``: (n + 1,) int64; example i has the spans ``offsets[i]`` to ``offsets[i + 1]``. ``is_next``: (n,)
-    int8, 1 if the second span follows the first one in the text, 0 if it is from a random document, -1 if the example
+    ``starts``, ``lengths``, ``segments``: (n_spans,) int64, the first token, the number of tokens and the token type of
+    each span. ``offsets``: (n + 1,) int64; example i has the spans ``offsets[i]`` to ``offsets[i + 1]``. ``is_next``:
+    (n,) int8, 1 if the second span follows the first in the text, 0 if it is from a random document, -1 if the example
     is no pair. ``documents``: (n,) int64, the document of the first span.
     """
 
@@ -56,12 +56,12 @@ class Examples:
         return len(self.documents)
 
     def n_tokens(self) -> np.ndarray:
-        """Returns the tokens of each example, with [CLS] and a [SEP] after each span: (n,) int64."""
+        """Returns the number of tokens of each example, with [CLS] and a [SEP] after each span: (n,) int64."""
         ends = np.concatenate([[0], np.cumsum(self.lengths)])
         return np.diff(ends[self.offsets]) + np.diff(self.offsets) + 1
 
     def take(self, indices: Any) -> Examples:
-        """Returns the examples of the given indices, integers of shape (k,), in their order."""
+        """Returns the examples with the given indices, integers of shape (k,), in that order."""
         indices = np.asarray(indices, np.int64)
         counts = self.offsets[indices + 1] - self.offsets[indices]
         offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -77,7 +77,7 @@ class Examples:
 
     @classmethod
     def join(cls, parts: Sequence[Examples]) -> Examples:
-        """Returns the examples of all parts, one after the other."""
+        """Returns the examples of all parts, concatenated."""
         if not parts:
             none = np.empty(0, np.int64)
             return cls(none, none, none, np.zeros(1, np.int64), np.empty(0, np.int8), none)
@@ -93,11 +93,10 @@ class Examples:
 
 
 class Sentences(NamedTuple):
-    """Sentences holds the sentences of some documents, in the order of those.
+    """Sentences holds the sentences of some documents, in the order of the documents.
 
-    ``starts``: (n,) int64, their first tokens in the corpus. ``ends``: (n + 1,) int64, how many tokens they have, with
-    all sentences before. ``offsets``: (n_documents + 1,) int64; document i has the sentences ``offsets[i]`` to
-    ``offsets[i + 1]``.
+    ``starts``: (n,) int64, their first tokens in the corpus. ``ends``: (n + 1,) int64, the cumulative number of their
+    tokens. ``offsets``: (n_documents + 1,) int64; document i has the sentences ``offsets[i]`` to ``offsets[i + 1]``.
     """
 
     starts: np.ndarray
@@ -106,7 +105,7 @@ class Sentences(NamedTuple):
 
 
 def sentences_of(corpus: TokenSource, documents: np.ndarray, longest: int) -> Sentences:
-    """Returns the sentences of documents; one of more than ``longest`` tokens comes in pieces of so many and a rest."""
+    """Returns the sentences of documents; a longer one is split into pieces of ``longest`` tokens and a rest."""
     bounds = np.asarray(corpus.document_offsets)
     firsts, lasts = bounds[documents].astype(np.int64), bounds[documents + 1].astype(np.int64)
     parts = [corpus.sentence_starts(a, b) for a, b in zip(firsts.tolist(), lasts.tolist(), strict=True)]

@@ -1,7 +1,7 @@
-"""Sequences for masked tokens alone are filled with full sentences, across the ends of documents.
+"""Sequences for masked-token prediction alone contain full sentences, also across the ends of documents.
 
-Liu et al. 2019 (RoBERTa), FULL-SENTENCES: sentences are taken in their order until no further one fits. Where a
-document ends within a sequence, a [SEP] stands between it and the next one.
+Liu et al. 2019 (RoBERTa), FULL-SENTENCES: sentences are added in order until the next one does not fit. If a document
+ends within a sequence, a [SEP] separates it from the next document.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ def full_sentence_examples(
     max_length: int,
     short_probability: float = 0.0,
 ) -> Examples:
-    """Returns sequences that hold each token of the documents once, in their order.
+    """Returns sequences that contain each token of the documents once, in order.
 
-    ``documents``: (n,) integers. ``max_length``: tokens of a sequence at most, with [CLS] and a [SEP] after each span.
-    With ``short_probability``, the length of a sequence is a random one from 2 tokens of text on. A sentence that no
-    sequence can hold comes in pieces. ``documents`` of the result are those of the first spans.
+    ``documents``: (n,) integers. ``max_length``: the maximum number of tokens per sequence, with [CLS] and a [SEP]
+    after each span. With ``short_probability``, the length of a sequence is random, with at least 2 tokens of text. A
+    sentence longer than a sequence is split into pieces. ``documents`` of the result are those of the first spans.
 
     Raises ValueError if ``max_length`` is less than 4.
     """
@@ -41,13 +41,14 @@ def full_sentence_examples(
     short = fractions(words) < short_probability
     targets = np.where(short, 2 + (fractions(mixed(1, words)) * (longest - 1)).astype(np.int64), longest)
 
-    # A sentence that opens a document costs one token more, its [SEP]; one that opens a sequence needs it anyway.
+    # A sentence that opens a document costs one more token, its [SEP]. A sequence needs a [SEP] for its first sentence
+    # anyway.
     opens = np.zeros(len(starts) + 1, np.int64)
     opens[offsets[:-1]] = 1
-    costs = ends + np.cumsum(opens)  # of all sentences before, and of this one's opening
+    costs = ends + np.cumsum(opens)  # of all earlier sentences, and of the opening of this one
     cuts = _cuts((costs - opens).tolist(), (costs[:-1] + targets).tolist())
 
-    # A span ends where a sequence ends and where a document ends.
+    # A span ends at the end of a sequence and at the end of a document.
     edges = np.union1d(cuts, offsets)
     spans = edges[:-1]
     numbers = np.searchsorted(offsets, np.array(cuts[:-1], np.int64), "right") - 1
@@ -63,10 +64,10 @@ def full_sentence_examples(
 
 
 def _cuts(costs: list[int], limits: list[int]) -> list[int]:
-    """Returns the sentences at which sequences begin, and the number of sentences.
+    """Returns the sentences at which sequences begin, and at the end the number of sentences.
 
-    A sequence that begins at sentence i ends with the last j for which ``costs[j]`` is at most ``limits[i]``, or with
-    one sentence.
+    A sequence that begins at sentence i ends with the last j for which ``costs[j]`` is at most ``limits[i]``, but
+    contains at least one sentence.
     """
     cuts = [0]
     last = len(costs) - 1

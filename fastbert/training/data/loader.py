@@ -1,7 +1,7 @@
-"""A Loader makes the batches of a process ahead of the loop that uses them, in threads.
+"""A Loader makes the batches of a process in threads, ahead of the training loop.
 
-What it gives does not depend on the number of threads: every batch is a function of the plan. One thread makes the
-plan, which is a block of examples at a time. The others make the batches of the next steps.
+Its result does not depend on the number of threads, because every batch is a function of the plan. One thread makes the
+plan, one block of examples at a time. The others make the batches of the next steps.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fastbert.training.data.special import SpecialIds
 
 @dataclass(frozen=True, eq=False)
 class LoadedStep:
-    """A LoadedStep holds the number of a step, the batches of one process, and where the next step stands."""
+    """A LoadedStep holds the number of a step, the batches of one process, and the cursor of the next step."""
 
     step: int
     batches: list[Batch]
@@ -33,7 +33,7 @@ class LoadedStep:
 class Loader:
     """A Loader yields LoadedSteps without end. It is an iterator and a context manager.
 
-    ``waited``: the seconds that its user has waited for steps so far.
+    ``waited``: the seconds that its caller has waited for steps so far.
     """
 
     def __init__(
@@ -51,10 +51,10 @@ class Loader:
     ) -> None:
         """Starts to make the steps from ``start`` on.
 
-        ``rank``: which of ``n_processes`` this is. ``workers``: threads that make batches, or 0 to make everything when
-        it is asked for. ``ahead``: steps that are made before they are asked for.
+        ``rank``: the rank of this process among ``n_processes``. ``workers``: the number of threads that make batches;
+        with 0, everything is made on request. ``ahead``: the number of steps to make in advance.
 
-        Raises ValueError if the batches of a step are not a multiple of ``n_processes``.
+        Raises ValueError if the number of batches of a step is not a multiple of ``n_processes``.
         """
         n_processes = positive("n_processes", n_processes)
         expect(plan.n_batches % n_processes == 0, "n_processes", n_processes, f"a divisor of {plan.n_batches} batches")
@@ -72,14 +72,14 @@ class Loader:
         if workers:
             self._planner = ThreadPoolExecutor(1, "fastbert-plan")
             self._pool = ThreadPoolExecutor(workers, "fastbert-batches")
-            weakref.finalize(self, _end, self._planner, self._pool)  # where nobody calls close
+            weakref.finalize(self, _end, self._planner, self._pool)  # for a loader that is never closed
             self._fill()
 
     def __iter__(self) -> Iterator[LoadedStep]:
         return self
 
     def __next__(self) -> LoadedStep:
-        """Returns the next step. Raises RuntimeError, with the number of the step, if it cannot be made."""
+        """Returns the next step. Raises RuntimeError, with the number of the step, if the step cannot be made."""
         began = time.perf_counter()
         try:
             if self._pool is None:
@@ -102,7 +102,7 @@ class Loader:
         return LoadedStep(step.cursor.step, batches, step.after)
 
     def close(self) -> None:
-        """Ends the threads, after what they are at. May be called twice."""
+        """Ends the threads after their current work. May be called twice."""
         self._plans.clear()
         self._batches.clear()
         for pool in (self._planner, self._pool):
@@ -116,7 +116,7 @@ class Loader:
         self.close()
 
     def _fill(self) -> None:
-        """Asks for what is missing: plans a block ahead, so that its examples are there when the steps need them."""
+        """Submits the missing work. It plans one block ahead, so that examples are ready when the steps need them."""
         assert self._planner is not None and self._pool is not None
         while len(self._plans) < self._ahead + BLOCK_STEPS:
             self._plans.append(self._planner.submit(next, self._steps))
@@ -126,7 +126,7 @@ class Loader:
 
 
 def _end(*pools: ThreadPoolExecutor) -> None:
-    """Drops the work that is not needed any more."""
+    """Cancels the work that is no longer needed."""
     for pool in pools:
         pool.shutdown(wait=False, cancel_futures=True)
 
@@ -134,7 +134,7 @@ def _end(*pools: ThreadPoolExecutor) -> None:
 def _batch(
     corpus: TokenSource, special: SpecialIds, masking: Masking, seed: int, step: Callable[[], PlanStep], i: int
 ) -> Batch:
-    """Makes batch ``i`` of a step, once its plan is there."""
+    """Makes batch ``i`` of a step, after its plan is ready."""
     plan = step()
     first_token = plan.first_tokens[i]
     return make_batch(

@@ -1,13 +1,13 @@
-"""Masking chooses the tokens that a model has to predict, and what stands in their place.
+"""Masking chooses the tokens to predict, and their replacements in the input.
 
-Devlin et al. 2018: 15 % of the tokens; of these 80 % are [MASK], 10 % a random token, and 10 % stay as they are.
+Devlin et al. 2018: 15 % of the tokens; of these, 80 % become [MASK], 10 % a random token, and 10 % stay unchanged.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-KEPT, REPLACED = 0.1, 0.2  # below the first fraction a token stays; from there up to the second it is a random one
+KEPT, REPLACED = 0.1, 0.2  # below the first fraction a token stays; up to the second it becomes a random one
 
 
 def mask_tokens(
@@ -21,19 +21,20 @@ def mask_tokens(
     mask_id: int,
     replacements: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns what the model reads, (T,) int64; the places to predict, (M,) int64, ascending; their ids, (M,) int64.
+    """Returns the input ids, (T,) int64; the indices to predict, (M,) int64, ascending; and their ids, (M,) int64.
 
     ``ids``: (T,) int64, packed sequences. ``sequence_offsets``: (B + 1,) integers from 0 to T. ``maskable``: (T,) bool,
     false for special tokens. ``words``: (T,) bool, true where a word begins, or None to choose single tokens.
-    ``replacements``: the ids that a random token may have.
+    ``replacements``: the possible ids of a random token.
 
-    Of the n maskable tokens of a sequence, ``probability`` x n are chosen: as whole numbers, the two around it, so
-    often that this is their mean. Words come in random order while they fit; the first that does not is taken with
-    the probability that keeps the mean. At least one is taken where there is one: so the mean is larger in short
-    sequences. A word is chosen whole or not at all. It ends at a token that is not maskable, and with its sequence.
+    Of the n maskable tokens of a sequence, ``probability`` x n are chosen in the mean. The number is one of the two
+    integers around this value, at random. Words are taken in random order as long as they fit. The first one that does
+    not fit is taken with the probability that keeps the mean. At least one token is chosen if there is one, so the mean
+    is larger in short sequences. A word is chosen as a whole or not at all. It ends before a token that is not
+    maskable, and at the end of its sequence.
     """
     places = np.flatnonzero(maskable)
-    firsts = np.searchsorted(places, sequence_offsets)  # of each sequence, among the maskable tokens
+    firsts = np.searchsorted(places, sequence_offsets)  # of each sequence, as indices into the maskable tokens
     budgets = np.diff(firsts) * probability
     if words is None:
         chosen = places[_chosen(firsts, budgets, None, generator)]
@@ -58,10 +59,10 @@ def mask_tokens(
 def _chosen(
     firsts: np.ndarray, budgets: np.ndarray, lengths: np.ndarray | None, generator: np.random.Generator
 ) -> np.ndarray:
-    """Returns the words that are chosen, ascending: (k,) int64.
+    """Returns the chosen words, ascending: (k,) int64.
 
-    Sequence i has the words ``firsts[i]`` to ``firsts[i + 1]``, of ``lengths`` tokens, or of one each; ``budgets[i]``
-    of its tokens are to be chosen in the mean.
+    Sequence i has the words ``firsts[i]`` to ``firsts[i + 1]``, of ``lengths`` tokens, or of one token each. In the
+    mean, ``budgets[i]`` of its tokens are chosen.
     """
     counts = np.diff(firsts)
     n = int(firsts[-1])
@@ -70,7 +71,7 @@ def _chosen(
     sizes = np.ones(n, np.int64) if lengths is None else lengths[order]
     ends = np.cumsum(sizes)
     begins = np.concatenate([[0], ends])[firsts[:-1]]
-    before = ends - sizes - np.repeat(begins, counts)  # tokens of the sequence's words that come earlier
+    before = ends - sizes - np.repeat(begins, counts)  # tokens in earlier words of the sequence
     room = np.repeat(budgets, counts) - before
     taken = (room >= sizes) | (np.repeat(coins, counts) * sizes < room)
     taken[firsts[:-1][counts > 0]] = True
@@ -78,7 +79,7 @@ def _chosen(
 
 
 def _shuffled(counts: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Returns 0, 1, ... in runs of ``counts``, each shuffled by random uint64 ``words``: (n,) int64."""
+    """Returns 0, 1, ... in runs of ``counts``, each run shuffled with the random uint64 ``words``: (n,) int64."""
     # One sort of [run | random bits | index] is several times faster than argsort, and no two items are equal.
     n_run, n_index = len(counts).bit_length(), len(words).bit_length()
     keys = words >> np.uint64(n_run + n_index) << np.uint64(n_index)

@@ -1,16 +1,16 @@
-"""Next-sentence pairs are made as the paper makes them, on spans of the corpus.
+"""Next-sentence pairs are made as in the paper, from spans of the corpus.
 
 Devlin et al. 2018, and ``create_instances_from_document`` in google-research/bert, ``create_pretraining_data.py``:
 sentences of a document fill a chunk up to a target length. A random split gives the first part. The second part is the
-rest of the chunk, or text of a random document; the sentences that it displaces are used again.
+rest of the chunk, or text of a random document. In that case the sentences of the rest are used again.
 
-Three things differ. A chunk of one sentence cannot have a next part: it becomes a sequence without a pair, where the
-paper always takes a random one, so next and random are one half each. A sentence that no sequence can hold comes in
-pieces. The random sentence of a long document is the first one from a random token on, so that the document need not
-be read whole.
+There are three differences. A chunk of one sentence has no next part, so it becomes a sequence without a pair. The
+paper always takes a random second part for it; so here next and random pairs are one half each. A sentence longer than
+a sequence is split into pieces. For a long document, the random sentence is the first one after a random token, so that
+the whole document need not be read.
 
-All chunks of a block of documents advance together, one chunk of each document at a time: a loop over the longest
-document, not over the tokens. Every random number is computed from (seed, epoch, document, place of the chunk).
+All chunks of a block of documents advance together, one chunk per document at a time. So the loop is over the longest
+document, not over the tokens. Every random number is computed from (seed, epoch, document, index of the chunk).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fastbert.checks import expect
 from fastbert.training.data.examples import Examples, Sentences, TokenSource, sentences_of
 from fastbert.training.data.order import digest, fractions, mixed
 
-WINDOW = 2**12  # tokens: a longer document is not read whole for the sake of one span
-BITS = np.array([bin(i).count("1") for i in range(256)], np.int64)  # how many bits of a byte are set
+WINDOW = 2**12  # tokens: for one span, a longer document is not read as a whole
+BITS = np.array([bin(i).count("1") for i in range(256)], np.int64)  # the number of set bits of each byte
 ONE_DOCUMENT = (
     "next-sentence pairs need two documents or more, got {n}: pass nsp=False (--no-nsp), "
     "or give text with blank lines between documents"
@@ -35,18 +35,18 @@ ONE_DOCUMENT = (
 
 @dataclass(frozen=True)
 class Pool:
-    """A Pool holds ``n`` different documents; ``at`` gives the numbers of those at places in [0, n), as int64."""
+    """A Pool holds ``n`` different documents; ``at`` returns the numbers of those at places in [0, n), as int64."""
 
     n: int
     at: Callable[[np.ndarray], np.ndarray]
 
 
 class Chunks(NamedTuple):
-    """Chunks holds runs of sentences, which are counted over all documents of the block.
+    """Chunks holds runs of sentences, with indices over all documents of the block.
 
-    ``documents``: the index of the document in the block. ``words``: uint64, what further random numbers are computed
-    from. Sentences ``starts`` to ``splits`` are the first part, those up to ``ends`` the second one. ``is_next``:
-    int8 as in Examples.
+    ``documents``: the index of the document in the block. ``words``: uint64, the source of further random numbers.
+    Sentences ``starts`` to ``splits`` are the first part, and those up to ``ends`` the second. ``is_next``: int8 as in
+    Examples.
     """
 
     documents: np.ndarray
@@ -67,13 +67,13 @@ def next_sentence_examples(
     short_probability: float = 0.1,
     pool: Pool | np.ndarray | None = None,
 ) -> Examples:
-    """Returns the pairs of documents, in the order of these and of their text.
+    """Returns the pairs of documents, in the order of the documents and their text.
 
-    ``documents``: (n,) integers. ``max_length``: tokens of a sequence at most, with [CLS] and two [SEP]. With
-    ``short_probability``, the target length of a document is a random one from 2 tokens on. ``pool``: the documents
-    that random parts are taken from, as a Pool or as different integers; all of the corpus if it is None.
+    ``documents``: (n,) integers. ``max_length``: the maximum number of tokens per sequence, with [CLS] and two [SEP].
+    With ``short_probability``, the target length of a document is random, at least 2 tokens. ``pool``: the source
+    documents of random parts, as a Pool or as different integers; with None, all documents of the corpus.
 
-    The examples of a document depend on the seed, the epoch, the document and the pool alone.
+    The examples of a document depend only on the seed, the epoch, the document and the pool.
 
     Raises ValueError if the pool has fewer than two documents, or if ``max_length`` is less than 5.
     """
@@ -111,7 +111,7 @@ def next_sentence_examples(
 
 
 def pool_of(corpus: TokenSource, pool: Pool | np.ndarray | None) -> Pool:
-    """Returns a Pool of what ``next_sentence_examples`` takes for one. Raises ValueError if it has no two documents."""
+    """Returns the Pool of ``next_sentence_examples``. Raises ValueError if it has fewer than two documents."""
     if pool is None:
         pool = Pool(corpus.n_documents, lambda places: places)
     elif not isinstance(pool, Pool):
@@ -123,9 +123,9 @@ def pool_of(corpus: TokenSource, pool: Pool | np.ndarray | None) -> Pool:
 
 
 def cuts(a_lengths: np.ndarray, b_lengths: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns how many tokens each part of a pair loses, so that both have ``limit`` together: two (n,) int64.
+    """Returns the number of tokens to cut from each part of a pair, so that both fit into ``limit``: two (n,) int64.
 
-    Tokens go one at a time from the longer part, and from the second one of two equals.
+    Tokens are cut one at a time from the longer part; from the second if both are equal.
     """
     excess = np.maximum(a_lengths + b_lengths - limit, 0)
     until_equal = np.minimum(excess, np.abs(a_lengths - b_lengths))
@@ -135,7 +135,7 @@ def cuts(a_lengths: np.ndarray, b_lengths: np.ndarray, limit: int) -> tuple[np.n
 
 
 def heads(counts: np.ndarray, words: np.ndarray) -> np.ndarray:
-    """Returns how many of ``counts`` tosses of a fair coin are heads: (n,) int64. ``words``: (n,) uint64, random."""
+    """Returns the number of heads in ``counts`` tosses of a fair coin: (n,) int64. ``words``: (n,) uint64, random."""
     result = np.zeros(len(counts), np.int64)
     tossed = np.flatnonzero(counts)
     n_words = -(-counts[tossed] // 64)
@@ -150,13 +150,16 @@ def heads(counts: np.ndarray, words: np.ndarray) -> np.ndarray:
 
 
 def _chunks(sentences: Sentences, targets: np.ndarray, words: np.ndarray) -> Chunks:
-    """Cuts documents into chunks, one of each at a time, and splits them. ``targets``, ``words``: (n_documents,)."""
+    """Cuts documents into chunks, one per document at a time, and splits them.
+
+    ``targets``, ``words``: (n_documents,).
+    """
     ends = sentences.ends
     active = np.arange(len(targets))
     starts, lasts = sentences.offsets[:-1], sentences.offsets[1:]
     rounds: list[Chunks] = []
     while active.size:
-        # The first sentence with which the chunk has the target length is its last one.
+        # The chunk ends with the first sentence that brings it to the target length.
         chunk_ends = np.minimum(np.searchsorted(ends, ends[starts] + targets), lasts)
         n_sentences = chunk_ends - starts
         draws = mixed(len(rounds), words)
@@ -178,10 +181,11 @@ def _chunks(sentences: Sentences, targets: np.ndarray, words: np.ndarray) -> Chu
 def _random_spans(
     corpus: TokenSource, pool: Pool, origins: np.ndarray, wanted: np.ndarray, words: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns first tokens and lengths of spans from documents other than ``origins``, from a random sentence on.
+    """Returns first tokens and lengths of spans from documents other than ``origins``, each from a random sentence on.
 
-    They have whole sentences, and ``wanted`` tokens or more where the document has as many. In a document of more than
-    ``WINDOW`` tokens, the sentence is the first one from a random token on, and at most a window's sentences are used.
+    They have whole sentences, and at least ``wanted`` tokens if the document has as many. In a document of more than
+    ``WINDOW`` tokens, the span starts with the first sentence after a random token, and uses at most the sentences of
+    one window.
     """
     places = (fractions(mixed(3, words)) * pool.n).astype(np.int64)
     others = (places + 1 + (fractions(mixed(4, words)) * (pool.n - 1)).astype(np.int64)) % pool.n

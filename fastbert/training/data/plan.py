@@ -1,13 +1,13 @@
-"""The Plan says which examples each step and each batch has. A Cursor says where in the plan a run stands.
+"""The Plan determines the examples of each step and each batch. A Cursor is the position of a run in the plan.
 
-An epoch's documents, in their order, are cut into blocks: an even number of documents each, as many as about
-``BLOCK_STEPS`` steps have tokens in the mean. The examples of a block are made together, shuffled, and dealt out to
-as few steps as the budget allows, with about as many tokens each. So a step is known without those before it: to
-stand in the middle of an epoch costs the examples of one block.
+An epoch's documents, in order, are cut into blocks with equal numbers of documents. A block has about as many tokens as
+``BLOCK_STEPS`` steps in the mean. The examples of a block are made together, shuffled, and distributed over as few
+steps as the budget allows, with about the same number of tokens each. So a step can be computed without the steps
+before it: a start in the middle of an epoch costs the examples of one block.
 
-Every step has the same number K of batches, and none of them is empty. Process r of R computes the batches r, r + R,
-... K is the tokens of a step over the tokens of a batch, rounded up, and up again to a multiple of R. Which examples
-a batch has depends on K, not on R. Where a step has fewer sequences than K, its longest ones are halved.
+Every step has the same number K of batches, and none is empty. Process r of R computes the batches r, r + R, ... K is
+the number of tokens per step over the number of tokens per batch, rounded up, and rounded up again to a multiple of R.
+The examples of a batch depend on K, not on R. If a step has fewer sequences than K, its longest ones are halved.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from fastbert.training.data.pairs import ONE_DOCUMENT, Pool, next_sentence_examp
 logger = logging.getLogger("fastbert")
 
 BLOCK_STEPS = 32
-SAMPLE = 2**20  # tokens of the documents from which the tokens of an epoch are estimated
-LARGE = 2**27  # tokens of a block that need a gigabyte of memory or so: 6 bytes each
-TOGETHER = 256  # documents whose examples are made together, for evaluation and for the estimate
+SAMPLE = 2**20  # tokens in the sample of documents that estimates the tokens of an epoch
+LARGE = 2**27  # tokens of a block that need about a gigabyte of memory, at 6 bytes each
+TOGETHER = 256  # documents whose examples are made at once, for evaluation and for the estimate
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """A Cursor names a step: its number since the run began, its epoch, the block in that, its place in the block."""
+    """A Cursor identifies a step: its number in the run, its epoch, its block, and its place in the block."""
 
     step: int = 0
     epoch: int = 0
@@ -46,12 +46,12 @@ class Cursor:
     place: int = 0
 
     def as_dict(self) -> dict[str, int]:
-        """Returns the four numbers by their names, for JSON."""
+        """Returns the four numbers by name, for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Cursor:
-        """Returns the cursor of ``as_dict``. Raises ValueError for other names, and for anything but whole numbers."""
+        """Returns the cursor from ``as_dict``'s result. Raises ValueError for other names and for non-integers."""
         names = list(cls.__dataclass_fields__)
         if sorted(values) != sorted(names):
             raise ValueError(f"cursor: got {values!r}, expected {', '.join(names)}")
@@ -63,10 +63,10 @@ class Cursor:
 
 @dataclass(frozen=True, eq=False)
 class PlanStep:
-    """A PlanStep holds what a step computes, over all processes.
+    """A PlanStep holds the work of a step, over all processes.
 
-    ``cursor``: where it stands; ``after``: where the next step stands. ``batches``: the examples of each batch.
-    ``first_tokens``: for each batch, the tokens of the step that come before it.
+    ``cursor``: its position; ``after``: the position of the next step. ``batches``: the examples of each batch.
+    ``first_tokens``: for each batch, the number of tokens of the step before it.
     """
 
     cursor: Cursor
@@ -76,11 +76,11 @@ class PlanStep:
 
 
 class Plan:
-    """A Plan deals the documents of a corpus out to steps.
+    """A Plan distributes the documents of a corpus over steps.
 
-    ``seed``: that of everything random. ``n_batches``: K, the batches of a step. ``n_blocks``: the blocks of an
-    epoch. ``documents``: those of training and those held out. ``tokens_per_epoch``: the tokens that all steps of an
-    epoch have, estimated from a sample of the documents.
+    ``seed``: the seed of all random numbers. ``n_batches``: K, the number of batches per step. ``n_blocks``: the number
+    of blocks per epoch. ``documents``: the training and the held-out documents. ``tokens_per_epoch``: the number of
+    tokens in all steps of an epoch, estimated from a sample of the documents.
     """
 
     def __init__(
@@ -96,16 +96,17 @@ class Plan:
         short_probability: float = 0.1,
         held_out: int = 0,
     ) -> None:
-        """Takes a corpus and what is asked of steps and sequences.
+        """Takes a corpus and the limits of steps and sequences.
 
-        ``tokens_per_step``: tokens of all batches of a step at most; two more are there for each sequence that had to
-        be halved. ``tokens_per_batch``: tokens of one batch at most. ``max_length``: tokens of one sequence at most.
-        ``nsp``: pairs of the paper, or else full sentences. ``short_probability``: as in the modules of these two.
-        ``held_out``: the number of documents that only ``evaluation`` sees; if it is all of them, there are no steps.
+        ``tokens_per_step``: the maximum number of tokens in all batches of a step; each halved sequence adds two
+        tokens. ``tokens_per_batch``: the maximum number of tokens of one batch. ``max_length``: the maximum number of
+        tokens of one sequence. ``nsp``: make the paper's pairs, otherwise full sentences. ``short_probability``: as in
+        the modules of these two. ``held_out``: the number of documents that only ``evaluation`` uses; if all are held
+        out, there are no steps.
 
         Raises ValueError if a number is not positive; if a batch cannot hold a sequence, or a step one for each
-        process; if there are fewer documents than ``held_out``; if ``nsp`` is true and the documents of training, or
-        those held out, are only one.
+        process; if there are fewer documents than ``held_out``; if ``nsp`` is true and there is only one training
+        document, or only one held-out document.
         """
         self._corpus = corpus
         self.seed = operator.index(seed)
@@ -129,7 +130,7 @@ class Plan:
         if nsp and held_out == 1:
             raise ValueError("held_out: got 1, expected 0, or 2 and more: next-sentence pairs need two documents")
         self.tokens_per_epoch = self._estimate()
-        # A block of K documents has a token for each batch, however short they are.
+        # A block of K documents has at least one token for each batch, however short they are.
         n_blocks = round(self.tokens_per_epoch / (BLOCK_STEPS * self.tokens_per_step))
         self.n_blocks = max(min(n_blocks, n_training // self.n_batches), 1)
         if self.tokens_per_epoch // self.n_blocks > max(LARGE, 2 * BLOCK_STEPS * self.tokens_per_step):
@@ -154,8 +155,8 @@ class Plan:
     def steps(self, cursor: Cursor | None = None) -> Iterator[PlanStep]:
         """Yields the steps from ``cursor`` on, without end.
 
-        Raises ValueError if the plan has no such place: then the cursor is from another plan. Raises it too if all
-        documents are held out.
+        Raises ValueError if the plan has no such position, because the cursor is from another plan. Also raises
+        ValueError if all documents are held out.
         """
         cursor = cursor or Cursor()
         n_held_out = self.documents.n_held_out
@@ -173,8 +174,8 @@ class Plan:
     def evaluation(self, tokens: int | None = None) -> list[Examples]:
         """Returns the batches of the held-out documents, those of epoch 0, always the same for a seed.
 
-        They have ``tokens`` tokens at most, but one sequence at least; all there are, if it is None. They do not depend
-        on the number of processes. The list is empty if nothing is held out.
+        They have at most ``tokens`` tokens, but at least one sequence; with None, all sequences. They do not depend on
+        the number of processes. The list is empty if nothing is held out.
         """
         n = self.documents.n_held_out
         if n == 0:
@@ -194,7 +195,7 @@ class Plan:
         return batches_of(examples, self.tokens_per_batch)
 
     def _estimate(self) -> int:
-        """Returns about how many tokens an epoch has, by the examples of some of its documents."""
+        """Returns the approximate number of tokens of an epoch, from the examples of some of its documents."""
         n, n_documents = self.documents.n_training, self._corpus.n_documents
         if n == 0:
             return 0

@@ -1,4 +1,4 @@
-"""Reading says how documents lie in files, Counts what was read, and Documents puts sentences together."""
+"""Reading describes the layout of documents in files, Counts the text read, and Documents assembles sentences."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from fastbert.checks import expect, one_of
 from fastbert.training.data.sentences import BREAK, LONGEST, cut, split_off
 
 LAYOUTS = ("auto", "sentences", "documents", "files")
-LONG_DOCUMENT = 1_000_000  # characters: a longer document is cut into several
-PARAGRAPH = 2**16  # characters that are split into sentences at once
+LONG_DOCUMENT = 1_000_000  # characters: a longer document is cut into several documents
+PARAGRAPH = 2**16  # number of characters to split into sentences at once
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Reading says how documents lie in files.
+    """Reading describes the layout of documents in files.
 
-    ``layout``: of plain text. "sentences" (and "auto"): a sentence a line, a blank line between documents.
-    "documents": a document of running text a line. "files": a file is a document of running text. Running text is split
-    as ``sentences`` says. ``field``: the name of the text in a JSON object or a Parquet row. It is running text, or a
-    list of sentences; with the layout "sentences" each line of it is a sentence. ``errors``: "strict" or "replace", for
-    what is not UTF-8. The end of a file ends a document.
+    ``layout``: the layout of plain text. "sentences" (and "auto"): one sentence per line, with a blank line between
+    documents. "documents": one document of running text per line. "files": one document of running text per file.
+    Running text is split as described in ``sentences``. ``field``: the name of the text field in a JSON object or a
+    Parquet row. It is running text, or a list of sentences; with the layout "sentences", each of its lines is a
+    sentence. ``errors``: "strict" or "replace", for bytes that are not UTF-8. The end of a file ends a document.
     """
 
     layout: str = "auto"
@@ -35,10 +35,10 @@ class Reading:
 
 @dataclass
 class Counts:
-    """Counts says what was read. ``replaced_bytes`` were not UTF-8, ``empty_documents`` had no sentence.
+    """Counts holds the numbers of a reading. ``replaced_bytes`` were not UTF-8, ``empty_documents`` had no sentence.
 
     ``cut_sentences`` and ``cut_documents`` were longer than ``LONGEST`` and ``LONG_DOCUMENT`` characters.
-    ``characters`` are those of sentences. ``read_bytes`` are those of files on disk.
+    ``characters`` counts those of sentences. ``read_bytes`` counts the bytes of files on disk.
     """
 
     documents: int = 0
@@ -52,24 +52,24 @@ class Counts:
 
 
 class Documents:
-    """Documents takes sentences and running text, and gives the documents that are complete."""
+    """Documents takes sentences and running text, and returns the documents that are complete."""
 
     def __init__(self, counts: Counts) -> None:
         self.counts = counts
         self._ready: list[list[str]] = []
         self._document: list[str] = []
         self._size = 0
-        self._is_cut = False  # the document
-        self._rest = ""  # of running text, or of a long line
-        self._is_long = False  # the sentence whose rest that is
+        self._is_cut = False  # whether the current document was cut
+        self._rest = ""  # the rest of running text or of a long line
+        self._is_long = False  # whether `_rest` belongs to a sentence that was cut
 
     def pop(self) -> list[list[str]]:
-        """Returns the documents that are complete, once."""
+        """Returns the documents that are complete, each one once."""
         ready, self._ready = self._ready, []
         return ready
 
     def add(self, sentence: str) -> None:
-        """Adds a sentence, if it holds anything but white space."""
+        """Adds a sentence, unless it is only white space."""
         if len(sentence) > LONGEST:
             self.add_part(sentence)
             self.end_sentence()
@@ -82,7 +82,7 @@ class Documents:
             self._size += len(sentence)
 
     def add_part(self, part: str) -> None:
-        """Adds a part of a sentence of any length. The next part follows it."""
+        """Adds a part of a sentence of any length. The next part continues it."""
         pieces, self._rest = cut(self._rest + part)
         if pieces:
             self.counts.cut_sentences += not self._is_long
@@ -91,7 +91,7 @@ class Documents:
             self.add(BREAK.sub(" ", piece))
 
     def add_running(self, text: str) -> None:
-        """Adds running text. What follows its last end of a sentence waits for more."""
+        """Adds running text. The text after its last end of a sentence is kept until more text is added."""
         for start in range(0, len(text), PARAGRAPH):
             sentences, rest = split_off(self._rest + text[start : start + PARAGRAPH])
             self._rest = ""
@@ -115,7 +115,7 @@ class Documents:
         self._is_cut = False
 
     def end_record(self) -> None:
-        """Ends a document that is counted, even if it is empty."""
+        """Ends a document that is counted even if it is empty."""
         self.end_sentence()
         self.counts.empty_documents += not self._document
         self.end()

@@ -1,4 +1,4 @@
-"""Records become documents: JSON objects, one a line, and the rows of Parquet files."""
+"""Records become documents. A record is a JSON object, one per line, or a row of a Parquet file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from fastbert.training.data.reading import Documents, Reading
 from fastbert.training.data.streams import Stream
 
-LONG_RECORD = 2**26  # characters of a line of JSON
-ROWS = 64  # of a Parquet file, at once
+LONG_RECORD = 2**26  # maximum number of characters in a line of JSON
+ROWS = 64  # rows of a Parquet file that are read at once
 
 
 def read_records(path: Path, reading: Reading, documents: Documents) -> Iterator[int]:
-    """Adds the documents of a JSONL file. Yields the bytes on disk that were read so far."""
+    """Adds the documents of a JSONL file. Yields the number of bytes on disk that were read so far."""
     stream = Stream(path, reading.errors, documents.counts)
     parts: list[str] = []
     number = 1
@@ -43,12 +43,12 @@ def _record(text: str, place: str) -> dict[str, Any]:
 
 
 def read_parquet(path: Path, reading: Reading, documents: Documents) -> Iterator[int]:
-    """Adds the documents of a Parquet file. Yields about the bytes on disk that were read so far."""
+    """Adds the documents of a Parquet file. Yields the approximate number of bytes on disk that were read so far."""
     import pyarrow
     import pyarrow.parquet as parquet
 
     try:
-        # Buffered and in small batches: a whole row group can be larger than memory.
+        # Read buffered and in small batches, because a whole row group can be larger than memory.
         with parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
             names, n_rows = file.schema_arrow.names, max(file.metadata.num_rows, 1)
             if reading.field not in names:
@@ -57,7 +57,7 @@ def read_parquet(path: Path, reading: Reading, documents: Documents) -> Iterator
             for batch in file.iter_batches(ROWS, columns=[reading.field], use_threads=False):
                 column = batch.column(0)
                 if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-                    # Nothing has checked that such a column holds UTF-8.
+                    # The column may contain bytes that are not UTF-8.
                     column = column.cast(pyarrow.large_binary())
                 for value in column.to_pylist():
                     row += 1
@@ -108,7 +108,7 @@ def _add_field(record: dict[str, Any], reading: Reading, documents: Documents, p
 
 
 def _without_halves(text: str, reading: Reading, documents: Documents, place: str) -> str:
-    """Returns the text without halves of UTF-16 pairs, which JSON can hold and UTF-8 cannot."""
+    """Returns the text without halves of UTF-16 pairs, which are possible in JSON but not in UTF-8."""
     try:
         _ = text.isascii() or text.encode()
         return text

@@ -1,7 +1,8 @@
-"""An even sample of sentences is drawn here, in one pass over text of any size.
+"""This module draws an even sample of sentences, in one pass over text of any size.
 
-Each sentence gets a random number, and those below a threshold are kept. Whenever the sample outgrows its limit, the
-threshold is lowered, and what is above it goes. So every sentence had the same chance, wherever it stands.
+Each sentence gets a random number, and the sentences below a threshold are kept. Whenever the sample is larger than its
+limit, the threshold is lowered, and the sentences above it are dropped. So every sentence has the same chance, wherever
+it is.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HELD_OUT = 0.01  # the share of sentences that are not learnt from
+HELD_OUT = 0.01  # the share of sentences that are excluded from learning
 HELD_OUT_BYTES = 2**20
-LOWER = 0.75  # of the threshold, when the sample outgrows its limit
+LOWER = 0.75  # factor of the threshold when the sample exceeds its limit
 
 
 @dataclass
 class Sample:
-    """A Sample says what was drawn. Sizes are in bytes of UTF-8, with a line feed for each sentence.
+    """A Sample describes a drawn sample. Sizes are in bytes of UTF-8, with a line feed for each sentence.
 
-    ``sentences`` and ``size``: what was drawn, from ``all_sentences`` and ``all_size``. ``whole``: nothing but
-    ``held_out`` was left, which are about ``HELD_OUT`` of all sentences, up to ``HELD_OUT_BYTES``.
+    ``sentences`` and ``size``: the drawn part of ``all_sentences`` and ``all_size``. ``whole``: all sentences except
+    those of ``held_out`` were drawn. ``held_out``: about ``HELD_OUT`` of all sentences, up to ``HELD_OUT_BYTES``.
     """
 
     sentences: int = 0
@@ -34,7 +35,7 @@ class Sample:
 
 
 class _Kept:
-    """The lines below a threshold, in a file."""
+    """The lines below a threshold are kept in a file."""
 
     def __init__(self, path: Path, limit: int) -> None:
         self.path = path
@@ -76,10 +77,10 @@ class _Kept:
 
 
 def draw(documents: Iterable[list[str]], limit: int, seed: int, path: Path) -> Sample:
-    """Draws at most ``limit`` bytes of sentences into the file ``path``, one a line. The seed decides which.
+    """Draws at most ``limit`` bytes of sentences into the file ``path``, one per line. The seed decides which ones.
 
-    Everything is taken that does not exceed the limit, but for what is held out. Else the sample has at least about
-    three quarters of it.
+    If the text does not exceed the limit, all of it is drawn except the held-out part. Otherwise the sample has at
+    least about three quarters of the limit.
     """
     rng = random.Random(seed)
     sample = Sample()

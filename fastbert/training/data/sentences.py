@@ -1,12 +1,13 @@
-"""Running text is split into sentences by one stated rule.
+"""Running text is split into sentences by a fixed rule.
 
-A sentence ends after one or more of . ! ? … with the closing quotes and brackets behind them, if white space follows or
-the text ends. After the full-width 。 ！ ？ ｡ no white space is needed. It does not end after an abbreviation that
-stands before a word ("Dr.", "e.g."), after initials ("J. R. R.", "U.S."), or after a number or a single letter that
-opens the sentence, as in a list ("1. First", "가. 항목"). It does not end before a lower-case letter, if it would end
-after "...", after a closing quote or bracket, or after an abbreviation that may stand at an end ("etc.", "Inc."),
-and not between such an abbreviation and a digit ("No. 5").
-A blank line ends a sentence too, any other line break is white space. Numbers such as 3.5 hold no white space.
+A sentence ends after one or more of . ! ? … and the closing quotes and brackets after them, if white space or the end
+of the text follows. After the full-width 。 ！ ？ ｡ no white space is needed. It does not end after an abbreviation
+before a word ("Dr.", "e.g."), after initials ("J. R. R.", "U.S."), or after a number or a single letter at the
+start of the sentence, as in a list ("1. First", "가. 항목"). Before a lower-case letter, it does not end after "...",
+after a closing quote or bracket, or after an abbreviation that may be the last word ("etc.", "Inc."). It does not end
+between such an abbreviation and a digit ("No. 5").
+
+A blank line also ends a sentence; any other line break is white space. Numbers such as 3.5 contain no white space.
 White space around a sentence is dropped, and nothing else is changed: no normalisation.
 """
 
@@ -35,7 +36,7 @@ PERHAPS_LAST = frozenset(("al", "co", "corp", "cos", "etc", "inc", "jr", "llc", 
 
 
 def split_sentences(text: str) -> list[str]:
-    """Returns the sentences of a whole text, none of them empty or longer than ``LONGEST`` characters."""
+    """Returns the sentences of a complete text, none of them empty or longer than ``LONGEST`` characters."""
     sentences, rest = split_off(text)
     pieces = []
     for sentence in [*sentences, BREAK.sub(" ", rest)]:
@@ -45,16 +46,16 @@ def split_sentences(text: str) -> list[str]:
 
 
 def split_off(text: str) -> tuple[list[str], str]:
-    """Returns the sentences that are complete whatever follows, and the rest of the text.
+    """Returns the sentences that are complete, whatever text follows, and the rest of the text.
 
-    Sentences are stripped, without line breaks, not empty, and may be longer than ``LONGEST``. What follows is to be
-    put behind the rest.
+    Sentences are stripped, without line breaks and not empty; they may be longer than ``LONGEST``. The following text
+    must be appended to the rest.
     """
     sentences: list[str] = []
     start, last = 0, len(text.rstrip())
     for match in END.finditer(text):
         end = match.end()
-        if end >= last:  # what follows decides
+        if end >= last:  # the following text decides
             break
         if not _ends(text, start, match):
             continue
@@ -65,9 +66,9 @@ def split_off(text: str) -> tuple[list[str], str]:
 
 
 def cut(sentence: str) -> tuple[list[str], str]:
-    """Returns pieces of at most ``LONGEST`` characters, and the rest, which is not longer either.
+    """Returns pieces of at most ``LONGEST`` characters, and the rest, which is also at most so long.
 
-    Pieces are cut at the last white space, or where there is none at ``LONGEST``.
+    Pieces are cut at the last white space, or at ``LONGEST`` if there is none.
     """
     pieces = []
     start, n = 0, len(sentence)
@@ -83,7 +84,7 @@ def cut(sentence: str) -> tuple[list[str], str]:
 
 
 def _ends(text: str, start: int, match: re.Match[str]) -> bool:
-    """Whether a sentence that began at ``start`` ends with the match, behind which there is more text."""
+    """Tells whether a sentence that began at ``start`` ends with the match, after which there is more text."""
     mark = match.group()
     if mark != ".":
         if mark[0] not in ".!?…" or (mark[-1] in "!?"):
@@ -112,5 +113,5 @@ def _ends(text: str, start: int, match: re.Match[str]) -> bool:
 
 
 def _next(text: str, end: int) -> str:
-    """The first character behind white space, or an empty string."""
+    """Returns the first character after white space, or an empty string."""
     return text[end : end + 8].lstrip()[:1]

@@ -1,19 +1,19 @@
-"""A Corpus gives the token ids of documents, which lie in shards on disk or in memory.
+"""A Corpus returns the token ids of documents, which are stored in shards on disk or in memory.
 
-A folder of shards holds, in little-endian order::
+A folder of shards contains, in little-endian order::
 
-    ids-00000.bin        uint16 where the vocabulary has at most 65536 ids, else uint32; documents end to end
-    sentences-00000.bin  a bit a token: does a sentence begin here? Only where the id has no bit to spare
-    words-00000.bin      a bit a token: does a word begin here? Only where the vocabulary cannot say
-    begins.bin           a bit an id: does it begin a word? Only where the vocabulary says so
+    ids-00000.bin        uint16 if the vocabulary has at most 65536 ids, else uint32; concatenated documents
+    sentences-00000.bin  a bit per token: does it begin a sentence? Only if the ids have no spare bit
+    words-00000.bin      a bit per token: does it begin a word? Only if the vocabulary does not tell
+    begins.bin           a bit per id: does it begin a word? Only if the vocabulary tells
     documents.bin        uint64: the offset of each document in tokens, and at the end the number of tokens
-    counts.bin           int64: how often each id is there
-    index.json           sizes, checksums, what it was made of. It is written last: a folder without it is not whole
+    counts.bin           int64: the number of occurrences of each id
+    index.json           sizes, checksums and sources. It is written last: a folder without it is not complete
 
-The top bit of an id says that a sentence begins, where the vocabulary has at most 32768 ids, or more than 65536.
-No document lies in two shards.
+The top bit of an id marks the start of a sentence, if the vocabulary has at most 32768 ids, or more than 65536. No
+document is in two shards.
 
-Shards are read, not mapped: mapped pages count as memory of the process, and a page that cannot be read kills it.
+Shards are read, not memory-mapped: mapped pages count as memory of the process, and an unreadable page kills it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ READ = 2**22  # tokens that are read at once
 
 
 class Layout(NamedTuple):
-    """A Layout says how ids of a vocabulary are written. ``start``: the bit of a sentence's first id, or 0 for none."""
+    """A Layout describes the stored ids of a vocabulary. ``start``: the bit of a sentence's first id, or 0 for none."""
 
     dtype: np.dtype[Any]
     start: int
@@ -55,7 +55,7 @@ def layout_of(vocab_size: int) -> Layout:
 
 
 class Array:
-    """An Array in memory answers reads as a file does."""
+    """An Array in memory has the same `read` method as a File."""
 
     def __init__(self, name: str, values: np.ndarray) -> None:
         self.name = name
@@ -67,16 +67,16 @@ class Array:
 
 
 class File:
-    """A File gives parts of an array on disk. Threads may share it."""
+    """A File reads parts of an array on disk. Threads may share it."""
 
     def __init__(self, path: Path, dtype: Any, n_bytes: int) -> None:
-        """Raises ValueError if the file is not there, cannot be read, or has another size than ``n_bytes``."""
+        """Raises ValueError if the file is missing, cannot be read, or has a size other than ``n_bytes``."""
         self.name = str(path)
         self._dtype = np.dtype(dtype)
         try:
             self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):  # the shard is not to blame
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # the shard is not the cause
                 raise
             raise ValueError(f"shard {path} is unreadable ({error.strerror}): {REBUILD}") from error
         weakref.finalize(self, os.close, self._fd)
@@ -85,7 +85,7 @@ class File:
             raise ValueError(f"shard {path} has {size} bytes, expected {n_bytes}: {REBUILD}")
 
     def read(self, start: int, end: int) -> np.ndarray:
-        """Returns the items from ``start`` to ``end``. Raises ValueError where the disk does not give them."""
+        """Returns the items from ``start`` to ``end``. Raises ValueError if they cannot be read."""
         width = self._dtype.itemsize
         try:
             data = os.pread(self._fd, (end - start) * width, start * width)
@@ -97,7 +97,7 @@ class File:
 
 
 class Shard(NamedTuple):
-    """A Shard holds the ids of some documents, and the bits of starts where they are not in the ids."""
+    """A Shard holds the ids of some documents, and the bits of starts if the ids do not contain them."""
 
     ids: Array | File
     sentences: Array | File | None
@@ -105,18 +105,18 @@ class Shard(NamedTuple):
 
 
 def bits(source: Array | File, start: int, end: int) -> np.ndarray:
-    """Returns the bits from ``start`` to ``end`` as bool, of bytes whose lowest bit comes first."""
+    """Returns the bits from ``start`` to ``end`` as bool; in each byte the lowest bit comes first."""
     data = source.read(start // 8, -(-end // 8))
     return np.unpackbits(data, bitorder="little")[start % 8 : start % 8 + end - start].astype(bool)
 
 
 class Corpus:
-    """A Corpus comes from ``open``, or from ``from_documents``. Threads may share it, and it may be pickled.
+    """A Corpus is made by ``open`` or by ``from_documents``. Threads may share it, and it may be pickled.
 
-    ``vocab_size``: ids are smaller. ``n_documents`` and ``n_tokens`` count. ``fingerprint``: hexadecimal, the same for
-    the same text, tokenizer and options. ``counts``: (vocab_size,) int64, how often each id is there.
-    ``document_offsets``: (n_documents + 1,) int64, in tokens. ``has_words``: whether ``word_starts`` can be asked.
-    ``folder``: where it lies, or None. ``made_of``: what ``prepare`` wrote down about its origin.
+    ``vocab_size``: all ids are smaller. ``n_documents`` and ``n_tokens``: their numbers. ``fingerprint``: hexadecimal,
+    the same for the same text, tokenizer and options. ``counts``: (vocab_size,) int64, the number of occurrences of
+    each id. ``document_offsets``: (n_documents + 1,) int64, in tokens. ``has_words``: whether ``word_starts`` is
+    available. ``folder``: its location, or None. ``made_of``: the facts that ``prepare`` stored about its sources.
     """
 
     vocab_size: int
@@ -141,7 +141,10 @@ class Corpus:
         folder: Path | None = None,
         made_of: dict[str, Any] | None = None,
     ) -> None:
-        """Is called by ``open`` and ``from_documents``. ``bases``: the first token of each shard, and their number."""
+        """``open`` and ``from_documents`` call this.
+
+        ``bases``: the first token of each shard, and the number of tokens.
+        """
         self._shards = list(shards)
         self._bases = np.array(bases, np.int64)
         self._bases_list = self._bases.tolist()
@@ -159,10 +162,10 @@ class Corpus:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> Corpus:
-        """Opens a folder of shards. Presence and sizes of the files are checked, not their content.
+        """Opens a folder of shards. It checks that the files exist and their sizes, not their content.
 
-        Raises FileNotFoundError if the folder has no index. Raises ValueError, which names the file, if one is missing
-        or has another size, or if the folder has another format.
+        Raises FileNotFoundError if the folder has no index. Raises ValueError, with the name of the file, if a file is
+        missing or has the wrong size, or if the folder has another format.
         """
         path = Path(folder)
         index = read_json(path / INDEX)
@@ -200,10 +203,9 @@ class Corpus:
         word_starts: Sequence[Sequence[Sequence[bool]]] | np.ndarray | None = None,
         fingerprint: str = "memory",
     ) -> Corpus:
-        """Makes a corpus in memory of documents, each a list of sentences, each a list of ids.
+        """Makes a corpus in memory. Each document is a list of sentences, and each sentence is a list of ids.
 
         ``word_starts``: for each id whether it begins a word, in lists like ``documents``, or (vocab_size,) bool.
-
         Raises ValueError if there is no document, for a document or a sentence without ids, for ids outside of the
         vocabulary, and for ``word_starts`` of another shape.
         """
@@ -252,9 +254,9 @@ class Corpus:
         return f"Corpus(n_documents={self.n_documents}, n_tokens={self.n_tokens}, vocab_size={self.vocab_size})"
 
     def sentence_starts(self, start: int, end: int) -> np.ndarray:
-        """Returns the tokens in [start, end) at which a sentence begins: (k,) int64, counted over the whole corpus.
+        """Returns the tokens in [start, end) that begin a sentence: (k,) int64, as indices into the whole corpus.
 
-        The first token of a document always begins one. Raises ValueError for a range outside of the corpus.
+        The first token of a document always begins a sentence. Raises ValueError for a range outside of the corpus.
         """
         if not 0 <= start <= end <= self.n_tokens:
             raise ValueError(f"span 0: got tokens {start} to {end}, expected a part of 0 to {self.n_tokens}")
@@ -273,10 +275,10 @@ class Corpus:
         return parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, np.int64), *parts])
 
     def take(self, starts: Any, lengths: Any) -> np.ndarray:
-        """Returns the ids of spans, end to end: (sum of lengths,) int64.
+        """Returns the ids of spans, concatenated: (sum of lengths,) int64.
 
-        ``starts``, ``lengths``: (k,) integers, in tokens over the whole corpus. Raises ValueError for a span outside of
-        the corpus, and, with the name of the file, for ids that the vocabulary does not have.
+        ``starts``, ``lengths``: (k,) integers, in tokens of the whole corpus. Raises ValueError for a span outside of
+        the corpus, and, with the name of the file, for ids outside of the vocabulary.
         """
         starts, lengths = self._spans(starts, lengths)
         ids = np.empty(int(lengths.sum()), np.int64)
@@ -293,7 +295,7 @@ class Corpus:
         return ids
 
     def word_starts(self, starts: Any, lengths: Any) -> np.ndarray:
-        """Returns for the ids of ``take`` whether a word begins there: (sum of lengths,) bool.
+        """Returns for each id of ``take`` whether it begins a word: (sum of lengths,) bool.
 
         Raises ValueError if the corpus does not have the starts of words, and as ``take`` does.
         """
@@ -311,7 +313,7 @@ class Corpus:
     def check(self) -> None:
         """Compares the content of all files with their checksums. Raises ValueError with the name of the first bad one.
 
-        A corpus in memory has none.
+        A corpus in memory has no checksums.
         """
         if self.folder is None:
             return
@@ -322,7 +324,7 @@ class Corpus:
                 )
 
     def _spans(self, starts: Any, lengths: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Returns both as int64. Raises ValueError where they are no spans of the corpus."""
+        """Returns both as int64. Raises ValueError if they are no spans of the corpus."""
         starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
         if starts.shape != lengths.shape or starts.ndim != 1:
             raise ValueError(f"starts, lengths: got shapes {starts.shape} and {lengths.shape}, expected (k,) twice")
@@ -333,7 +335,7 @@ class Corpus:
         return starts, lengths
 
     def _pieces(self, starts: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[Shard, int, int, int]]:
-        """Yields (shard, first token in it, tokens, place in the result); spans that follow one another are one."""
+        """Yields (shard, first token in it, tokens, place in the result); spans that follow one another are merged."""
         if len(starts) == 0:
             return
         ends = starts + lengths

@@ -1,9 +1,9 @@
-"""Documents come from files: each is a list of sentences, which are str, and none is empty.
+"""Files are read as documents. A document is a list of non-empty str sentences.
 
-What a file holds follows from its name, compression aside (.gz, .bz2, .xz, .zst)::
+The name of a file determines its kind, without its compression suffix (.gz, .bz2, .xz, .zst)::
 
-    .jsonl .ndjson .json   a JSON object a line, which is a document
-    .parquet               a row is a document
+    .jsonl .ndjson .json   each line is a JSON object, which is a document
+    .parquet               each row is a document
     any other              plain text, in one of the layouts of ``Reading``
 """
 
@@ -25,13 +25,13 @@ IN_FOLDERS = (".txt", ".text", ".md", *RECORDS, ".parquet")
 
 
 def find_files(text: Sequence[str | Path] | str | Path) -> list[Path]:
-    """Returns the files that are named: files, all files of folders, and what globs match (``**``: any folders).
+    """Returns the files of the given names: files, all files of folders, and matches of globs (``**``: any folders).
 
-    A folder gives its files that end in one of ``IN_FOLDERS``, compressed or not, in sorted order. Hidden files and
-    folders are left out, unless they are named. A file that is named twice counts once.
+    Of a folder it returns the files that end in one of ``IN_FOLDERS``, compressed or not, in sorted order. Hidden files
+    and folders are omitted, unless they are named. A file that is named twice counts once.
 
-    Raises FileNotFoundError, with its name, for what is not there or matches nothing. Raises ValueError if all files
-    are empty, for what is no file, and where a library is missing that reads one.
+    Raises FileNotFoundError, with the name, for a missing file and for a glob without a match. Raises ValueError if all
+    files are empty, for a path that is neither a file nor a folder, and for a file whose library is missing.
     """
     items = [text] if isinstance(text, (str, Path)) else list(text)
     if not items:
@@ -63,7 +63,7 @@ def _matches(item: str | Path) -> list[Path]:
     paths: list[Path] = []
     for match in sorted(map(Path, glob.glob(str(path), recursive=True)), key=lambda match: match.parts):
         if match.is_file():
-            # "*.log" names what it matches, and "*" does not.
+            # "*.log" names its matches; "*" does not.
             paths += [match] if _is_known(match) or path.name.strip("*") else []
         elif match.is_dir() and "**" not in path.parts:
             paths += _in_folder(match)
@@ -71,7 +71,7 @@ def _matches(item: str | Path) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """The known files below a folder, sorted by their parts. Links to folders are followed once."""
+    """Returns the known files below a folder, sorted by their parts. It follows each link to a folder once."""
     paths, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -87,18 +87,20 @@ def _is_known(path: Path) -> bool:
 
 
 def kind_of(path: Path) -> str:
-    """Returns what a file holds by its name: "records", "parquet" or "text"."""
+    """Returns the kind of a file, by its name: "records", "parquet" or "text"."""
     suffix = suffixes(path)[0]
     return "records" if suffix in RECORDS else "parquet" if suffix == ".parquet" else "text"
 
 
 def read_documents(files: Iterable[Path], reading: Reading, counts: Counts) -> Iterator[list[str]]:
-    """Yields documents, each a list of sentences that are not empty, and adds to ``counts``.
+    """Yields documents, each a list of non-empty sentences, and adds to ``counts``.
 
-    Memory stays bounded however long lines and documents are: a sentence of more than ``LONGEST`` characters is cut at
-    white space, and a document of more than ``LONG_DOCUMENT`` between two sentences. Texts are not normalised.
+    Memory is bounded for lines and documents of any length: a sentence of more than ``LONGEST`` characters is cut at
+    white space, and a document of more than ``LONG_DOCUMENT`` characters between two sentences. Texts are not
+    normalised.
 
-    Raises ValueError, with file and line, row or byte, for what is not UTF-8, no record, or without the field.
+    Raises ValueError, with file and line, row or byte, for bytes that are not UTF-8, for a line or row that is no
+    record, and for a record without the field.
     """
     n_before = 0
     for path in files:
@@ -121,7 +123,7 @@ def _read_text(path: Path, reading: Reading, documents: Documents) -> Iterator[i
             yield stream.n_read
         documents.end_record()
         return
-    is_inside = False  # a line that comes in parts
+    is_inside = False  # whether a line continues that comes in parts
     for line, ends in stream.lines():
         if reading.layout == "documents":
             documents.add_running(line)

@@ -1,4 +1,4 @@
-"""SpecialIds names the tokens that stand around text."""
+"""SpecialIds holds the ids of the tokens that stand around text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class SpecialIds:
     """SpecialIds holds the ids of special tokens in a vocabulary.
 
-    ``cls``, ``sep`` and ``mask`` are those of [CLS], [SEP] and [MASK]. ``all`` holds every special id, these three
-    included: none of them is ever masked, and none of them ever stands in another token's place but ``mask``.
+    ``cls``, ``sep`` and ``mask`` are those of [CLS], [SEP] and [MASK]. ``all`` holds every special id, including these
+    three. None of them is ever masked, and only ``mask`` ever replaces another token.
     """
 
     cls: int

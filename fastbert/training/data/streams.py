@@ -1,4 +1,4 @@
-"""Files are read here in parts of bounded size: opened, decompressed and decoded."""
+"""This module opens, decompresses and decodes files in parts of bounded size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 PART = 2**20  # bytes that are decoded at once
-LONG_LINE = 2**20  # characters: a longer line comes in parts
+LONG_LINE = 2**20  # characters: a longer line is returned in parts
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 
@@ -33,7 +33,7 @@ codecs.register_error("fastbert-replace", _replace)
 
 
 def suffixes(path: Path) -> tuple[str, str]:
-    """Returns the suffix of what a file holds, and of its compression ("" for none), in lower case."""
+    """Returns the suffix of a file's content and of its compression ("" for none), in lower case."""
     suffix = path.suffix.lower()
     if suffix in COMPRESSED:
         return Path(path.stem).suffix.lower(), suffix
@@ -41,7 +41,7 @@ def suffixes(path: Path) -> tuple[str, str]:
 
 
 def need_library(path: Path) -> None:
-    """Raises ValueError, with the line that installs it, where a library is missing that reads such a file."""
+    """Raises ValueError, with the command that installs it, if the library for such a file is missing."""
     held, compression = suffixes(path)
     if held == ".parquet":
         if compression:
@@ -53,7 +53,7 @@ def need_library(path: Path) -> None:
 
 
 def _zstd(path: Path) -> Callable[[BinaryIO], Any]:
-    """What decompresses Zstandard: Python's from 3.14 on, or the package zstandard."""
+    """Returns the opener for Zstandard: Python's module from 3.14 on, otherwise the package zstandard."""
     try:
         return importlib.import_module("compression.zstd").open
     except ImportError:
@@ -66,7 +66,7 @@ def _zstd(path: Path) -> Callable[[BinaryIO], Any]:
 
 
 class Stream:
-    """A Stream reads one text file. ``n_read``: bytes of the file on disk that were read, for a progress bar."""
+    """A Stream reads one text file. ``n_read``: the number of bytes on disk that were read, for a progress bar."""
 
     def __init__(self, path: Path, errors: str, counts: Any) -> None:
         """Takes "strict" or "replace" for bytes that are not UTF-8. ``counts.replaced_bytes`` counts them."""
@@ -98,7 +98,7 @@ class Stream:
     def text(self) -> Iterator[str]:
         """Yields the text in parts, without a byte order mark at the start.
 
-        Raises ValueError, with file and offset in the decompressed bytes, for what is not UTF-8.
+        Raises ValueError, with file and offset in the decompressed bytes, for bytes that are not UTF-8.
         """
         decoder = codecs.getincrementaldecoder("utf-8")("strict" if self._errors == "strict" else "fastbert-replace")
         n_bytes, is_first = 0, True
@@ -120,9 +120,9 @@ class Stream:
                 yield text
 
     def lines(self) -> Iterator[tuple[str, bool]]:
-        """Yields (part of a line, whether the line ends with it). Only a line feed ends a line, and is left out.
+        """Yields (part of a line, whether the line ends with it). Only a line feed ends a line; it is omitted.
 
-        A line of more than ``LONG_LINE`` characters comes in several parts. The last line needs no line feed.
+        A line of more than ``LONG_LINE`` characters is yielded in several parts. The last line needs no line feed.
         """
         kept: list[str] = []
         n_kept, is_open = 0, False

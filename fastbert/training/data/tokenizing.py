@@ -1,4 +1,4 @@
-"""Documents become shards of token ids here, once: a second call with the same text and options opens them."""
+"""This module converts documents to shards of token ids. A later call with the same text and options opens them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ __all__ = ["describe", "prepare", "special_ids"]
 
 logger = logging.getLogger("fastbert")
 
-BATCH = 2**20  # characters that are tokenised at once, or one document
-MANY_UNKNOWN = 0.02  # the share of [UNK] that is worth a warning
+BATCH = 2**20  # characters that are tokenised at once, unless one document is longer
+MANY_UNKNOWN = 0.02  # a larger share of [UNK] logs a warning
 
 
 def prepare(
@@ -44,17 +44,17 @@ def prepare(
     rebuild: bool = False,
     show_progress: bool = True,
 ) -> Corpus:
-    """Returns the corpus of files, from the folder ``cache`` if it is there, and else tokenised and written to it.
+    """Returns the corpus of files, from the folder ``cache`` if it is there; otherwise tokenises and stores it.
 
-    ``files``: as ``find_files`` gives them; their order counts, paths and times do not. ``whole_words``: keep where
-    words begin, by the tokenizer's own word ids; the vocabulary of a WordPiece tokenizer says so anyway. ``rebuild``:
-    tokenise in any case. ``show_progress``: bars on standard error, if that is a terminal.
+    ``files``: as ``find_files`` returns them; their order matters, paths and times do not. ``whole_words``: store the
+    starts of words, from the tokenizer's word ids; a WordPiece vocabulary provides them anyway. ``rebuild``: tokenise
+    in any case. ``show_progress``: show bars on standard error, if that is a terminal.
 
-    What looks like a special token in a text is text. Sentences and documents without a token are dropped, and counted.
-    Counts are logged, and are in ``made_of``.
+    Special tokens in a text are treated as text. Sentences and documents without a token are dropped and counted. The
+    counts are logged, and are in ``made_of``.
 
-    Raises ValueError if the tokenizer lacks [CLS], [SEP] or [MASK], if there is no token, for a bad file, as
-    ``read_documents`` says, for a file that changes meanwhile, and for a shard that is not as it was written. Raises
+    Raises ValueError if the tokenizer lacks [CLS], [SEP] or [MASK], if there is no token, for a bad file (as in
+    ``read_documents``), for a file that changes meanwhile, and for a shard that differs from what was written. Raises
     OSError if the disk is full; nothing is left on it.
     """
     from tqdm import tqdm
@@ -65,7 +65,7 @@ def prepare(
     path.mkdir(parents=True, exist_ok=True)
     before = [identity(file) for file in files]
     total = sum(file.stat().st_size for file in files)
-    disable = None if show_progress else True  # None: if standard error is no terminal
+    disable = None if show_progress else True  # None: disabled if standard error is no terminal
     with tqdm(total=total, unit="B", unit_scale=True, desc="Reading", disable=disable, leave=False) as bar:
         hashes = content_hashes(files, path, bar.update)
     begins = word_begins(tokenizer)
@@ -135,7 +135,10 @@ def _warnings(corpus: Corpus) -> Iterator[str]:
 def _write(
     documents: Iterable[list[str]], tokenizer: Tokenizer, writer: ShardWriter, counts: Counts, bar: Any
 ) -> tuple[int, float]:
-    """Tokenises a batch in another thread while the next one is read. Returns dropped documents, and seconds."""
+    """Tokenises a batch in another thread while the next is read.
+
+    Returns the number of dropped documents, and seconds.
+    """
     encoder = Encoder(tokenizer, writer.with_words)
     start = time.perf_counter()
     dropped = 0
@@ -166,7 +169,7 @@ def _batches(documents: Iterable[list[str]]) -> Iterator[list[list[str]]]:
 
 
 def _add(batch: list[list[str]], future: Future[Encoded], writer: ShardWriter) -> int:
-    """Writes a batch of documents. Returns how many had no token."""
+    """Writes a batch of documents. Returns the number of documents without a token."""
     ids, lengths, words = future.result()
     ends = np.cumsum(lengths)
     starts = np.zeros(len(ids), bool)

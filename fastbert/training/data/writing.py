@@ -1,4 +1,4 @@
-"""Shards are written here, in the format that ``shards`` describes."""
+"""This module writes shards, in the format that ``shards`` describes."""
 
 from __future__ import annotations
 
@@ -26,52 +26,52 @@ class Output:
         self.n_bytes = 0
 
     def write(self, values: np.ndarray) -> None:
-        """Writes an array as it lies in memory."""
+        """Writes the bytes of an array."""
         data = np.ascontiguousarray(values).tobytes()
         self._file.write(data)
         self._digest.update(data)
         self.n_bytes += len(data)
 
     def finish(self) -> dict[str, Any]:
-        """Brings the file to the disk. Returns its entry in the index."""
+        """Syncs the file to disk. Returns its entry for the index."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
         return {"bytes": self.n_bytes, "blake2b": self._digest.hexdigest()}
 
     def close(self) -> None:
-        """Closes a file that is given up."""
+        """Closes a file that is not finished."""
         self._file.close()
 
 
 class Bits(Output):
-    """Bits is an Output of booleans, eight a byte, the first in the lowest bit."""
+    """Bits is an Output of booleans, eight per byte, with the first in the lowest bit."""
 
     _rest = np.empty(0, bool)
 
     def write(self, values: np.ndarray) -> None:
-        """Writes booleans. Those that fill no byte wait for more."""
+        """Writes booleans. An incomplete byte is kept until more values follow."""
         values = np.concatenate([self._rest, values])
         n = len(values) // 8 * 8
         super().write(np.packbits(values[:n], bitorder="little"))
         self._rest = values[n:]
 
     def finish(self) -> dict[str, Any]:
-        """Writes the last byte, and does as an Output does."""
+        """Writes the last byte, and finishes as an Output does."""
         super().write(np.packbits(self._rest, bitorder="little"))
         return super().finish()
 
 
 class ShardWriter:
-    """A ShardWriter fills a folder with shards. ``n_tokens``, ``n_documents`` and ``counts`` say what is in it."""
+    """A ShardWriter fills a folder with shards. ``n_tokens``, ``n_documents`` and ``counts`` describe its content."""
 
     def __init__(
         self, folder: Path, vocab_size: int, *, begins: np.ndarray | None = None, with_words: bool = False
     ) -> None:
         """Takes an empty folder.
 
-        ``begins``: (vocab_size,) bool, whether an id begins a word, where the vocabulary says so. ``with_words``:
-        whether ``add`` gets the starts of words.
+        ``begins``: (vocab_size,) bool, whether an id begins a word, if the vocabulary tells. ``with_words``: whether
+        ``add`` gets the starts of words.
         """
         self._folder = folder
         self._vocab_size = vocab_size
@@ -90,8 +90,8 @@ class ShardWriter:
     def add(self, ids: np.ndarray, starts: np.ndarray, lengths: np.ndarray, words: np.ndarray | None) -> None:
         """Appends documents.
 
-        ``ids``: (T,) unsigned. ``starts``: (T,) bool, where a sentence begins. ``lengths``: (k,) int64, tokens of each
-        document, all above 0. ``words``: (T,) bool, or None.
+        ``ids``: (T,) unsigned. ``starts``: (T,) bool, true where a sentence begins. ``lengths``: (k,) int64, the number
+        of tokens of each document, all above 0. ``words``: (T,) bool, or None.
         """
         if not self._shards or self._shards[-1]["tokens"] + len(ids) > SHARD_TOKENS:
             self._finish_shard()
@@ -118,7 +118,7 @@ class ShardWriter:
         self._shards[-1]["documents"] += len(lengths)
 
     def finish(self, fingerprint: str, made_of: dict[str, Any]) -> None:
-        """Writes what is left, and at the end the index, which makes the folder a whole corpus."""
+        """Writes the remaining data, and at the end the index, which makes the corpus complete."""
         self._finish_shard()
         self._files[DOCUMENTS] = self._documents.finish()
         self._write(COUNTS, Output(self._folder / COUNTS), self.counts)
@@ -139,9 +139,9 @@ class ShardWriter:
         sync_folder(self._folder)
 
     def close(self) -> None:
-        """Closes the files, if ``finish`` has not."""
+        """Closes the files, unless ``finish`` has done so."""
         for output in (*self._outputs.values(), self._documents):
-            with suppress(OSError):  # on a full disk, where nothing more can be written
+            with suppress(OSError):  # for a full disk, to which nothing more can be written
                 output.close()
 
     def _write(self, name: str, output: Output, values: np.ndarray) -> None:
@@ -155,7 +155,7 @@ class ShardWriter:
 
 
 def sync_folder(folder: Path) -> None:
-    """Brings the names in a folder to the disk, where the system can."""
+    """Syncs the names in a folder to disk, if the system supports it."""
     with suppress(OSError):
         fd = os.open(folder, os.O_RDONLY)
         try:

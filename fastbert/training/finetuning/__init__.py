@@ -1,1 +1,1 @@
-"""This package trains heads on pre-trained encoders: readers, metrics and glue around transformers' Trainer."""
+"""This package trains heads on pre-trained encoders: readers, metrics, and code around transformers' Trainer."""

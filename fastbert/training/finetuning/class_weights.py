@@ -1,4 +1,4 @@
-"""Weights of classes in a loss are read here: by a rule, by name and number, or from a JSON file."""
+"""This module reads class weights for a loss: from a rule, from names with numbers, or from a JSON file."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ RULES = "none", "balanced"
 def parse(value: Any) -> str | dict[str, float]:
     """Returns "none", "balanced", or weights by name.
 
-    value: one of these, a mapping, "NAME=W,NAME=W", or a path that ends in .json, of an object. Raises TypeError or
-    ValueError for anything else, and for weights that are no numbers from 0 on; OSError for a file that is not there.
+    value: one of these words, a mapping, "NAME=W,NAME=W", or the path of a .json file with an object. Raises TypeError
+    or ValueError for any other value, and for weights that are not numbers >= 0; OSError for a missing file.
     """
     if isinstance(value, str) and value in RULES:
         return value
@@ -68,8 +68,8 @@ def _of_file(path: str) -> Any:
 def weights_of(rule: str | Mapping[str, float], names: Sequence[str], counts: Sequence[int]) -> np.ndarray | None:
     """Returns the weight of each class in a loss, (C,) float32; None for "none".
 
-    "balanced": N / (C n), as in scikit-learn, for a class with n of N examples, and 1 where n is 0. A mapping gives
-    weights by name, and leaves the others at 1. Raises ValueError for other names, and for weights below 0.
+    "balanced": N / (C n), as in scikit-learn, for a class with n of N examples; 1 if n is 0. A mapping gives weights by
+    name; the other classes have weight 1. Raises ValueError for unknown names, and for weights below 0.
     """
     import numpy as np
 
@@ -87,10 +87,10 @@ def weights_of(rule: str | Mapping[str, float], names: Sequence[str], counts: Se
 
 
 def weighted_cross_entropy(weights: np.ndarray) -> Any:
-    """Returns compute_loss_func of the Trainer: cross entropy where each label counts with the weight of its class.
+    """Returns a compute_loss_func for the Trainer: a cross entropy with the class weight of each label.
 
-    weights: (C,) float32. Labels of -100 do not count. The sum is divided by the count of labels, so that the batches
-    of an update each give their share.
+    weights: (C,) float32. Labels of -100 are ignored. The sum is divided by the number of labels in the whole update,
+    so the losses of its batches add up.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""A callback of the Trainer keeps the time of a run's steps, and its peak of memory is read."""
+"""A callback of the Trainer measures the time of a run's steps, and reads its peak memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def clock() -> Any:
-    """Returns a TrainerCallback whose `facts()` say how long the steps took, and how much memory the run held."""
+    """Returns a TrainerCallback whose `facts()` returns the durations of the steps and the peak memory of the run."""
     return _clock_class()()
 
 
@@ -20,7 +20,7 @@ def _clock_class() -> type:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        """Times each update: forward, backward and the optimizer's step, without evaluations and checkpoints."""
+        """The clock times each update (forward, backward, optimizer step), without evaluations and checkpoints."""
 
         def __init__(self) -> None:
             self.steps: list[float] = []
@@ -37,11 +37,11 @@ def _clock_class() -> type:
             self.steps.append(time.perf_counter() - self.start)
 
         def facts(self) -> dict[str, Any]:
-            """Returns seconds of all steps and of a median one, and peaks in bytes, as JSON has them.
+            """Returns the seconds of all steps and of a median step, and peak memory in bytes, as JSON values.
 
-            The peak of the host is of the process since its start, None where the system does not say. The peak of the
-            GPU is of PyTorch's allocator since training began, None without a GPU. After a resume, steps are those
-            of the last process.
+            The host's peak is that of the process since its start; None if the system does not report it. The GPU's
+            peak is that of PyTorch's allocator since the start of training; None without a GPU. After a resume, the
+            steps are those of the last process.
             """
             gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             return {

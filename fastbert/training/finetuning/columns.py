@@ -1,11 +1,10 @@
-"""A file's columns get our names here: by an explicit mapping, by their own name, or by an alias.
+"""This module maps the columns of a file to fastbert's names: by an explicit mapping, by the same name, or by an alias.
 
-For each of our names, the first of these rules that holds decides; case, and spaces and hyphens for underscores, do not
-matter in the last two:
+For each of fastbert's names, the first matching rule decides. The last two rules ignore case, and treat spaces and
+hyphens as underscores:
 
-1. ``columns`` maps the name to a column, which must be there.
-2. A column has the name.
-3. One column has an alias of it. With two, the file is refused, by the names of both.
+1. ``columns`` maps the name to a column, which must exist. 2. A column has the name. 3. One column has an alias of the
+name. With two such columns, the file is rejected, with both names.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 
 logger = logging.getLogger("fastbert")
 
-# Our name: other names of the same thing. Names after the empty one count only where none before it is there.
+# fastbert's name: its aliases. Aliases after the empty string are used only if no alias before it exists.
 ALIASES: dict[str, tuple[str, ...]] = {
     "text": ("sentence", "sentence1", "premise", "text_a", "text1", "question1"),
     "text_pair": ("sentence2", "hypothesis", "text_b", "text2", "question2"),
@@ -40,21 +39,25 @@ SHOWN = 3  # places in a warning
 
 
 class RecordError(ValueError):
-    """A record cannot be used; the message begins with its place: the file and the line, or the record's number."""
+    """This error reports an unusable record.
+
+    Its message begins with the position: file and line, or the record's number.
+    """
 
 
 @dataclass(frozen=True)
 class Record:
-    """A record is one example. values: cells by column, under the file's names and under ours. place: where it stands.
+    """A record is one example.
 
-    A cell that is empty is None.
+    values: cells by column, under the file's names and under fastbert's names; an empty cell is None. place: its
+    position.
     """
 
     values: Mapping[str, Any]
     place: str
 
     def value(self, name: str) -> Any:
-        """Returns the cell under one of our names. Raises RecordError where there is none, or where it is empty."""
+        """Returns the cell with one of fastbert's names. Raises RecordError if there is none, or if it is empty."""
         if self.values.get(name) is not None:
             return self.values[name]
         if name in self.values:
@@ -66,10 +69,10 @@ class Record:
 
 
 def renames_of(names: Iterable[str], columns: Mapping[str, str], place: str) -> dict[str, str]:
-    """Returns {our name: the file's} by the rules of this module.
+    """Returns {fastbert's name: the file's name} by the rules of this module.
 
-    Raises RecordError, with the columns that are there, for one that `columns` names and the file does not have, and
-    for two columns that may be meant.
+    Raises RecordError, with the existing columns, for a column in `columns` that the file does not have, and for a name
+    with two candidate columns.
     """
     names = list(names)
     mapping = {}
@@ -92,7 +95,7 @@ def renames_of(names: Iterable[str], columns: Mapping[str, str], place: str) -> 
             if candidates:
                 mapping[ours] = candidates[0]
                 break
-    # QNLI names its two texts "question" and "sentence": a text alone would be half of the example.
+    # QNLI names its two texts "question" and "sentence". The alias alone would take half of the example.
     text = mapping.get("text")
     is_half = "text" not in columns and text is not None and _plain(text) == "sentence"
     if is_half and "question" in plain and not {"text_pair", "context"} & {*mapping, *names}:
@@ -122,9 +125,9 @@ def _cut(name: str) -> str:
 
 @dataclass
 class Builder:
-    """A Builder makes records of rows, and counts what deserves a warning.
+    """A Builder makes records from rows, and counts empty cells for a warning.
 
-    source: for messages. texts: whether cells come from text, where nothing and "NaN" stand for an empty cell.
+    source: the name in messages. texts: whether cells come from a text file, in which "" and "NaN" mean an empty cell.
     """
 
     source: str
@@ -134,7 +137,10 @@ class Builder:
     _empty: dict[str, list[str]] = field(default_factory=dict)
 
     def record(self, row: Mapping[str, Any], place: str) -> Record:
-        """Returns a record with the row's cells, under its names and ours. Raises RecordError with the place."""
+        """Returns a record with the row's cells, under its names and fastbert's.
+
+        Raises RecordError with the position.
+        """
         key = tuple(row)
         if key not in self._renames:
             self._renames[key] = renames_of(key, self.columns, place)
@@ -161,7 +167,7 @@ class Builder:
         return cell
 
     def finish(self, records: list[Record]) -> list[Record]:
-        """Returns the records, and warns of empty cells. Raises RecordError where there are no records."""
+        """Returns the records, and warns of empty cells. Raises RecordError if there are no records."""
         if not records:
             raise RecordError(f"{self.source}: there are no records")
         for name, places in self._empty.items():
@@ -173,7 +179,7 @@ class Builder:
 
 
 def several(places: Sequence[str]) -> str:
-    """Returns how many records the places are, and the first of them, for a warning."""
+    """Returns the number of records at the places, and the first places, for a warning."""
     count = f"{len(places)} record" + ("s" if len(places) > 1 else "")
     more = ", …" if len(places) > SHOWN else ""
     return f"{count} ({'; '.join(places[:SHOWN])}{more})"

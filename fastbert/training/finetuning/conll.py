@@ -1,4 +1,7 @@
-"""Sentences of labelled tokens are read here in CoNLL's form: a token a line, and an empty line after a sentence."""
+"""This module reads sentences of labelled tokens in CoNLL format.
+
+The format has one token per line, and an empty line after a sentence.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,18 @@ from collections.abc import Mapping
 from fastbert.training.finetuning.columns import Record, RecordError
 
 DOCUMENT = "-DOCSTART-"
-_BLANKS = re.compile("[ \t]+")  # and no other white space: a token may hold a no-break space
+_BLANKS = re.compile("[ \t]+")  # only these characters, because a token may contain a no-break space
 
 
 def read_conll(text: str, name: str, columns: Mapping[str, str]) -> list[Record]:
-    """Returns a record a sentence: "tokens" and "labels", lists of one length; its place is that of its first line.
+    """Returns one record per sentence, with "tokens" and "labels", lists of equal length. Its place is its first line.
 
-    A line with a tab has its columns between tabs, another between blanks. The token is in the first column and the
-    label in the last, or in those that ``columns`` numbers, as "tokens" and "labels". Lines that begin with -DOCSTART-
-    are left out, and so are comments before a sentence, which begin with # and have another number of columns.
+    A line with a tab has its columns between tabs, any other line between blanks. The token is in the first column and
+    the label in the last, or in the columns whose numbers ``columns`` has for "tokens" and "labels". Lines that begin
+    with -DOCSTART- are skipped. Comments before a sentence are skipped too; they begin with # and have a different
+    number of columns.
 
-    Raises RecordError, with the line, for another number of columns than in the first line, and for less than two.
+    Raises RecordError, with the line, if a line has a different number of columns than the first, or fewer than two.
     """
     tokens_at, labels_at = _place("tokens", columns, 1, name), _place("labels", columns, -1, name)
     if other := sorted(set(columns) - {"tokens", "labels", "label"}):
@@ -62,7 +66,7 @@ def _split(line: str) -> list[str]:
 
 
 def _place(ours: str, columns: Mapping[str, str], default: int, name: str) -> int:
-    """The index of a column, from its number, which counts from 1 and from -1 at the end."""
+    """Returns the index of a column from its number, which counts from 1, or from -1 at the end."""
     written = columns.get(ours, columns.get("label", default) if ours == "labels" else default)
     try:
         number = int(written)

@@ -1,4 +1,4 @@
-"""What of the texts a run did not read, or read in several windows, is counted here from its features."""
+"""This module counts, from the features of a run, the texts that were truncated or split into windows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ logger = logging.getLogger("fastbert")
 
 
 def full_lengths(features: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Returns the tokens of each input before truncation or windows; windows of one record are one input."""
+    """Returns the number of tokens of each input before truncation or windows; windows of one record are one input."""
     lengths: list[int] = []
     record = None
     for feature in features:
@@ -23,9 +23,9 @@ def full_lengths(features: Sequence[Mapping[str, Any]]) -> list[int]:
 
 
 def what_was_cut(features: Sequence[Mapping[str, Any]], limit: int, windows: bool) -> dict[str, int]:
-    """Returns how many inputs have more tokens than `limit`, and what became of them, by name.
+    """Returns the number of inputs with more than `limit` tokens, and further counts, by name.
 
-    windows: whether these inputs were read in windows, so that nothing was lost; otherwise their ends were cut off.
+    windows: whether these inputs were split into windows, so that nothing was lost; otherwise their ends were cut off.
     """
     lengths = full_lengths(features)
     too_long = [length for length in lengths if length > limit]

@@ -1,4 +1,4 @@
-"""The fields of settings that say what data, model and folder a run has are brought to one form here."""
+"""This module brings the settings for data, model and folders of a run to one form."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def settle_data(settings: Any) -> None:
-    """Makes str of paths and a dict of `columns`, in the fields of a frozen record of settings.
+    """Converts paths to str and `columns` to a dict, in the fields of a frozen dataclass of settings.
 
-    Its `train`, `eval` and, if it has one, `preserve` are paths or iterables of dicts; all but `train` may be None.
-    `model` and `output` are paths. Raises TypeError or ValueError, with the name of the field, for anything else.
+    Its `train`, `eval` and, if it exists, `preserve` are paths or iterables of dicts; all but `train` may be None.
+    `model` and `output` are paths. Raises TypeError or ValueError, with the name of the field, for any other value.
     """
     for name in ("train", "eval", "preserve"):
         value = getattr(settings, name, None)
@@ -25,7 +25,7 @@ def settle_data(settings: Any) -> None:
 
 
 def _columns(columns: Any) -> dict[str, str]:
-    """Returns columns as a dict. From a command line they come as "text=review"."""
+    """Returns columns as a dict. On a command line they have the form "text=review"."""
     if isinstance(columns, Mapping):
         return {str(ours): str(theirs) for ours, theirs in columns.items()}
     mapping = {}

@@ -1,4 +1,4 @@
-"""A teacher gives vectors or scores to learn. Where its vectors have another width, they or the model are fitted."""
+"""A teacher provides vectors or scores to learn. If its vectors have another width, they or the model are adapted."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ logger = logging.getLogger("fastbert")
 
 
 def with_vectors(examples: list[Example], settings: EmbedSettings, processes: Processes) -> list[Example]:
-    """Adds the teacher's vectors of the anchors, where the records have none.
+    """Adds the teacher's vectors of the anchors, if the records have none.
 
-    Raises ValueError without a teacher.
+    Raises ValueError if there is no teacher.
     """
     if not examples or examples[0].vector is not None:
         return examples
@@ -40,9 +40,9 @@ def with_vectors(examples: list[Example], settings: EmbedSettings, processes: Pr
 
 
 def with_scores(examples: list[Example], settings: Any, processes: Processes) -> list[Example]:
-    """Adds the scores that a cross-encoder has for the positive and each negative, where the records have none.
+    """Adds a cross-encoder's scores of the positive and of each negative, if the records have none.
 
-    Pairs without negatives are left out. Raises ValueError without a teacher, and where no pair is left.
+    Pairs without negatives are omitted. Raises ValueError if there is no teacher, or no pair is left.
     """
     if examples[0].score is not None:
         return examples
@@ -66,9 +66,10 @@ def with_scores(examples: list[Example], settings: Any, processes: Processes) ->
 
 
 def way_of(teacher: int, model: int, wanted: str) -> str | None:
-    """Returns how a teacher's width is met: pca, cut, dense, or None where both widths are the same.
+    """Returns the method to adapt the teacher's width: pca, cut, dense, or None if both widths are equal.
 
-    wanted: `EmbedSettings.teacher_width`. Raises ValueError for vectors that are to be made shorter and are not longer.
+    wanted: `EmbedSettings.teacher_width`. Raises ValueError if a method that shortens vectors would have to extend
+    them.
     """
     if teacher == model:
         return None
@@ -80,7 +81,7 @@ def way_of(teacher: int, model: int, wanted: str) -> str | None:
 
 
 def add_dense(model: Any, width: int) -> None:
-    """Adds a Dense to a SentenceTransformer, after which its vectors have `width` numbers; a Normalize stays last."""
+    """Adds a Dense module to a SentenceTransformer, so that vectors have `width` numbers; a Normalize stays last."""
     import torch
     from sentence_transformers.models import Dense, Normalize
 
@@ -96,10 +97,10 @@ def add_dense(model: Any, width: int) -> None:
 def shortened(
     examples: Sequence[Example], held: Sequence[Example], width: int, rule: str, processes: Processes
 ) -> tuple[list[Example], list[Example], float]:
-    """Returns examples whose vectors have `width` numbers, and the share of the squared lengths that those keep.
+    """Returns examples whose vectors have `width` numbers, and the share of the squared lengths that is preserved.
 
-    way: "pca" takes the directions that keep most of the training vectors' squared lengths, so that scalar products
-    change least; "cut" takes the first numbers, as of a Matryoshka model. Each vector keeps its length.
+    rule: "pca" takes the directions that preserve most of the training vectors' squared lengths, so that scalar
+    products change least; "cut" takes the first numbers, as for a Matryoshka model. Each vector keeps its length.
     """
     targets = {example.anchor: example.vector for example in examples}
     rows = np.asarray(list(targets.values()), np.float64)
@@ -121,7 +122,7 @@ def shortened(
 
 
 def _directions(rows: np.ndarray, width: int) -> np.ndarray:
-    """The principal directions (dim, width) of rows (N, dim) about zero, the largest first, each with a fixed sign."""
+    """Returns the principal directions (dim, width) of rows (N, dim) about zero, largest first, with fixed signs."""
     _, vectors = np.linalg.eigh(rows.T @ rows)
     basis = vectors[:, ::-1][:, :width]
     largest = np.abs(basis).argmax(0)

@@ -30,7 +30,7 @@ from fastbert.training.finetuning.vector_run import across_devices, arguments_of
 from fastbert.training.finetuning.vector_settings import CLASS_LOSSES, EmbedSettings
 
 DEFAULTS = {"pairs": "mnrl", "scored": "cosent", "texts": "distillation", "labelled": "batch-all"}
-TAKES = {  # the kinds of examples that a loss takes
+TAKES = {  # the kinds of examples that a loss accepts
     "mnrl": ("pairs",), "cached-mnrl": ("pairs",), "cosent": ("scored",), "cosine": ("scored",),
     "marginmse": ("pairs",), "distillation": ("texts", "pairs", "labelled"),
     **dict.fromkeys(CLASS_LOSSES, ("labelled",)),
@@ -42,8 +42,8 @@ WANTS = (
     "pairs: mnrl, cached-mnrl, marginmse, distillation; scored: cosent, cosine; texts: distillation; "
     f"labelled: {', '.join(CLASS_LOSSES)}, distillation"
 )
-FIRST, LABELS = ("anchor", "sentence1", "text"), ("label", "score")  # columns of a trainer
-IN_BATCH = ("mnrl", "cached-mnrl")  # losses that take the other texts of a batch for wrong ones
+FIRST, LABELS = ("anchor", "sentence1", "text"), ("label", "score")  # column names of a trainer
+IN_BATCH = ("mnrl", "cached-mnrl")  # losses that use the other texts of a batch as negatives
 
 
 def train_embeddings(model: Any, train: Any, output: Any, **settings: Any) -> VectorResult:

@@ -1,4 +1,7 @@
-"""`finetune` trains a head on a pre-trained encoder: data, model, Trainer, metrics, and the folder of the result."""
+"""`finetune` trains a head on a pre-trained encoder.
+
+It combines data, model, Trainer, metrics and the result folder.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class Finetuned:
     best_step: int | None
     seconds: float
     history: list[dict[str, Any]]  # the Trainer's log
-    plan: dict[str, Any] | None = None  # of a dry run, which does no step and writes nothing
+    plan: dict[str, Any] | None = None  # the plan of a dry run, which runs no step and writes nothing
 
 
 def finetune(settings: FinetuneSettings | None = None, **fields: Any) -> Finetuned:

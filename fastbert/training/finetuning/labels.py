@@ -1,4 +1,7 @@
-"""Labels become numbers here, by name: the names are those of the training data, and what does not fit is refused."""
+"""This module converts labels to numbers, by name.
+
+The names come from the training data; unknown labels are rejected.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ logger = logging.getLogger("fastbert")
 
 @dataclass(frozen=True)
 class Labels:
-    """The names of the classes in the order of their numbers, and how many training records have each."""
+    """A `Labels` holds the class names in the order of their numbers, and the count of training records of each."""
 
     names: tuple[str, ...]
     counts: tuple[int, ...]
@@ -28,11 +31,14 @@ class Labels:
         object.__setattr__(self, "_numbers", {name: number for number, name in enumerate(self.names)})
 
     def number(self, record: Record, column: str = "label") -> int:
-        """Returns the class of a record. Raises RecordError, with the classes, for one that training does not have."""
+        """Returns the class of a record.
+
+        Raises RecordError, with the classes, for a class that is not in the training data.
+        """
         return self._number(class_name(record, column), record, column)
 
     def numbers(self, record: Record, column: str = "labels", separator: str = ",") -> np.ndarray:
-        """Returns the classes of a record with any number of them, as (L,) float32 of 0 and 1."""
+        """Returns the classes of a record with any number of classes, as (L,) float32 of 0 and 1."""
         vector = np.zeros(len(self.names), np.float32)
         for name in names_of(record, column, separator):
             vector[self._number(name, record, column)] = 1
@@ -59,11 +65,10 @@ def find_labels(
 ) -> Labels:
     """Returns the classes of the training records: sorted, whole numbers by size, or in the given order.
 
-    many: a record has any number of labels. column: "labels" for many, else "label". order: the names of all classes.
-
-    Warns of classes with one record, and of names that differ in case alone. Raises RecordError for a record without
-    a label and for numbers with a fraction, which are for regress. Raises ValueError for less than two classes (one,
-    for many), and for a class that is not in the order.
+    many: a record has any number of labels. column: by default "labels" for many, else "label". order: the names of all
+    classes. Warns of classes with one record, and of names that differ only in case. Raises RecordError for a record
+    without a label, and for fractional numbers, which are for the task regress. Raises ValueError for fewer than two
+    classes (one, for many), and for a class that is not in the order.
     """
     column = column or ("labels" if many else "label")
     places: dict[str, list[str]] = {}
@@ -98,15 +103,15 @@ def find_labels(
 
 
 def class_name(record: Record, column: str = "label") -> str:
-    """Returns the name of a record's class: a text without blanks around it, or a whole number; 1.0 is "1".
+    """Returns the name of a record's class: a text without surrounding blanks, or a whole number; 1.0 is "1".
 
-    Raises RecordError for a record without one, for numbers with a fraction, and for lists.
+    Raises RecordError for a record without a class, for fractional numbers, and for lists.
     """
     return _named(record.value(column), record, column)
 
 
 def names_of(record: Record, column: str = "labels", separator: str = ",") -> list[str]:
-    """Returns the names of a record's labels, from a list or from one cell, each once. An empty one has no labels.
+    """Returns the distinct names of a record's labels, from a list or from one cell. An empty cell has no labels.
 
     Raises RecordError for a record without the column.
     """
@@ -123,7 +128,7 @@ def _named(value: Any, record: Record, column: str) -> str:
         name = value.strip()
         if not name:
             raise RecordError(f"{record.place}: {column} is empty")
-        # pandas writes whole numbers of a column with empty cells as 1.0.
+        # pandas writes the whole numbers of a column with empty cells as 1.0.
         return name.removesuffix(".0") if name.endswith(".0") and name[:-2].removeprefix("-").isdecimal() else name
     if isinstance(value, float):
         if not value.is_integer():
@@ -138,9 +143,9 @@ def _named(value: Any, record: Record, column: str) -> str:
 
 
 def numbers_of(records: Sequence[Record], column: str = "label") -> np.ndarray:
-    """Returns the numbers of records for regress, (N,) float64. Says so where all of them are whole.
+    """Returns the numbers of records for regress, (N,) float64. Warns if all of them are whole.
 
-    Raises RecordError for a record without one, and for what is no finite number.
+    Raises RecordError for a record without a number, and for a value that is not a finite number.
     """
     values = []
     for record in records:
@@ -161,7 +166,7 @@ def numbers_of(records: Sequence[Record], column: str = "label") -> np.ndarray:
 
 
 def warn_of_unseen(names: Sequence[str], seen: Collection[str], column: str = "label") -> None:
-    """Warns of names of the training data that no record for evaluation has: nothing is measured of them."""
+    """Warns of names of the training data that no evaluation record has, so that they are not evaluated."""
     if missing := [name for name in names if name not in seen]:
         shown = ", ".join(map(repr, missing[:8])) + (", …" if len(missing) > 8 else "")
         logger.warning("%s: %d classes have no record for evaluation: %s", column, len(missing), shown)

@@ -1,4 +1,4 @@
-"""A run's model is a pre-trained encoder under a new head, with parts frozen or adapted as the settings say."""
+"""The model of a run is a pre-trained encoder with a new head. The settings can freeze parts or add adapters."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from fastbert.training.finetuning.settings import FinetuneSettings
 
 logger = logging.getLogger("fastbert")
 
-# What configurations call the probabilities of dropout.
+# The names of dropout probabilities in configurations.
 DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "summary_last_dropout", "dropout",
     "attention_dropout", "seq_classif_dropout", "qa_dropout",
 )  # fmt: skip
-LONGEST = 512  # tokens of an input where neither the settings nor the model say
+LONGEST = 512  # maximum number of tokens of an input, if neither the settings nor the model have one
 
 
 def pretrained(head: str, settings: FinetuneSettings, labels: Sequence[str] | None = None, **options: Any) -> Any:
-    """Loads the encoder of settings.model under a head, in float32; a head of other sizes is drawn anew.
+    """Loads the encoder of settings.model with a head, in float32; a head of other sizes is initialised again.
 
-    head: the name of a class AutoModelFor... of transformers. labels: the names of the classes, in their order.
-    options: for the configuration, problem_type for one. The weights of a new head are drawn from PyTorch's generator.
+    head: the name of a class AutoModelFor... of transformers. labels: the names of the classes, in order. options:
+    fields of the configuration, such as problem_type. The weights of a new head come from PyTorch's random generator.
     """
     import transformers
 
@@ -39,7 +39,7 @@ def pretrained(head: str, settings: FinetuneSettings, labels: Sequence[str] | No
             if hasattr(config, name):
                 setattr(config, name, settings.dropout)
     level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # It says at length that the head is new, which is what is wanted.
+    transformers.logging.set_verbosity_error()  # It warns that the head is new, which is intended.
     try:
         model = getattr(transformers, head).from_pretrained(settings.model, config=config, ignore_mismatched_sizes=True)
     finally:
@@ -48,7 +48,7 @@ def pretrained(head: str, settings: FinetuneSettings, labels: Sequence[str] | No
 
 
 def longest_input(model: Any, tokenizer: Any, settings: FinetuneSettings) -> int:
-    """Returns the number of tokens that an input may have. Raises ValueError where the settings want too many."""
+    """Returns the maximum number of tokens of an input. Raises ValueError if the settings request too many."""
     config = model.config
     positions = getattr(config, "max_position_embeddings", None) or 1 << 30
     if "roberta" in config.model_type or config.model_type == "camembert":
@@ -62,7 +62,7 @@ def longest_input(model: Any, tokenizer: Any, settings: FinetuneSettings) -> int
 
 
 def restricted(model: Any, settings: FinetuneSettings) -> Any:
-    """Freezes the encoder or puts adapters into it, as the settings say; returns the model, or PEFT's around it."""
+    """Freezes the encoder or adds adapters to it, according to the settings; returns the model, or PEFT's wrapper."""
     if settings.freeze_encoder:
         encoder = model.base_model
         encoder.requires_grad_(False)
@@ -89,7 +89,10 @@ def restricted(model: Any, settings: FinetuneSettings) -> Any:
 
 
 def accelerated(model: Any, settings: FinetuneSettings) -> Any:
-    """Has fastbert run the encoder, where the settings want it and fastbert covers it. Returns the model."""
+    """Makes fastbert run the encoder, if the settings request it and fastbert supports the encoder.
+
+    Returns the model.
+    """
     from fastbert.adapters import accelerate
 
     if not settings.accelerate:
@@ -102,7 +105,7 @@ def accelerated(model: Any, settings: FinetuneSettings) -> Any:
 
 
 def merged(model: Any) -> Any:
-    """Returns a model whose adapters are part of its weights: a copy, or the model itself where it has none."""
+    """Returns a copy of the model with its adapters merged into the weights, or the model itself without adapters."""
     if not hasattr(model, "merge_and_unload"):
         return model
     import copy
@@ -111,7 +114,7 @@ def merged(model: Any) -> Any:
 
 
 def load_weights(model: Any, folder: Any) -> None:
-    """Puts the weights of one of the Trainer's checkpoints into the model that it trained."""
+    """Loads the weights of one of the Trainer's checkpoints into the model that it trained."""
     if hasattr(model, "merge_and_unload"):
         from peft import load_peft_weights, set_peft_model_state_dict
 

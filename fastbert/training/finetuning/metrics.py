@@ -1,7 +1,7 @@
-"""Metrics are pure functions of NumPy arrays; their numbers equal those of scikit-learn, seqeval and SQuAD's scripts.
+"""Metrics are pure functions of NumPy arrays. Their results equal those of scikit-learn, seqeval and SQuAD's scripts.
 
-All scores are shares from 0 to 1. A ratio whose denominator is zero is 0, as with zero_division=0 of scikit-learn. The
-results are dicts of floats, ints and lists, as JSON has them.
+All scores are shares from 0 to 1. A ratio with a zero denominator is 0, as with zero_division=0 of scikit-learn. The
+results are dicts of floats, ints and lists, as JSON values.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ import numpy as np
 
 from fastbert.checks import expect
 
-BINS = 15  # of the calibration
-Span = tuple[str, int, int]  # type, first token, last token (included)
+BINS = 15  # number of bins of the calibration
+Span = tuple[str, int, int]  # type, first token, last token (inclusive)
 
 
 # Classes
 
 
 def classification(labels: Any, probabilities: Any) -> dict[str, Any]:
-    """Returns accuracy, F1 scores, calibration and the confusion matrix of a classifier with one label an example.
+    """Returns accuracy, F1 scores, calibration and the confusion matrix of a classifier with one label per example.
 
-    labels: (N,) ints. probabilities: (N, C) floats, whose greatest is the prediction; the first of equal ones.
-    macro_f1 and weighted_f1 are over the classes that are a label or a prediction, as in scikit-learn. per_class has a
-    dict for each of the C classes; confusion is (C, C), with a row for each true class. expected_calibration_error is
-    over 15 bins of equal width; calibration has those that are not empty.
+    labels: (N,) ints. probabilities: (N, C) floats; the class with the greatest one is the prediction, the first if
+    several are equal. macro_f1 and weighted_f1 cover the classes that are a label or a prediction, as in scikit-learn.
+    per_class has a dict for each of the C classes; confusion is (C, C), with a row for each true class.
+    expected_calibration_error uses 15 bins of equal width; calibration has the bins that are not empty.
 
-    Raises ValueError for no examples, shapes that do not fit, labels outside of the classes, and probabilities that are
-    not finite.
+    Raises ValueError for no examples, shapes that do not match, labels outside of the classes, and probabilities that
+    are not finite.
     """
     truth, p = _classes(labels, probabilities)
     predicted = p.argmax(1)
@@ -51,7 +51,7 @@ def classification(labels: Any, probabilities: Any) -> dict[str, Any]:
 
 
 def of_confusion(confusion: np.ndarray) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Returns the scores of (C, C), and those of each class; means are over classes that are label or prediction."""
+    """Returns the scores of (C, C), and those of each class. Means are over classes that are labels or predictions."""
     hits, support, n_predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     precision, recall, f1 = _scores(hits, n_predicted, support)
     seen = (support + n_predicted) > 0
@@ -63,12 +63,12 @@ def of_confusion(confusion: np.ndarray) -> tuple[dict[str, float], list[dict[str
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
-    """Returns how often each class was taken for each: (N,), (N,) -> (C, C) int64, with a row for each true class."""
+    """Counts the predictions of each class: (N,), (N,) -> (C, C) int64, with a row for each true class."""
     return np.bincount(labels * n_classes + predicted, minlength=n_classes * n_classes).reshape(n_classes, n_classes)
 
 
 def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
-    """Returns the mean F1 of the classes in (N,) labels and predictions, which are ints from 0 on."""
+    """Returns the mean F1 of the classes in (N,) labels and predictions, which are ints >= 0."""
     confusion = confusion_matrix(labels, predicted, int(max(labels.max(), predicted.max())) + 1)
     support, n_predicted = confusion.sum(1), confusion.sum(0)
     f1 = _scores(np.diag(confusion), n_predicted, support)[2]
@@ -76,9 +76,9 @@ def macro_f1(labels: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> list[dict[str, Any]]:
-    """Returns mean confidence, accuracy and count of each bin with examples; a bin holds (low, high], the first 0 too.
+    """Returns mean confidence, accuracy and count of each bin that has examples.
 
-    confidence: (N,) floats from 0 to 1. right: (N,) bools.
+    A bin is (low, high]; the first includes 0. confidence: (N,) floats from 0 to 1. right: (N,) bools.
     """
     place = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
     table = []
@@ -90,11 +90,11 @@ def calibration(confidence: np.ndarray, right: np.ndarray, bins: int = BINS) -> 
 
 
 def multilabel(labels: Any, probabilities: Any, threshold: float = 0.5) -> dict[str, Any]:
-    """Returns F1 scores of a classifier with any number of labels an example.
+    """Returns F1 scores of a classifier with any number of labels per example.
 
-    labels: (N, L) of 0 and 1. probabilities: (N, L) floats; from the threshold on a label is given. accuracy is the
-    share of examples whose labels are all right; samples_f1 is the mean F1 of the examples, 0 where an example neither
-    has nor gets a label, as in scikit-learn. Raises ValueError as `classification` does.
+    labels: (N, L) of 0 and 1. probabilities: (N, L) floats; a label with at least the threshold is predicted. accuracy
+    is the share of examples whose labels are all right. samples_f1 is the mean F1 of the examples; it is 0 for an
+    example with neither true nor predicted labels, as in scikit-learn. Raises ValueError as `classification` does.
     """
     truth, p = np.asarray(labels), np.asarray(probabilities, np.float64)
     expect(p.ndim == 2 and p.size > 0, "probabilities", p.shape, "an array (N, L) that is not empty")
@@ -138,7 +138,7 @@ def _ratio(above: Any, below: Any) -> np.ndarray:
 
 
 def _scores(hits: Any, n_predicted: Any, n_true: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Precision, recall and F1 of counts."""
+    """Returns precision, recall and F1 from counts."""
     hits = np.asarray(hits)
     return _ratio(hits, n_predicted), _ratio(hits, n_true), _ratio(2 * hits, np.add(n_predicted, n_true))
 
@@ -154,10 +154,10 @@ def _per_class(precision: np.ndarray, recall: np.ndarray, f1: np.ndarray, suppor
 
 
 def regression(labels: Any, values: Any) -> dict[str, Any]:
-    """Returns the correlations of Pearson and Spearman, and mean squared and absolute errors, of (N,) and (N,) floats.
+    """Returns Pearson's and Spearman's correlations, and mean squared and absolute errors, of (N,) and (N,) floats.
 
-    A correlation is NaN where the labels or the values are all the same. Ties share their mean rank. Raises ValueError
-    for shapes that do not fit and for numbers that are not finite.
+    A correlation is NaN if the labels or the values are all equal. Ties get their mean rank. Raises ValueError for
+    shapes that do not match and for numbers that are not finite.
     """
     truth, got = np.asarray(labels, np.float64), np.asarray(values, np.float64)
     expect(truth.ndim == 1 and truth.size > 0, "labels", truth.shape, "an array (N,) that is not empty")
@@ -174,7 +174,7 @@ def regression(labels: Any, values: Any) -> dict[str, Any]:
 
 
 def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Returns the linear correlation of (N,) and (N,); NaN where one of them is constant."""
+    """Returns the linear correlation of (N,) and (N,); NaN if one of them is constant."""
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return math.nan
     dx, dy = x - x.mean(), y - y.mean()
@@ -182,7 +182,7 @@ def pearson(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Returns the correlation of the ranks of (N,) and (N,); NaN where one of them is constant."""
+    """Returns the correlation of the ranks of (N,) and (N,); NaN if one of them is constant."""
     return pearson(_ranks(x), _ranks(y))
 
 
@@ -195,9 +195,9 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def spans_of(tags: Sequence[str]) -> list[Span]:
-    """Returns the spans of one sentence's tags, as seqeval's get_entities and conlleval find them.
+    """Returns the spans of one sentence's tags, as seqeval's get_entities and conlleval do.
 
-    Tags are "O", or B-, I-, E- or S- and a type, "_" without one. An I- that follows no span of its type begins one.
+    Tags are "O", or B-, I-, E- or S- with a type ("_" if there is none). An I- that continues no span begins one.
     """
     spans: list[Span] = []
     before, type_before, start = "O", "", 0
@@ -213,11 +213,11 @@ def spans_of(tags: Sequence[str]) -> list[Span]:
 
 
 def spans(true: Sequence[Sequence[Any]], predicted: Sequence[Sequence[Any]]) -> dict[str, Any]:
-    """Returns strict precision, recall and F1 of spans: both ends and the type must be right, as seqeval's default.
+    """Returns strict precision, recall and F1 of spans: both ends and the type must match, as in seqeval's default.
 
-    true, predicted: one list a sentence, of tags in the manner of IOB2, or of spans as `spans_of` gives them.
-    precision, recall and f1 count all spans alike; macro_f1 is the mean of the types' and weighted_f1 that by support.
-    per_type has a dict for each type in either. Raises ValueError where the number of sentences or of tags differs.
+    true, predicted: one list per sentence, of tags in the form of IOB2, or of spans from `spans_of`. precision, recall
+    and f1 count all spans equally; macro_f1 is the mean over the types, and weighted_f1 the mean weighted by support.
+    per_type has a dict for each type in either. Raises ValueError if the number of sentences or of tags differs.
     """
     pairs = list(_span_pairs(true, predicted))
     counts = {kind: np.zeros(3, np.int64) for kind in sorted({span[0] for t, p in pairs for span in t | p})}
@@ -242,9 +242,9 @@ def spans(true: Sequence[Sequence[Any]], predicted: Sequence[Sequence[Any]]) -> 
 
 
 def span_counts(true: Sequence[Sequence[Any]], predicted: Sequence[Sequence[Any]]) -> np.ndarray:
-    """Returns (N, 3) int64 for N sentences: spans that are right, that are predicted and that are true.
+    """Returns (N, 3) int64 for N sentences: the numbers of right, predicted and true spans.
 
-    A confidence interval over sentences: ``interval(f1_of_counts, span_counts(true, predicted))``.
+    For a confidence interval over sentences: ``interval(f1_of_counts, span_counts(true, predicted))``.
     """
     rows = [(len(t & p), len(p), len(t)) for t, p in _span_pairs(true, predicted)]
     return np.array(rows, np.int64).reshape(-1, 3)
@@ -278,7 +278,7 @@ def normalized_answer(text: str) -> str:
 def squad_each(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
     """Returns exact match and F1 of each question, (N,) and (N,) float64: the best over its reference answers.
 
-    A question without a reference has no answer, and "" is the prediction that says so, as in SQuAD 2.
+    A question without a reference has no answer; the right prediction is then "", as in SQuAD 2.
     """
     expect(len(predictions) == len(references), "predictions", len(predictions), f"{len(references)}, as references")
     exact, f1 = np.zeros(len(predictions)), np.zeros(len(predictions))
@@ -295,9 +295,9 @@ def squad(
 ) -> dict[str, Any]:
     """Returns exact match and F1 of answers, as SQuAD's scripts do, but as shares from 0 to 1.
 
-    predictions: a text for each question, "" for no answer. references: its right answers, none for no answer. Both are
-    lists in the same order, or dicts by the same ids. Where some questions have no answer, has_answer_... and
-    no_answer_... are those of the two parts. Raises ValueError for no questions, and where ids or lengths differ.
+    predictions: a text for each question, "" for no answer. references: its right answers, an empty list for no answer.
+    Both are lists in the same order, or dicts with the same ids. If some questions have no answer, has_answer_... and
+    no_answer_... are the scores of the two parts. Raises ValueError for no questions, and if ids or lengths differ.
     """
     if isinstance(references, Mapping):
         assert isinstance(predictions, Mapping), "predictions: expected a dict, as references"
@@ -317,7 +317,7 @@ def squad(
 
 
 def _overlap(got: list[str], wanted: list[str]) -> float:
-    """F1 of two bags of words; without words in one of them, whether both have none."""
+    """Returns the F1 of two bags of words; if one is empty, 1.0 if both are, else 0.0."""
     if not got or not wanted:
         return float(got == wanted)
     same = sum((Counter(got) & Counter(wanted)).values())
@@ -332,12 +332,12 @@ def retrieval(
 ) -> dict[str, Any]:
     """Returns recall@k, MRR and nDCG@k of rankings.
 
-    ranking: (Q, D) floats are scores, of which greater is better and the first of equal ones is ahead; (Q, K) ints are
-    numbers of documents, best first. relevant: the numbers of the right documents of each query, or their gains by
-    number. recall@k is the share of a query's relevant documents among its first k. mrr is of the first relevant one,
-    0 where the ranking does not have it. ndcg@k has gains as they are, divided by log2(1 + rank).
+    ranking: (Q, D) floats are scores, the greatest first, and the first of equal ones first; (Q, K) ints are numbers of
+    documents, best first. relevant: the numbers of the relevant documents of each query, or their gains by number.
+    recall@k is the share of a query's relevant documents among its first k. mrr uses the first relevant document; it is
+    0 if the ranking has none. ndcg@k uses the gains unchanged, divided by log2(1 + rank).
 
-    Queries without a relevant document are left out and counted. Raises ValueError where none is left.
+    Queries without a relevant document are omitted and counted. Raises ValueError if none is left.
     """
     order = np.asarray(ranking)
     expect(order.ndim == 2 and order.shape[1] > 0, "ranking", order.shape, "an array (Q, D) with D from 1 on")
@@ -354,7 +354,7 @@ def retrieval(
 
 
 def _ranked(query: np.ndarray, wanted: Collection[int] | Mapping[int, float], at: Sequence[int]) -> list[float]:
-    """MRR, recall and nDCG at each k of one query; nothing where no document is relevant."""
+    """Returns MRR, recall and nDCG at each k of one query; an empty list if no document is relevant."""
     gains = (
         {k: float(g) for k, g in wanted.items() if g > 0} if isinstance(wanted, Mapping) else dict.fromkeys(wanted, 1.0)
     )
@@ -380,9 +380,9 @@ def _discounted(gains: np.ndarray) -> float:
 def interval(statistic: Callable[..., float], *samples: Any, n: int = 1000, seed: int = 0) -> tuple[float, float]:
     """Returns the 95 % confidence interval of a statistic, from its percentiles over n samples with replacement.
 
-    samples: arrays or lists of N examples each, which are drawn together; lists are given to the statistic as lists.
-    Draws on which the statistic is NaN are left out; where it always is, the interval is (NaN, NaN). Raises ValueError
-    for no examples and for lengths that differ.
+    samples: arrays or lists of N examples each, which are drawn together; the statistic gets lists as lists. Draws with
+    a NaN statistic are omitted; if all are NaN, the interval is (NaN, NaN). Raises ValueError for no examples and for
+    different lengths.
     """
     expect(bool(samples) and len(samples[0]) > 0, "samples", "no examples", "at least one")
     size = len(samples[0])

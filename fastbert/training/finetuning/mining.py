@@ -14,19 +14,22 @@ from fastbert.vectors.search import semantic_search
 
 logger = logging.getLogger("fastbert")
 
-QUERIES = 4096  # anchors that are searched for at once
+QUERIES = 4096  # number of anchors per search
 
 
 @dataclass(frozen=True)
 class Mined:
-    """Negatives of N pairs, the nearest first. texts and scores: N lists of at most `n` each. scores are cosines."""
+    """A `Mined` holds the negatives of N pairs, the nearest first.
+
+    texts and scores: N lists of at most `n` each. scores are cosines.
+    """
 
     texts: list[list[str]]
     scores: list[list[float]]
 
     @property
     def n_short(self) -> int:
-        """Returns the number of pairs that have fewer negatives than the one that has the most."""
+        """Returns the number of pairs that have fewer negatives than the pair with the most negatives."""
         most = max(map(len, self.texts), default=0)
         return sum(len(texts) < most for texts in self.texts)
 
@@ -43,18 +46,18 @@ def mine_negatives(
     margin: float | None = None,
     max_score: float | None = None,
 ) -> Mined:
-    """Finds for each pair the texts of a corpus that are nearest to its anchor and are no positive of it.
+    """Finds for each pair the texts of a corpus that are nearest to its anchor and are not its positives.
 
-    encoder: what has `encode_query` and `encode_document`, a `SentenceEncoder` or a SentenceTransformer. anchors and
-    positives: N texts each; an anchor may stand in several pairs. corpus: texts to choose from, by default the
-    positives. n: negatives of a pair, at most. Of the wrong texts of an anchor, by falling cosine, the first `skip` are
-    passed over, and none beyond the first `depth` is looked at. margin: the score of a negative is at most that of the
-    pair's positive less this. max_score: the score of a negative, at most.
+    encoder: a `SentenceEncoder`, a SentenceTransformer, or another object with `encode_query` and `encode_document`.
+    anchors and positives: N texts each; an anchor may be in several pairs. corpus: the candidate texts, by default the
+    positives. n: the maximum number of negatives of a pair. The wrong texts of an anchor are ordered by descending
+    cosine; the first `skip` are skipped, and only the first `depth` are used. margin: the score of a negative is at
+    most the score of the pair's positive minus the margin. max_score: the maximum score of a negative.
 
-    A text counts as the anchor or as one of its positives if both are the same but for case and white space. Equal
-    scores stand in the order of the corpus, so that the result depends on the arguments alone.
+    A text counts as the anchor or as one of its positives if they differ only in case and white space. Equal scores are
+    in the order of the corpus, so that the result depends only on the arguments.
 
-    Raises ValueError for numbers of texts that do not fit and for an argument out of range.
+    Raises ValueError for different numbers of texts and for an argument out of range.
     """
     positive("n", n)
     positive("depth", depth)
@@ -110,17 +113,17 @@ def mine_negatives(
 
 
 def distinct(texts: Sequence[str]) -> list[str]:
-    """Returns each text once, in the order of its first place."""
+    """Returns each distinct text once, in the order of the first occurrences."""
     return list(dict.fromkeys(texts))
 
 
 def key_of(text: str) -> str:
-    """Returns what two texts share that are the same but for case and white space."""
+    """Returns a key that is equal for two texts that differ only in case and white space."""
     return " ".join(text.casefold().split())
 
 
 def _cosine(one: Any, other: Any) -> float:
-    """The cosine of two vectors in float64, 0 for a vector of zeros, rounded to float32 as the search rounds it."""
+    """Returns the cosine of two vectors in float64, 0 for a zero vector, rounded to float32 as in the search."""
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     norm = float(np.linalg.norm(one) * np.linalg.norm(other))
     return float(np.float32(one @ other / norm)) if norm else 0.0
@@ -129,7 +132,7 @@ def _cosine(one: Any, other: Any) -> float:
 def _forbidden(
     anchors: Sequence[str], positives: Sequence[str], queries: list[str], candidates: list[str]
 ) -> list[set[int]]:
-    """For each query the rows of the candidates that are the query itself, or one of its positives."""
+    """Returns for each query the rows of the candidates that are the query itself, or one of its positives."""
     keys: dict[str, set[str]] = {key_of(query): {key_of(query)} for query in queries}
     for anchor, text in zip(anchors, positives, strict=True):
         keys[key_of(anchor)].add(key_of(text))

@@ -1,6 +1,6 @@
-"""`fastbert finetune TASK` has one option for each field of `FinetuneSettings` that the task reads.
+"""`fastbert finetune TASK` has one option for each field of `FinetuneSettings` that the task uses.
 
-Neither the options nor --help wait for PyTorch.
+The options and --help do not import PyTorch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ HELP: dict[str, dict[str, tuple[str, str]]] = {
 }  # fmt: skip
 CHOICES = {"kind": KINDS, "precision": PRECISIONS, "scheme": ("auto", *SCHEMES)}
 
-# Fields that only these tasks read.
+# The fields that only these tasks use.
 ONLY = {
     "separator": ("multilabel",),
     "threshold": ("multilabel",),
@@ -85,7 +85,7 @@ ONLY = {
 
 
 def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
-    """Adds an option for each field that a task reads, with its default."""
+    """Adds an option for each field that a task uses, with its default."""
     fields = {field.name: field for field in dataclasses.fields(FinetuneSettings)}
     for title, options in HELP.items():
         group = parser.add_argument_group(title)
@@ -101,6 +101,6 @@ def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
 
 
 def settings_of(args: argparse.Namespace) -> FinetuneSettings:
-    """Makes the settings of parsed arguments. Raises ValueError, with the name of the field, as the settings do."""
+    """Makes the settings from parsed arguments. Raises ValueError, with the name of the field, as the settings do."""
     names = (field.name for field in dataclasses.fields(FinetuneSettings))
     return FinetuneSettings(**{name: getattr(args, name) for name in names if hasattr(args, name)})

@@ -1,4 +1,4 @@
-"""A plan says what a run would do, before it does it: labels, lengths, truncation, steps, and the time from a few."""
+"""A plan describes a run before it starts: labels, lengths, truncation, number of steps, and estimated time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ SHARES = 0, 25, 50, 75, 90, 95, 99, 100
 
 
 def plan(settings: FinetuneSettings) -> dict[str, Any]:
-    """Prepares a run, times a few of its steps, and returns what is known of it by name, as JSON has it.
+    """Prepares a run, times a few of its steps, and returns facts about the run by name, as JSON values.
 
-    Lengths are in tokens, before truncation; times are in seconds. Nothing is written. Raises what a run would raise.
+    Lengths are in tokens, before truncation; times are in seconds. Nothing is written. Raises the errors of a run.
     """
     from fastbert.training.finetuning.running import batch_size_of, device_of, n_steps, n_tokens
 
@@ -55,7 +55,7 @@ def plan(settings: FinetuneSettings) -> dict[str, Any]:
 
 
 def lines(plan: Mapping[str, Any]) -> list[str]:
-    """Returns a plan for people, a line for each fact."""
+    """Returns a plan as text, with one line per fact."""
     written = []
     for name, value in plan.items():
         if isinstance(value, Mapping):
@@ -69,14 +69,17 @@ def lines(plan: Mapping[str, Any]) -> list[str]:
 
 
 def percentiles(lengths: Sequence[int]) -> dict[str, int]:
-    """Returns lengths at SHARES, by share in percent."""
+    """Returns the lengths at the percentiles in SHARES, by percentile."""
     return {str(share): int(value) for share, value in zip(SHARES, np.percentile(lengths, SHARES), strict=True)}
 
 
 def _seconds_of_step(
     prepared: Prepared, features: list[dict[str, Any]], batch_size: int, device: torch.device
 ) -> float:
-    """The median time of an update, of a few with features from all of the data; the model is not used afterwards."""
+    """Returns the median time of a few updates with features from all of the data.
+
+    The model is not usable afterwards.
+    """
     from fastbert.training.finetuning.loading import accelerated, restricted
     from fastbert.training.precision import takes_bf16
 

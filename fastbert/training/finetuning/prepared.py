@@ -1,4 +1,4 @@
-"""`Prepared` is what a run needs, made from its settings: records, features, tokenizer and model."""
+"""`Prepared` holds the parts of a run, made from its settings: records, features, tokenizer and model."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ logger = logging.getLogger("fastbert")
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run needs, made from its settings: records, features, and a model with a new head."""
+    """A `Prepared` holds the parts of a run: records, tokenizer, and a model with a new head."""
 
     settings: FinetuneSettings
     task: Task
-    facts: dict[str, Any]  # of the labels
+    facts: dict[str, Any]  # facts about the labels
     tokenizer: Any
     model: Any
     train: Sequence[Record]
@@ -33,7 +33,10 @@ class Prepared:
 
     @classmethod
     def of(cls, settings: FinetuneSettings) -> Prepared:
-        """Reads the data and makes the model. Raises RecordError, ValueError or OSError for what does not fit."""
+        """Reads the data and makes the model.
+
+        Raises RecordError, ValueError or OSError for invalid data or settings.
+        """
         import transformers
 
         from fastbert.training.finetuning.loading import longest_input
@@ -50,8 +53,8 @@ class Prepared:
 
     @property
     def longest(self) -> int:
-        """The tokens that an input may have."""
-        assert self.settings.max_length is not None  # since `of`
+        """Returns the maximum number of tokens of an input."""
+        assert self.settings.max_length is not None  # set by `of`
         return self.settings.max_length
 
     def features(self, records: Sequence[Record]) -> list[dict[str, Any]]:
@@ -59,12 +62,15 @@ class Prepared:
         return self.task.features(records, self.tokenizer, self.settings) if records else []
 
     def inputs(self) -> set[str]:
-        """Returns the names of a feature that forward takes, and that of a label."""
+        """Returns the names of a feature that forward accepts, and the names of labels."""
         return {*inspect.signature(self.model.forward).parameters, *self.task.label_names, "label"}
 
 
 def _records(settings: FinetuneSettings) -> tuple[Sequence[Record], Sequence[Record]]:
-    """Returns the records of training and of evaluation: those given, or a share that the seed draws."""
+    """Returns the training and evaluation records.
+
+    Without evaluation data, the seed draws a share of the training data.
+    """
     from fastbert.training.finetuning.records import read_records
 
     train = read_records(settings.train, kind=settings.kind, columns=settings.columns or None)

@@ -1,7 +1,7 @@
-"""Texts whose vectors shall stay as they are, so that what a model knows of others is not lost in a training.
+"""Preserved texts keep their vectors during training, so that the model does not lose its knowledge of other texts.
 
-Every batch of a trainer is either of records or of such texts: `SHARE` texts for each record, which are repeated or
-drawn to make up that number.
+Every batch of a trainer contains either records or such texts: `SHARE` texts for each record, repeated or sampled to
+reach that number.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ SHARE = 0.25  # texts for each record
 def rows_of(
     model: Any, settings: EmbedSettings, n_records: int, prompt: str | None, processes: Processes
 ) -> list[dict[str, Any]]:
-    """Returns {"text", "label"} of texts that are to stay where the model has them now; label is the vector.
+    """Returns {"text", "label"} of the texts to preserve; label is the vector that the model gives now.
 
-    Of too many for n_records, as many as are needed are drawn. prompt: before each text. Raises RecordError for records
-    that are no texts.
+    If there are more texts than n_records needs, they are sampled. prompt: put before each text. Raises RecordError for
+    records that are not texts.
     """
     examples = read_examples(settings.preserve, settings.kind)
     texts = distinct([example.anchor for example in examples])
@@ -42,9 +42,9 @@ def rows_of(
 
 
 def with_rows(data: Any, loss: Any, rows: Sequence[Mapping[str, Any]], model: Any, weight: float) -> tuple[Any, Any]:
-    """Returns the data and losses of a trainer with those of the texts beside them.
+    """Returns the data and losses of a trainer, with those of the preserved texts added.
 
-    data: a datasets.Dataset or a DatasetDict. loss: of its records.
+    data: a datasets.Dataset or a DatasetDict. loss: the loss of its records.
     """
     import datasets  # type: ignore[import-untyped]
 
@@ -64,7 +64,7 @@ def _loss(model: Any, weight: float) -> Any:
     from torch.nn import functional
 
     class Preserved(torch.nn.Module):
-        """weight (1 - cos(vector, its vector before the training)), in the mean."""
+        """The loss is the mean of weight (1 - cos(vector, vector before the training))."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -1,7 +1,7 @@
-"""The task `qa` finds answers in contexts, as exact pieces of these, or finds that there is none, as in SQuAD 2.
+"""The task `qa` finds answers in contexts, as exact pieces of them, or finds that there is none, as in SQuAD 2.
 
-A record has `question`, `context` and `answers`, in the forms of `squad.answers_of`. Longer contexts become windows. A
-window that does not hold the whole answer has the classification token as its answer.
+A record has `question`, `context` and `answers`, in the forms of `squad.answers_of`. Longer contexts are split into
+windows. A window that does not contain the whole answer has the classification token as its answer.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from fastbert.training.finetuning.tasks import Task
 
 logger = logging.getLogger("fastbert")
 
-NOWHERE = 1 << 20  # a position that no row has, which no loss counts
+NOWHERE = 1 << 20  # a position outside of every row, which the loss ignores
 
 
 class QuestionAnswering(Task):
-    """Answers to questions, as pieces of a context."""
+    """The task finds answers to questions, as pieces of a context."""
 
     name, headline, head, windows = "qa", "f1", "AutoModelForQuestionAnswering", True
     label_names = ("start_positions", "end_positions")
@@ -35,9 +35,9 @@ class QuestionAnswering(Task):
     settings: FinetuneSettings
 
     def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
-        """Counts answers, and names those that are not in their context; their records are left out of training.
+        """Counts answers, and logs answers that are not in their context; their records are excluded from training.
 
-        Raises RecordError for a record without question or context, ValueError where no record has an answer.
+        Raises RecordError for a record without question or context, and ValueError if no record has an answer.
         """
         self.settings = settings
         lost: list[Record] = []
@@ -60,7 +60,7 @@ class QuestionAnswering(Task):
         return {"questions": len(records), "without an answer": without, "answers not in their context": len(lost)}
 
     def check(self, records: Sequence[Record]) -> None:
-        """Warns of answers for evaluation that are not in their context: they count, and none can be right."""
+        """Warns of evaluation answers that are not in their context: they count, but no prediction can be right."""
         lost = [record.place for record in records if answers_of(record) and place_of(record) is None]
         if lost:
             logger.warning(
@@ -74,8 +74,10 @@ class QuestionAnswering(Task):
         return pretrained(self.head, settings, ["start", "end"], **options)
 
     def features(self, records: Sequence[Record], tokenizer: Any, settings: FinetuneSettings) -> list[dict[str, Any]]:
-        """Returns the windows of all records. Beside what forward takes: record, before (the first column of the
-        context), places (of its tokens, in characters). Raises RecordError for a question that leaves no room.
+        """Returns the windows of all records.
+
+        Each window has the inputs of forward, and: record, before (the index of the context's first token), places (the
+        positions of its tokens, in characters). Raises RecordError for a question that leaves no room for the context.
         """
         maker = RowMaker(tokenizer, pair=True)
         left_out = set(map(id, self._left_out))
@@ -107,9 +109,9 @@ class QuestionAnswering(Task):
     def predictions(self, logits: Any, features: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> Any:
         """Returns the answer to each question, "" for none.
 
-        It is the span with the highest sum of its two logits in any window, of at most `answer_length` tokens. It is ""
-        where training records have no answers and the least sum of a classification token's logits exceeds it by more
-        than `no_answer_threshold`, as in SQuAD's scripts.
+        It is the span with the highest sum of its two logits in any window, with at most `answer_length` tokens. The
+        answer is "" if some training records have no answer, and the lowest sum of a classification token's logits
+        exceeds the span's sum by more than `no_answer_threshold`, as in SQuAD's scripts.
         """
         best = np.full(len(records), -np.inf)
         null = np.full(len(records), np.inf)
@@ -142,7 +144,7 @@ class QuestionAnswering(Task):
 
 
 def texts_of(record: Record) -> tuple[str, str]:
-    """Returns question and context. Raises RecordError where one is missing or no text."""
+    """Returns question and context. Raises RecordError if one is missing or is no text."""
     question, context = record.value("question"), record.value("context")
     for name, value in (("question", question), ("context", context)):
         if not isinstance(value, str):
@@ -151,9 +153,10 @@ def texts_of(record: Record) -> tuple[str, str]:
 
 
 def place_of(record: Record) -> tuple[int, int] | None:
-    """Returns the first and the last character + 1 of the first answer that is in its context, None for none.
+    """Returns the start and the end (exclusive), in characters, of the first answer that is in its context, or None.
 
-    Without a start, or with one where another text stands, it is the occurrence that is nearest to it.
+    The stored start is used if the answer stands there. Otherwise the occurrence nearest to it is returned; a missing
+    start counts as 0.
     """
     _, context = texts_of(record)
     for text, start in answers_of(record):
@@ -171,7 +174,7 @@ def place_of(record: Record) -> tuple[int, int] | None:
 
 
 def _tokens_within(offsets: np.ndarray, start: int, end: int) -> tuple[int, int] | None:
-    """Returns the first and the last of the tokens that have a part between two characters, None for none."""
+    """Returns the first and the last of the tokens that overlap the range of characters, or None."""
     inside = np.flatnonzero((offsets[:, 1] > start) & (offsets[:, 0] < end))
     return (int(inside[0]), int(inside[-1])) if len(inside) else None
 

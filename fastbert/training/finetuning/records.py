@@ -1,15 +1,15 @@
-"""Records are read here from files and from memory: what stands in them is checked, and has its place.
+"""This module reads and checks records from files and from memory. Each record has its position.
 
-What a file holds follows from its name, compression (.gz, .bz2, .xz, .zst) aside::
+The name of a file determines its kind, without its compression suffix (.gz, .bz2, .xz, .zst)::
 
-    .csv                        a header and a record a row; cells in quotes may hold separators and line ends
+    .csv                        a header, then one record per row; quoted cells may contain separators and line ends
     .tsv .tab                   the same with tabs
-    .jsonl .ndjson              a JSON object a line
-    .json                       JSON objects, one a line or in one list; or SQuAD's form
-    .parquet                    a record a row
-    .conll .conllu .bio .iob    a token a line, with its label last; an empty line ends a sentence
+    .jsonl .ndjson              one JSON object per line
+    .json                       JSON objects, one per line or in one list; or SQuAD's form
+    .parquet                    one record per row
+    .conll .conllu .bio .iob    one token per line, with its label last; an empty line ends a sentence
 
-All is UTF-8. Columns get our names in `columns`. Everything is held in memory.
+All files are UTF-8. `columns` maps columns to fastbert's names. All records are held in memory.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ NAMES = "csv", "tsv", "jsonl", "parquet", "squad", "conll"
 def read_records(source: Any, *, kind: str = "auto", columns: Mapping[str, str] | None = None) -> list[Record]:
     """Returns the records of a file, of an iterable of dicts, of a datasets.Dataset or of a pandas.DataFrame.
 
-    kind: "auto" for what the name of a file says, or what it holds: csv, tsv, jsonl, parquet, squad or conll. columns:
-    {our name: the file's}; in CoNLL a column is its number, from 1, or from -1 at the end. Cells under ours stand
-    beside those under the file's names. Labels that datasets stores as numbers with names are given by name.
+    kind: csv, tsv, jsonl, parquet, squad, conll, or "auto" to use the file's name or content. columns: {fastbert's
+    name: the file's name}; in CoNLL a column is its number, from 1, or from -1 at the end. A record has cells under
+    both names. Labels that datasets stores as numbers with names are returned by name.
 
-    Raises FileNotFoundError for a file that is not there. Raises RecordError, with file and line, row, record or byte,
-    for what cannot be read: other bytes than UTF-8, no records, rows of another length than the header, a column that
-    is there twice or may be meant beside another, and no JSON. Warns of empty cells with their count and lines.
+    Raises FileNotFoundError for a missing file. Raises RecordError, with file and line, row, record or byte, for
+    content that cannot be read: bytes that are not UTF-8, no records, rows with a length other than the header's, a
+    duplicate or ambiguous column, and invalid JSON. Warns of empty cells, with their count and lines.
     """
     one_of("kind", kind, "auto", *NAMES)
     columns = dict(columns or {})
@@ -93,7 +93,7 @@ def _kind(path: Path) -> str:
 
 
 def _text(path: Path) -> str:
-    """The whole text, without a byte order mark. Line ends stay as they are."""
+    """Returns the whole text, without a byte order mark. Line ends are unchanged."""
     try:
         content = b"".join(Stream(path, "strict", SimpleNamespace(replaced_bytes=0)).parts())
     except ValueError as error:
@@ -112,7 +112,7 @@ def _text(path: Path) -> str:
 
 
 def _json(text: str, name: str, kind: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Rows of JSON lines, of a list of objects, or of a file of SQuAD's."""
+    """Yields the rows of JSON lines, of a list of objects, or of a SQuAD file."""
     start = text.lstrip()[:1]
     if start == "[":
         yield from _listed(_loaded(text, name), name)
@@ -145,7 +145,7 @@ def _squad(text: str, name: str, kind: str) -> Iterator[tuple[dict[str, Any], st
 
 
 def _loaded(text: str, place: str, *, fails: bool = True) -> Any:
-    """The value of a JSON text. With fails=False, None for one that is none."""
+    """Returns the value of a JSON text. With fails=False, returns None for invalid JSON."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
@@ -170,7 +170,7 @@ def _loaded(text: str, place: str, *, fails: bool = True) -> Any:
         raise RecordError(f"{place}: not JSON: {error}") from None
 
 
-# Parquet, and what is in memory
+# Parquet, and records in memory
 
 
 def _parquet(path: Path, columns: Mapping[str, str]) -> list[Record]:
@@ -221,7 +221,7 @@ def _in_memory(source: Any, columns: Mapping[str, str]) -> list[Record]:
     if not isinstance(source, Iterable):
         raise TypeError(f"records: expected a path or an iterable of dicts, got {type(source).__name__}")
     classes = class_names(getattr(source, "features", None))
-    if hasattr(source, "with_format"):  # datasets.Dataset: numbers and lists, and no tensors
+    if hasattr(source, "with_format"):  # datasets.Dataset: returns numbers and lists, not tensors
         source = source.with_format(None)
     builder = Builder("records", columns)
     records = []

@@ -1,4 +1,4 @@
-"""The report of a fine-tuned model: its metrics as JSON, and a page that says where it is right and where it is not."""
+"""The report of a fine-tuned model has metrics as JSON, and a page that shows right and wrong predictions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from fastbert.training.finetuning.report_figures import curves, heat_map, reliab
 logger = logging.getLogger("fastbert")
 
 METRICS, PAGE = "metrics.json", "report.html"
-MOST_CLASSES = 30  # of a confusion matrix that is drawn whole; of more, the pairs that are confused most are listed
+MOST_CLASSES = 30  # a larger confusion matrix is not drawn; the most confused pairs are always listed
 MOST_CONFUSED = 20
-MOST_WRONG, LONGEST = 20, 240  # examples that are shown, and characters of each
+MOST_WRONG, LONGEST = 20, 240  # number of shown examples, and characters of each
 SUM_OF_SHARES = 1e-3
 
 METHOD = (
@@ -52,14 +52,16 @@ def write_report(
     history: Sequence[Mapping[str, Any]] | None = None,
     truncated: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Writes metrics.json and report.html into a folder; returns what was written.
+    """Writes metrics.json and report.html into a folder; returns the written paths.
 
-    facts: what is to be known of the run, by name. metrics: as `metrics` gives them. headline: the name of the metric
-    that decided. intervals: (low, high) by metric. tables: labels (N,), with probabilities (N, C) and names (C,) of a
-    classifier, or values (N,) of a regression, or of any other task scores (N,), 1 for what is right and less for what
-    is worse, with true (N,) and predicted (N,) texts. texts, places: of the N examples.
-    history: log_history of the Trainer; by default that of trainer_state.json in the folder. truncated: what was cut,
-    by name. metrics.json holds the facts, "metrics" and "intervals"; a number that is not finite is null.
+    facts: the facts about the run, by name. metrics: from `metrics`. headline: the name of the metric that selects the
+    best model. intervals: (low, high) by metric. tables: for a classifier labels (N,), probabilities (N, C) and names
+    (C,); for a regression labels (N,) and values (N,); for any other task scores (N,), which are 1 for right and lower
+    for wrong predictions, with true (N,) and predicted (N,) texts. texts, places: of the N examples. history:
+    log_history of the Trainer; by default that of trainer_state.json in the folder. truncated: counts of truncated
+    texts, by name.
+
+    metrics.json holds the facts, "metrics" and "intervals"; a number that is not finite is null.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ def write_report(
 
 
 def as_json(value: Any) -> Any:
-    """Returns the value as JSON has it: arrays as lists, keys as strings, a number that is not finite as None."""
+    """Returns the value as JSON: arrays as lists, keys as strings, a number that is not finite as None."""
     if isinstance(value, Mapping):
         return {str(key): as_json(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -85,7 +87,7 @@ def as_json(value: Any) -> Any:
 
 
 def most_wrong(tables: Mapping[str, Any], most: int = MOST_WRONG) -> list[int]:
-    """Returns the numbers of the examples that are most wrong, the worst first; right ones are not among them."""
+    """Returns the indices of the most wrong examples, the worst first. It does not include right ones."""
     labels = np.asarray(tables.get("labels", ()))
     if "scores" in tables:
         score = np.asarray(tables["scores"], np.float64)
@@ -207,7 +209,7 @@ def _per_class(per_class: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
 
 
 def _confusion(confusion: np.ndarray, names: Sequence[str]) -> Table:
-    """The pairs of classes that are confused most."""
+    """Returns a table of the pairs of classes that are most often confused."""
     off = confusion.copy()
     np.fill_diagonal(off, 0)
     order = np.argsort(-off, axis=None, kind="stable")[:MOST_CONFUSED]

@@ -1,4 +1,4 @@
-"""Figures of the report of a fine-tuned model; matplotlib is imported when one is drawn."""
+"""This module draws the figures of a fine-tuning report; matplotlib is imported when a figure is drawn."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fastbert.pages.figures import BLUE, GREY, ORANGE, Plot, frame
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LONG_NAME = 24  # characters of a class in a figure
-MOST_WRITTEN = 15  # classes, up to which each cell has its number
+LONG_NAME = 24  # maximum length of a class name in a figure, in characters
+MOST_WRITTEN = 15  # maximum number of classes for which each cell shows its number
 
 
 def heat_map(confusion: np.ndarray, names: Sequence[str]) -> Plot:
@@ -34,7 +34,7 @@ def _draw_heat_map(confusion: np.ndarray, names: list[str]) -> Figure:
     frame(figure, "Confusion matrix", "A row is a true class. Colour: share of the row.", size + 2.8, size + 1.2)
     axes = figure.subplots()
     share = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-    # From nothing to the colour, so that a page's background shows through, light or dark.
+    # From transparent to the colour, so that a light or dark page background shows through.
     colours = LinearSegmentedColormap.from_list("share", [(0.184, 0.49, 0.882, 0.0), (0.184, 0.49, 0.882, 0.85)])
     axes.pcolormesh(np.arange(n + 1) - 0.5, np.arange(n + 1) - 0.5, share, cmap=colours, vmin=0, vmax=1)
     axes.set_xlim(-0.5, n - 0.5)
@@ -51,7 +51,7 @@ def _draw_heat_map(confusion: np.ndarray, names: list[str]) -> Figure:
 
 
 def reliability(bins: Sequence[Mapping[str, Any]]) -> Plot:
-    """Returns the share that is right in each bin of probabilities, from `metrics.calibration`."""
+    """Returns a plot of the share of right predictions in each bin of probabilities, from `metrics.calibration`."""
     total = sum(each["count"] for each in bins)
     error = sum(each["count"] * abs(each["accuracy"] - each["confidence"]) for each in bins) / max(total, 1)
     alt = f"Calibration plot of {total} examples; the expected calibration error is {error:.4f}."
@@ -88,7 +88,7 @@ def _draw_reliability(bins: list[Mapping[str, Any]], error: float) -> Figure:
 
 
 def series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:
-    """Returns the steps and the values of a number in a Trainer's log_history, where it is there and a number."""
+    """Returns the steps and values of a number in a Trainer's log_history, from the lines that have it as a number."""
     pairs = [
         (float(line["step"]), float(line[name]))
         for line in history
@@ -98,7 +98,7 @@ def series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[list[float]
 
 
 def curves(history: Sequence[Mapping[str, Any]], headline: str | None) -> Plot | None:
-    """Returns the loss in training and evaluation over steps, and the headline metric; None without any of them."""
+    """Returns a plot of training and evaluation losses and of the headline metric over steps; None without data."""
     wanted = {"loss": series(history, "loss"), "eval_loss": series(history, "eval_loss")}
     metric = series(history, f"eval_{headline}") if headline else ([], [])
     if not any(steps for steps, _ in (*wanted.values(), metric)):

@@ -1,4 +1,4 @@
-"""Cross-encoders are trained by sentence-transformers' trainer, on a model that fastbert runs."""
+"""The trainer of sentence-transformers trains cross-encoders on a model that fastbert runs."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ TAKES = {"bce": ("scored", "pairs", "lists"), "marginmse": ("pairs",), "lambda":
 def train_cross_encoder(model: Any, train: Any, output: Any, **settings: Any) -> VectorResult:
     """Trains a cross-encoder with one score for a pair of texts.
 
-    model: a folder of a cross-encoder or of a plain encoder, which gets a new head, or a hub id. train: a file, an
-    iterable of dicts or a datasets.Dataset, with the columns text, text_pair and label (0, 1 or a score between them);
-    or anchor and positive, perhaps negative (a text, a list, or negative_1 and so on) and score (a teacher's margin, or
-    its score of each text); or query, documents (a list) and labels (a number for each). Pairs without negatives need
-    `mine_negatives`, and `miner`, the bi-encoder that finds them. output: the folder of the result, which
-    sentence-transformers and fastbert load. settings: the other fields of `RerankSettings`.
+    model: a folder of a cross-encoder, or of a plain encoder, which gets a new head; or a hub id. train: a file, an
+    iterable of dicts or a datasets.Dataset. Its columns are text, text_pair and label (0, 1 or a score between them);
+    or anchor and positive, optionally with negative (a text, a list, or negative_1 and so on) and score (a teacher's
+    margin, or its score of each text); or query, documents (a list) and labels (a number for each). Pairs without
+    negatives need `mine_negatives`, and `miner`, the bi-encoder that finds them. output: the folder of the result,
+    which sentence-transformers and fastbert load. settings: the other fields of `RerankSettings`.
 
-    The evaluation orders the texts of a query: mrr, ndcg@10 and recalls. Scored pairs whose queries have no right and
-    wrong texts are compared by their scores: spearman and pearson.
+    The evaluation ranks the texts of a query: mrr, ndcg@10 and recalls. If no query of scored pairs has both right and
+    wrong texts, it compares the scores: spearman and pearson.
 
-    Raises ValueError for settings and data that do not fit, RecordError for a record, with its place, and
+    Raises ValueError for invalid settings and data, RecordError for an invalid record, with its position, and
     FloatingPointError for a loss that is not finite.
     """
     return train_by(RerankSettings(model=model, train=train, output=output, **settings))
 
 
 def train_by(settings: RerankSettings) -> VectorResult:
-    """Does what `train_cross_encoder` does, by settings."""
+    """Does the work of `train_cross_encoder` for a `RerankSettings`."""
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments
 
     processes = join(settings.device)
@@ -69,7 +69,7 @@ def train_by(settings: RerankSettings) -> VectorResult:
     rows = _rows(examples, loss)
     data = dataset_of(rows)
     batches = sampler_arguments("shuffled", processes.n, isinstance(data, dict))
-    # DDP's search for unused parameters finds none of these scores, and takes all parameters for unused.
+    # DDP's search for unused parameters does not find these scores, and would treat all parameters as unused.
     arguments = arguments_of(
         CrossEncoderTrainingArguments, settings, headline, **batches, ddp_find_unused_parameters=False
     )
@@ -95,7 +95,7 @@ class _Scorer:
 
 
 def load(settings: RerankSettings, device: str, loss: str) -> Any:
-    """Loads the model with one label, and lets fastbert run it."""
+    """Loads the model with one label, and makes fastbert run it."""
     import torch
     import transformers
     from sentence_transformers import CrossEncoder
@@ -104,7 +104,7 @@ def load(settings: RerankSettings, device: str, loss: str) -> Any:
 
     transformers.set_seed(settings.seed)
     model = CrossEncoder(settings.model, num_labels=1, max_length=settings.max_length, device=device)
-    if loss == "marginmse":  # whose scores are a teacher's logits
+    if loss == "marginmse":  # its scores are a teacher's logits
         model.activation_fn = torch.nn.Identity()
     if settings.accelerate:
         fastbert.adapters.accelerate(model)
@@ -133,7 +133,7 @@ def _loss_name(examples: Sequence[Example], settings: RerankSettings) -> str:
 
 
 def _task(held: Sequence[Example], settings: RerankSettings, miner: Any) -> Any:
-    """What the held-out examples are evaluated by, or None without any."""
+    """Returns the task that evaluates the held-out examples, or None without examples."""
     if not held:
         return None
     ranked = RankedLists(lists_of(held, settings.eval_candidates, miner))
@@ -145,7 +145,7 @@ def _task(held: Sequence[Example], settings: RerankSettings, miner: Any) -> Any:
 
 
 def _rows(examples: Sequence[Example], loss: str) -> list[dict[str, Any]]:
-    """The columns of a trainer; their order counts, and the names of labels are its own."""
+    """Returns the columns for a trainer, which depends on their order and has its own names for labels."""
     if loss == "marginmse":
         return [
             {
@@ -166,7 +166,7 @@ def _rows(examples: Sequence[Example], loss: str) -> list[dict[str, Any]]:
 
 
 def _pairs(row: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The pairs of texts that the model reads of a row."""
+    """Returns the pairs of texts of a row that the model reads."""
     if "documents" in row:
         return [(row["query"], text) for text in row["documents"]]
     first, *others = (text for name, text in row.items() if name not in ("label", "score"))

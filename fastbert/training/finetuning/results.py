@@ -1,4 +1,4 @@
-"""The result of a run beside its model: metrics.json, the report, and a model card of facts."""
+"""This module writes the result files of a run: metrics.json, the report, and a model card of facts."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def write_results(
     clock: Mapping[str, Any],
     truncated: Mapping[str, Any],
 ) -> None:
-    """Writes metrics.json, report.html and README.md into the folder of the result.
+    """Writes metrics.json, report.html and README.md into the result folder.
 
-    metrics, predictions: of the best model on the records for evaluation. history: the Trainer's log. calls: of the
-    encoder, by fastbert and by the model's own code with the reason. seconds: of the whole run. clock: times of steps
-    and peaks of memory, by name. truncated: what was cut, by name.
+    metrics, predictions: those of the best model on the evaluation records. history: the Trainer's log. calls: the
+    number of encoder calls, by fastbert, or by the model's own code with the reason. seconds: of the whole run. clock:
+    times of steps and peak memory, by name. truncated: counts of truncated texts, by name.
     """
     import torch
     import transformers
@@ -71,7 +71,7 @@ def write_results(
 
 
 def write_card(folder: str | os.PathLike[str], facts: Mapping[str, Any]) -> Path:
-    """Writes README.md, the card of the model, from what metrics.json holds; returns its path."""
+    """Writes README.md, the model card, from the content of metrics.json; returns its path."""
     path, task = Path(folder) / CARD, str(facts["task"])
     settings, labels = facts["settings"], facts["labels"].get("labels")
     lines = ["---", "library_name: transformers"]

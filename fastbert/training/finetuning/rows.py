@@ -1,4 +1,4 @@
-"""Features of long records are rows of token ids, made with the tokenizer of a model of transformers."""
+"""Features of long records are rows of token ids, made with the tokenizer of a transformers model."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from fastbert.text.offsets import TokenizedText, n_special_tokens, pack, tokeniz
 
 
 class RowMaker:
-    """A RowMaker tokenizes texts with their places, and makes rows of windows over their tokens.
+    """A RowMaker tokenizes texts with their offsets, and makes rows from windows of their tokens.
 
-    tokenizer: a fast tokenizer of transformers. pair: whether a row holds two texts. What looks like a special token in
-    a text is text. Raises ValueError for a tokenizer without places.
+    tokenizer: a fast tokenizer of transformers. pair: whether a row holds two texts. Special tokens in a text are
+    treated as text. Raises ValueError for a tokenizer without offsets.
     """
 
     def __init__(self, tokenizer: Any, pair: bool) -> None:
@@ -21,7 +21,7 @@ class RowMaker:
 
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(f"model: its tokenizer, {type(tokenizer).__name__}, gives no places in the text")
-        # A copy: truncation and padding are state of the original.
+        # A copy, because truncation and padding are state of the original.
         rust = RustTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         rust.no_truncation()
         rust.no_padding()
@@ -29,7 +29,7 @@ class RowMaker:
         self.rust, self.names = rust, tuple(tokenizer.model_input_names)
         self.template = template_of(rust.encode("a", "a" if pair else None), "token_type_ids" in self.names)
         self.n_special = n_special_tokens(self.template)
-        self.before = n_special_tokens(self.template, int(pair))  # special tokens in front of the (second) text
+        self.before = n_special_tokens(self.template, int(pair))  # number of special tokens before the (second) text
 
     def tokenize(self, texts: Sequence[str]) -> list[TokenizedText]:
         """Returns the tokens of each text, without special tokens."""
@@ -38,7 +38,7 @@ class RowMaker:
     def rows(
         self, firsts: Sequence[Sequence[int]], seconds: Sequence[Sequence[int]] | None = None
     ) -> list[dict[str, Any]]:
-        """Returns what forward takes of each row: input_ids, attention_mask and token_type_ids, lists of ints."""
+        """Returns the inputs of forward for each row: input_ids, attention_mask and token_type_ids, lists of ints."""
         packed = pack(self.template, firsts, seconds)
         ids, types, ends = packed.input_ids.tolist(), packed.token_type_ids.tolist(), packed.cu_seqlens.tolist()
         rows = []

@@ -1,4 +1,4 @@
-"""The Trainer of a run: its arguments from the settings, and checkpoints that are whole or passed over."""
+"""This module makes the Trainer of a run, its arguments from the settings, and its sealed checkpoints."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from fastbert.training.settings import n_steps_of
 logger = logging.getLogger("fastbert")
 
 _NAME = re.compile(r"checkpoint-(\d+)")
-_FULL = 1 << 24  # bytes: a disk with less than that is taken to be full
+_FULL = 1 << 24  # bytes: a disk with less free space counts as full
 
 
 def batch_size_of(settings: FinetuneSettings, features: Sequence[Mapping[str, Any]]) -> int:
-    """Returns the sequences of a batch: as named, or as many as have batch_tokens on average."""
+    """Returns the number of sequences per batch: the setting, or the number that has batch_tokens on average."""
     if settings.batch_tokens is None:
         return settings.batch_size
     mean = sum(map(n_tokens, features)) / max(len(features), 1)
@@ -37,13 +37,13 @@ def batch_size_of(settings: FinetuneSettings, features: Sequence[Mapping[str, An
 
 
 def n_tokens(feature: Mapping[str, Any]) -> int:
-    """Returns the tokens of a feature, of all its choices together."""
+    """Returns the number of tokens of a feature, over all its choices."""
     ids = feature["input_ids"]
     return sum(map(len, ids)) if len(ids) and hasattr(ids[0], "__len__") else len(ids)
 
 
 def n_steps(settings: FinetuneSettings, n_features: int, batch_size: int) -> int:
-    """Returns the number of updates of a run, on the processes that torchrun has started."""
+    """Returns the number of updates of a run, with the processes that torchrun has started."""
     if settings.steps is not None:
         return settings.steps
     batches = math.ceil(n_features / (batch_size * n_processes()))
@@ -51,7 +51,7 @@ def n_steps(settings: FinetuneSettings, n_features: int, batch_size: int) -> int
 
 
 def device_of(settings: FinetuneSettings) -> torch.device:
-    """Returns the device that the Trainer takes. Raises ValueError for one that it cannot choose or that is missing."""
+    """Returns the device for the Trainer. Raises ValueError for a device that it cannot select or that is missing."""
     name = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
         raise ValueError(f"device: expected cpu or cuda, got {name!r}; CUDA_VISIBLE_DEVICES chooses among several GPUs")
@@ -83,7 +83,7 @@ def arguments(settings: FinetuneSettings, task: Task, steps: int, batch_size: in
         "bf16": takes_bf16(settings.precision, device),
         "use_cpu": device.type == "cpu",
         "save_strategy": "epoch" if by_epoch else "steps",
-        "save_total_limit": None,  # The callback below deletes old ones, once the new one is whole.
+        "save_total_limit": None,  # The callback below deletes old checkpoints, after the new one is complete.
         "logging_steps": settings.log_every,
         "report_to": [],
         "label_names": list(task.label_names),
@@ -103,13 +103,13 @@ def arguments(settings: FinetuneSettings, task: Task, steps: int, batch_size: in
         if every is not None:
             options["eval_steps"] = every
     arguments = TrainingArguments(**options, **_grouped(settings))
-    if arguments.n_gpu > 1:  # Without torchrun the Trainer would take DataParallel.
+    if arguments.n_gpu > 1:  # Without torchrun the Trainer would use DataParallel.
         arguments._n_gpu = 1
     return arguments
 
 
 def _forget_precision() -> None:
-    """Lets a Trainer know nothing of the precision and the device of one before it in this process."""
+    """Clears the precision and device that an earlier Trainer of this process has set."""
     from accelerate.state import AcceleratorState
 
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
@@ -118,7 +118,7 @@ def _forget_precision() -> None:
 
 
 def _grouped(settings: FinetuneSettings) -> dict[str, Any]:
-    """The argument that has texts of like lengths in a batch: its name changed with transformers 5."""
+    """Returns the argument that groups texts by length. Its name changed with transformers 5."""
     import dataclasses
 
     from transformers import TrainingArguments
@@ -138,7 +138,7 @@ def make_trainer(
     evaluation: Sequence[Mapping[str, Any]],
     compute_metrics: Any,
 ) -> Any:
-    """Makes the Trainer of a run, on features of training and, where there are any, of evaluation."""
+    """Makes the Trainer of a run, for training features and optional evaluation features."""
     from transformers import EarlyStoppingCallback
 
     from fastbert.training.callback import finite_callback
@@ -169,11 +169,11 @@ def _trainer_class() -> type:
     from transformers import Trainer
 
     class OrderedTrainer(Trainer):
-        """The Trainer, whose evaluations keep the order of records, also where training groups texts by length.
+        """The Trainer keeps the order of records in evaluations, even if training groups texts by length.
 
-        It takes the model's own loss for the mean of a batch, which it is. The Trainer would take it for a share of the
-        whole step wherever forward has **kwargs, and so would not divide by accumulated batches, and multiply by
-        processes.
+        It treats the model's own loss as the mean of a batch, which it is. If forward has **kwargs, transformers'
+        Trainer would treat it as a share of the whole step: it would not divide by the number of accumulated batches,
+        and would multiply by the number of processes.
         """
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -181,7 +181,7 @@ def _trainer_class() -> type:
             self.model_accepts_loss_kwargs = False
 
         def _get_eval_sampler(self, eval_dataset: Any) -> Any:
-            if hasattr(eval_dataset, "__len__"):  # accelerate deals it out to several processes
+            if hasattr(eval_dataset, "__len__"):  # accelerate distributes it over several processes
                 return SequentialSampler(eval_dataset)
             return super()._get_eval_sampler(eval_dataset)
 
@@ -190,11 +190,11 @@ def _trainer_class() -> type:
 
 @functools.cache
 def last_step_class() -> Any:
-    """Makes the class of a callback of transformers' Trainer, once it is needed."""
+    """Makes the class of a callback of transformers' Trainer at its first use."""
     from transformers import TrainerCallback
 
     class LastStep(TrainerCallback):
-        """Has the last step evaluated and saved, whatever the distance of evaluations."""
+        """The callback makes the Trainer evaluate and save at the last step, whatever the interval of evaluations."""
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
             if state.global_step >= state.max_steps and args.save_strategy == "steps":
@@ -208,13 +208,13 @@ def last_step_class() -> Any:
 @functools.cache
 def _keeper_class() -> type:
     class Keeper(last_step_class()):  # type: ignore[misc]
-        """Seals each checkpoint, deletes older ones, and has the last step evaluated and saved."""
+        """The callback seals checkpoints, deletes old ones, and makes the Trainer evaluate and save at the end."""
 
         def __init__(self, keep: int) -> None:
             self.keep = keep
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.best_model_checkpoint:  # The folder of a run that goes on may have been moved.
+            if state.best_model_checkpoint:  # The folder of a resumed run may have been moved.
                 state.best_model_checkpoint = str(Path(args.output_dir) / Path(state.best_model_checkpoint).name)
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -237,7 +237,7 @@ def checkpoint_folder(settings: FinetuneSettings) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Returns the folders of checkpoints, whole or not, the oldest first."""
+    """Returns the folders of checkpoints, complete or not, the oldest first."""
     if not folder.is_dir():
         return []
     checkpoints = [
@@ -247,7 +247,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """Returns the newest checkpoint that is whole, or None. Newer ones that are torn are named in the log."""
+    """Returns the newest complete checkpoint, or None. The log names newer ones that are incomplete."""
     for path in reversed(checkpoints(folder)):
         reason = obstacle(path, contents=True)
         if reason is None:
@@ -257,13 +257,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def clock_of(trainer: Any) -> dict[str, Any]:
-    """Returns the times and peaks of `clock.clock`, of a Trainer that `make_trainer` made."""
+    """Returns the times and peak memory of `clock.clock`, from a Trainer of `make_trainer`."""
     facts: dict[str, Any] = next(each.facts() for each in trainer.callback_handler.callbacks if hasattr(each, "facts"))
     return facts
 
 
 def train(trainer: Any, resume: Path | None) -> None:
-    """Trains to the end. Raises OSError, with the name of the last good checkpoint, where the disk is full."""
+    """Trains to the end. Raises OSError, with the name of the last good checkpoint, if the disk is full."""
     folder = Path(trainer.args.output_dir)
     try:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume))

@@ -1,8 +1,8 @@
-"""Labels of tokens are tags, such as NOUN, or write spans in several manners, of which training knows one, IOB2.
+"""Labels of tokens are plain tags, such as NOUN, or mark spans in one of several schemes. Training uses only IOB2.
 
-In IOB2 each span begins with B-. In IOB1 B- stands only where a span touches one of its type. IOBES, which is also
-called BIOES, and BILOU mark last tokens (E-, L-) and spans of one token (S-, U-), too. Labels without any prefix are
-plain tags: they make no spans.
+In IOB2 each span begins with B-. In IOB1, B- is used only if a span follows another span of its type directly. IOBES,
+also called BIOES, and BILOU also mark last tokens (E-, L-) and spans of one token (S-, U-). Labels without any prefix
+are plain tags; they form no spans.
 """
 
 from __future__ import annotations
@@ -18,15 +18,16 @@ _AS_IOB2 = {"B": "B", "I": "I", "E": "I", "L": "I", "S": "B", "U": "B"}
 
 
 def scheme_of(sequences: Sequence[Sequence[str]], records: Sequence[Record]) -> str:
-    """Returns one of SCHEMES, as the labels show it: "plain" where none has a prefix. sequences: of each record.
+    """Returns the one of SCHEMES that the labels use: "plain" if no label has a prefix.
 
-    Raises RecordError, with the place, for a mixture, and for prefixes without a type, which may be meant as either.
+    sequences: the labels of each record. Raises RecordError, with the position, for mixed schemes, and for prefixes
+    without a type, which are ambiguous.
     """
     if _are_plain(sequences, records):
         return PLAIN
     prefixes: dict[str, Record] = {}
-    open_inside: Record | None = None  # I- where no span of its type goes on
-    lone_begin: Record | None = None  # B- that touches no span of its type
+    open_inside: Record | None = None  # I- that continues no span of its type
+    lone_begin: Record | None = None  # B- that does not follow a span of its type
     for labels, record in zip(sequences, records, strict=True):
         before = ""
         for label in labels:
@@ -56,7 +57,10 @@ def scheme_of(sequences: Sequence[Sequence[str]], records: Sequence[Record]) -> 
 
 
 def _are_plain(sequences: Sequence[Sequence[str]], records: Sequence[Record]) -> bool:
-    """Tells whether labels other than O have no prefixes. Raises RecordError where some have, and for B and I alone."""
+    """Tells whether the labels other than O have no prefixes.
+
+    Raises RecordError if only some have, and for only B and I.
+    """
     prefixed: tuple[str, Record] | None = None
     plain: tuple[str, Record] | None = None
     for labels, record in zip(sequences, records, strict=True):
@@ -83,9 +87,9 @@ def _are_plain(sequences: Sequence[Sequence[str]], records: Sequence[Record]) ->
 
 
 def as_iob2(labels: Sequence[str], scheme: str, record: Record) -> list[str]:
-    """Returns the labels of a record in IOB2, plain tags as they are.
+    """Returns the labels of a record in IOB2; plain tags stay unchanged.
 
-    Raises RecordError for a label without the prefix of a scheme.
+    Raises RecordError for a label without a prefix of the scheme.
     """
     if scheme == PLAIN:
         return list(labels)

@@ -1,4 +1,4 @@
-"""The tasks with one output for each input: classes, several labels, numbers, and the choice among continuations."""
+"""This module has the tasks with one output per input: classes, several labels, numbers, and choices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fastbert.training.finetuning.tasks import Task
 
 
 class SequenceTask(Task):
-    """What these tasks share: text and text_pair of a record become one input."""
+    """This base makes one input from the text and text_pair of a record."""
 
     head = "AutoModelForSequenceClassification"
     problem: str
@@ -31,7 +31,7 @@ class SequenceTask(Task):
         return pretrained(self.head, settings, self.labels, problem_type=self.problem, **options)
 
     def features(self, records: Sequence[Record], tokenizer: Any, settings: FinetuneSettings) -> list[dict[str, Any]]:
-        labels = [self.label(record) for record in records]  # an unknown label shows before the long work
+        labels = [self.label(record) for record in records]  # an unknown label raises before the long work
         texts = [text_of(record) for record in records]
         pairs = pairs_of(records)
         encoded, lengths = encode(tokenizer, texts, pairs, settings.max_length)
@@ -45,7 +45,7 @@ class SequenceTask(Task):
             self.label(record)
 
     def label(self, record: Record) -> Any:
-        """Returns the label of a record as the collator takes it. Raises RecordError for one that is unknown."""
+        """Returns the label of a record, for the collator. Raises RecordError for an unknown label."""
         raise NotImplementedError
 
     def targets(self, records: Sequence[Record]) -> np.ndarray:
@@ -54,14 +54,14 @@ class SequenceTask(Task):
 
 
 class Classify(SequenceTask):
-    """One of several classes for a text, or for a pair of texts."""
+    """The task predicts one of several classes for a text, or for a pair of texts."""
 
     name, headline, problem = "classify", "accuracy", "single_label_classification"
 
     def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
         self.classes = ordered(find_labels(records, order=settings.label_order), settings)
         self.labels = list(self.classes.names)
-        self.classes.weights(settings.class_weights)  # for its errors
+        self.classes.weights(settings.class_weights)  # raises for invalid weights
         return {"labels": self.labels, "counts": dict(zip(self.labels, self.classes.counts, strict=True))}
 
     def check(self, records: Sequence[Record]) -> None:
@@ -88,7 +88,7 @@ class Classify(SequenceTask):
 
 
 class Multilabel(SequenceTask):
-    """Any number of labels for a text, none included."""
+    """The task predicts any number of labels for a text, including none."""
 
     name, headline, problem = "multilabel", "micro_f1", "multi_label_classification"
 
@@ -97,7 +97,7 @@ class Multilabel(SequenceTask):
         labels = find_labels(records, order=settings.label_order, many=True, separator=settings.separator)
         self.classes, self.n_records = ordered(labels, settings), len(records)
         self.labels = list(self.classes.names)
-        self.classes.weights(settings.class_weights)  # for its errors
+        self.classes.weights(settings.class_weights)  # raises for invalid weights
         without = sum(not any(self.label(record)) for record in records)
         shown = dict(zip(self.labels, self.classes.counts, strict=True))
         return {"labels": self.labels, "counts": shown, "records without a label": without}
@@ -113,7 +113,7 @@ class Multilabel(SequenceTask):
         warn_of_unseen(self.labels, seen, "labels")
 
     def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
-        """Returns a loss where a label that a record has counts by its weight, and one that it lacks by 1."""
+        """Returns a loss in which a label that a record has is weighted, and a label that it lacks has weight 1."""
         class_weights = self.classes.weights(settings.class_weights)
         if class_weights is None:
             return None
@@ -151,7 +151,7 @@ class Multilabel(SequenceTask):
 
 
 class Regress(SequenceTask):
-    """A number for a text, or for a pair of texts."""
+    """The task predicts a number for a text, or for a pair of texts."""
 
     name, headline, problem = "regress", "mse", "regression"
     greater_is_better = False
@@ -180,7 +180,10 @@ class Regress(SequenceTask):
 
 
 class Choice(Task):
-    """The right one of several continuations of a text, or answers to a question, as many for each record."""
+    """The task selects the right one of several continuations of a text, or of several answers to a question.
+
+    Every record has the same number of choices.
+    """
 
     name, headline, head = "choice", "accuracy", "AutoModelForMultipleChoice"
 
@@ -193,7 +196,7 @@ class Choice(Task):
         return pretrained(self.head, settings, **options)
 
     def label(self, record: Record) -> int:
-        """Returns the number of the right choice, counted from 0. Raises RecordError where there is no such choice."""
+        """Returns the index of the right choice, from 0. Raises RecordError if there is no such choice."""
         choices, label = choices_of(record), record.values.get("label")
         if len(choices) != self.n_choices:
             raise _error(record, f"choices: expected {self.n_choices}, as the first record has, got {len(choices)}")
@@ -264,7 +267,7 @@ def encode(
 
 
 def text_of(record: Record, name: str = "text") -> str:
-    """Returns a text of a record. Raises RecordError where it is missing, empty or no text."""
+    """Returns a text of a record. Raises RecordError if it is missing, empty or no text."""
     value = record.value(name)
     if not isinstance(value, str):
         raise _error(record, f"{name}: expected a text, got {value!r}")
@@ -274,14 +277,17 @@ def text_of(record: Record, name: str = "text") -> str:
 
 
 def pairs_of(records: Sequence[Record]) -> list[str] | None:
-    """Returns the second text of each record, None where none has one. Raises RecordError for a record without."""
+    """Returns the second text of each record, or None if no record has one.
+
+    Raises RecordError if only some have one.
+    """
     if all(is_missing(record.values.get("text_pair")) for record in records):
         return None
     return [text_of(record, "text_pair") for record in records]
 
 
 def number_of(record: Record) -> float:
-    """Returns the number that a record has for its label. Raises RecordError where it is none, or not finite."""
+    """Returns the number that is a record's label. Raises RecordError if it is no number or not finite."""
     value = record.value("label")
     try:
         if isinstance(value, bool) or is_missing(value):
@@ -308,12 +314,12 @@ def choices_of(record: Record) -> list[str]:
 
 
 def is_missing(value: Any) -> bool:
-    """Tells whether a cell holds nothing: None or NaN."""
+    """Tells whether a cell is empty: None or NaN."""
     return value is None or (isinstance(value, (float, np.floating)) and math.isnan(value))
 
 
 def ordered(labels: Labels, settings: FinetuneSettings) -> Labels:
-    """Returns labels in the order of the model's own head, where that has just these and the settings name no order."""
+    """Returns labels in the order of the model's own head, if that has exactly these and the settings have no order."""
     import transformers
 
     own = transformers.AutoConfig.from_pretrained(settings.model).id2label or {}

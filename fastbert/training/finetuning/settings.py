@@ -1,4 +1,4 @@
-"""`FinetuneSettings` holds the settings of a fine-tuning run, and checks them when it is made."""
+"""`FinetuneSettings` holds the settings of a fine-tuning run, and checks them at its creation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastbert.training.settings import PRECISIONS
 
 KINDS = "auto", "csv", "tsv", "jsonl", "parquet", "squad", "conll"
 
-# What may differ between a run and the one that it resumes: where things lie, and what changes no step.
+# The fields that may differ when a run resumes: paths, and settings that change no step.
 MAY_DIFFER = frozenset(
     ("train", "eval", "output", "resume", "dry_run", "workers", "log_every", "keep", "progress", "device", "accelerate")
 )
@@ -33,50 +33,50 @@ class FinetuneSettings:
     task: str  # a name of fastbert.training.finetuning.tasks.TASKS
     model: str  # a folder in Hugging Face layout, or a hub id
     train: Any  # a file, or from Python any iterable of dicts
-    output: str  # the folder of the result, of checkpoints and of the report
-    eval: Any = None  # likewise, in the place of a share of the training data
-    eval_share: float = 0.1  # of the training records, held out where there is no eval; 0 for none
-    kind: str = "auto"  # of files
-    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our name: the file's
-    separator: str = ","  # between the labels of a cell, of multilabel in CSV
+    output: str  # the folder for the result, the checkpoints and the report
+    eval: Any = None  # in the same form; by default a share of the training data
+    eval_share: float = 0.1  # the share of training records to hold out without eval; 0 for none
+    kind: str = "auto"  # kind of the files
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # fastbert's name: the file's name
+    separator: str = ","  # between the labels of a cell, for multilabel in CSV
     label_order: tuple[str, ...] = ()  # all labels, in the order of their numbers; by default sorted
-    scheme: str = "auto"  # how labels of tokens write spans, or "plain"; by default what they look like
-    max_length: int | None = None  # tokens of an input; by default what the model reads, 512 at most
-    stride: int = 128  # tokens that two windows of a long text share: tokens, qa
-    threshold: float = 0.5  # of the probability from which on a label is given: multilabel
-    no_answer_threshold: float = 0.0  # what the score of no answer must exceed the best answer's by: qa
-    answer_length: int = 30  # tokens of an answer, at most: qa
+    scheme: str = "auto"  # the labelling scheme of tokens, or "plain"; auto determines it from the labels
+    max_length: int | None = None  # tokens of an input; by default the model's limit, at most 512
+    stride: int = 128  # tokens in the overlap of two windows of a long text: tokens, qa
+    threshold: float = 0.5  # the least probability of a predicted label: multilabel
+    no_answer_threshold: float = 0.0  # least lead of the score of no answer over the best answer's: qa
+    answer_length: int = 30  # maximum tokens of an answer: qa
 
     # Model
-    freeze_encoder: bool = False  # train the head alone
-    lora: int | None = None  # rank of the adapters of the encoder's linears; the rest of the encoder is frozen
-    dropout: float | None = None  # of all of the model, in the place of the config's
-    # none, balanced (each class counts the same in the loss), or weights by name: a mapping, A=2,B=0.5, or a JSON file
+    freeze_encoder: bool = False  # train only the head
+    lora: int | None = None  # rank of the adapters in the encoder's linear layers; the rest of the encoder is frozen
+    dropout: float | None = None  # of the whole model; by default the config's values
+    # none, balanced (equal total weight of each class), or weights by name: a mapping, A=2,B=0.5, or a JSON file
     class_weights: str | Mapping[str, float] = "none"
-    accelerate: bool = True  # off for comparison: the model's own code runs
+    accelerate: bool = True  # False, for comparison: the model's own code runs
 
     # Steps
     epochs: float = 3.0
-    steps: int | None = None  # updates, in the place of epochs
-    batch_size: int = 32  # sequences of an update on each device
-    batch_tokens: int | None = None  # in the place of batch_size: so many sequences as have these tokens on average
-    accumulate: int = 1  # batches of an update
-    group_by_length: bool = False  # texts of like lengths in a batch: for models that compute padding
+    steps: int | None = None  # updates, instead of epochs
+    batch_size: int = 32  # sequences per batch on each device
+    batch_tokens: int | None = None  # instead of batch_size: average tokens of a batch
+    accumulate: int = 1  # batches per update
+    group_by_length: bool = False  # put texts of similar length into a batch: for models that compute padding
     learning_rate: float = 5e-5
     weight_decay: float = 0.01
-    warmup: float = 0.1  # a share of the steps below 1, else a number of steps
-    clip: float = 1.0  # the greatest norm of all gradients together; 0 for none
+    warmup: float = 0.1  # below 1 a share of the steps, else a number of steps
+    clip: float = 1.0  # limit of the norm of all gradients together; 0 for no limit
     seed: int = 0
     precision: str = "auto"
 
-    # On the way
+    # During the run
     evaluate_every: int | None = None  # steps between evaluations and checkpoints; by default each epoch
-    early_stopping: int | None = None  # evaluations without a better headline metric, after which the run ends
-    keep: int = 1  # newest checkpoints that stay beside the best
+    early_stopping: int | None = None  # the run ends after this number of evaluations without a better headline metric
+    keep: int = 1  # number of newest checkpoints to keep, in addition to the best
     log_every: int = 10  # steps
     resume: bool = False
     dry_run: bool = False
-    workers: int = 0  # processes that make batches, beside the training's
+    workers: int = 0  # additional processes that make batches
     device: str | None = None
     progress: bool = True
 
@@ -110,7 +110,7 @@ class FinetuneSettings:
             raise ValueError("early_stopping: expected data for evaluation; eval is not given and eval_share is 0")
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON has them. Data in memory are written as the name of their type."""
+        """Returns the fields as JSON values. Data in memory are replaced by the name of their type."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in ("train", "eval"):
             if not isinstance(values[name], (str, type(None))):

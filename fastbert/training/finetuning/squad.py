@@ -1,4 +1,4 @@
-"""Questions are read here from SQuAD's JSON, of both versions, and answers in each of the forms that are in use."""
+"""This module reads questions from SQuAD's JSON, versions 1 and 2, and answers in each of the common forms."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from fastbert.training.finetuning.columns import Record, RecordError
 
 
 def is_squad(whole: Any) -> bool:
-    """Says whether a JSON value has SQuAD's form: articles, in them paragraphs."""
+    """Tells whether a JSON value has SQuAD's form: articles that contain paragraphs."""
     data = whole.get("data") if isinstance(whole, dict) else None
     return isinstance(data, list) and bool(data) and all(isinstance(a, dict) and "paragraphs" in a for a in data)
 
 
 def squad_rows(whole: Mapping[str, Any], name: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yields ({"id", "title", "question", "context", "answers"}, place) of each question.
+    """Yields ({"id", "title", "question", "context", "answers"}, place) for each question.
 
     answers: {"text": [...], "answer_start": [...]}, with empty lists for a question without an answer, as in datasets.
-    Raises RecordError, with article, paragraph and question, counted from 1, for what is missing or of another type.
+    Raises RecordError, with article, paragraph and question, counted from 1, for missing values and wrong types.
     """
     for a, article in enumerate(whole["data"], start=1):
         for p, paragraph in enumerate(_list(article, "paragraphs", f"{name}, article {a}"), start=1):
@@ -51,10 +51,10 @@ def _text(holder: Any, key: str, place: str) -> str:
 
 
 def answers_of(record: Record) -> list[tuple[str, int | None]]:
-    """Returns (text, first character or None) of each answer of a record; none for a question without an answer.
+    """Returns (text, first character or None) for each answer of a record; an empty list for a question without answer.
 
     "answers" may be a text, a list of texts, a list of {"text", "answer_start"}, or {"text": [...], "answer_start":
-    [...]}; "start" is as good as "answer_start". Raises RecordError for anything else.
+    [...]}; "start" is accepted as "answer_start". Raises RecordError for any other form.
     """
     value = record.values.get("answers")
     if value is None or value == "":

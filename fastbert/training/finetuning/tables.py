@@ -1,4 +1,4 @@
-"""Tables are read here: CSV, TSV, and the numbers of classes that datasets stores with their names."""
+"""This module reads tables (CSV, TSV), and replaces class numbers from datasets by class names."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from fastbert.training.finetuning.columns import RecordError, several
 
 logger = logging.getLogger("fastbert")
 
-Row = tuple[list[str], int]  # cells, and the line of the file where they begin
+Row = tuple[list[str], int]  # cells, and the line of the file at which they begin
 _limit = threading.Lock()
 
 
 def read_table(text: str, name: str, kind: str) -> Iterator[tuple[dict[str, str], str]]:
     """Yields (cells by column, place) of a CSV or TSV text whose first row is the header.
 
-    Empty lines are left out, and so are rows whose cells are all empty, with a warning.
+    Empty lines are skipped. Rows with only empty cells are skipped too, with a warning.
 
-    CSV: where the header has no comma, a semicolon or a tab separates. TSV: quotes count, as Excel writes them, unless
-    every line has the header's number of cells without that; then they are part of the text, as in GLUE's files.
+    CSV: if the header has no comma, the separator is a semicolon or a tab. TSV: quotes delimit cells, as Excel writes
+    them. But if every line has the same number of cells when quotes are read as text, and reading them as delimiters
+    would join lines or fail, then they are part of the text, as in GLUE's files.
 
-    Raises RecordError, with the line, for rows of another length than the header's, for columns that are there twice,
-    and for a quote that is not closed.
+    Raises RecordError, with the line, for rows with a length other than the header's, for duplicate columns, and for a
+    quote that is not closed.
     """
     separator = "\t" if kind == "tsv" else _separator(text)
     rows = _tsv_rows(text, name) if kind == "tsv" else _rows(text, separator, name)
@@ -85,7 +86,7 @@ def _tsv_rows(text: str, name: str) -> list[Row]:
 
 def _rows(text: str, separator: str, name: str) -> list[Row]:
     rows: list[Row] = []
-    # newline="" keeps line ends inside of cells, and the reader counts the lines of the file.
+    # newline="" preserves line ends inside of cells, and the reader counts the lines of the file.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     line = 1
     with _long_cells():
@@ -102,7 +103,7 @@ def _rows(text: str, separator: str, name: str) -> list[Row]:
 
 @contextmanager
 def _long_cells() -> Iterator[None]:
-    """Lets cells be longer than 131,072 characters; the limit is one for all of Python, and is put back."""
+    """Allows cells longer than 131,072 characters; the limit is global in Python, and is restored afterwards."""
     with _limit:
         before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
         try:
@@ -112,7 +113,7 @@ def _long_cells() -> Iterator[None]:
 
 
 def class_names(features: Any) -> dict[str, list[str]]:
-    """Returns {column: names of its classes} of the features of a datasets.Dataset; lists of classes count too."""
+    """Returns {column: names of its classes} from the features of a datasets.Dataset, including lists of classes."""
     found: dict[str, list[str]] = {}
     for column, feature in (features or {}).items() if isinstance(features, Mapping) else ():
         names = getattr(feature, "names", None) or getattr(getattr(feature, "feature", None), "names", None)
@@ -122,7 +123,7 @@ def class_names(features: Any) -> dict[str, list[str]]:
 
 
 def class_names_in_schema(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:
-    """Returns the same from the metadata of a Parquet file that datasets has written; {} for another's."""
+    """Returns the same from the metadata of a Parquet file written by datasets; {} for other files."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
@@ -136,9 +137,9 @@ def class_names_in_schema(metadata: Mapping[bytes, bytes]) -> dict[str, list[str
 
 
 def with_names(row: Mapping[str, Any], classes: Mapping[str, list[str]], place: str) -> dict[str, Any]:
-    """Returns the row with names of classes in the place of their numbers; -1, which is no class, becomes None.
+    """Returns the row with class names instead of class numbers; -1, which means no class, becomes None.
 
-    Raises RecordError for a number that has no name.
+    Raises RecordError for a number without a name.
     """
     named = dict(row)
     for column, names in classes.items():

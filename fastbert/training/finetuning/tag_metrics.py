@@ -1,4 +1,7 @@
-"""Scores of words that have a tag each, as pure functions; spans and classes have theirs in `metrics`."""
+"""This module has the scores of words with one tag each, as pure functions.
+
+`metrics` has those of spans and classes.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from fastbert.training.finetuning.metrics import confusion_matrix, of_confusion
 
 
 def tags(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], names: Sequence[str]) -> dict[str, Any]:
-    """Returns token_accuracy and F1 scores of words with a tag each, as scikit-learn's over all words.
+    """Returns token_accuracy and F1 scores of words with one tag each, as scikit-learn does over all words.
 
-    true, predicted: one list of tags a sentence. names: all tags. macro_f1 is over tags that are in either; per_type
-    has a dict for each of these. Raises ValueError where the number of sentences or of tags differs, or without words.
+    true, predicted: one list of tags per sentence. names: all tags. macro_f1 is the mean over tags that are in either;
+    per_type has a dict for each of these. Raises ValueError if the number of sentences or of tags differs, or without
+    words.
     """
     rows = tag_counts(true, predicted)
     expect(bool(rows.sum()), "true", "no words", "at least one")
@@ -33,7 +37,7 @@ def tags(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], name
 
 
 def tag_counts(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> np.ndarray:
-    """Returns (N, 2) int64 for N sentences: words whose tag is right, and all words."""
+    """Returns (N, 2) int64 for N sentences: the number of words with the right tag, and of all words."""
     expect(len(true) == len(predicted), "predicted", f"{len(predicted)} sentences", f"{len(true)}, as in true")
     for number, (t, p) in enumerate(zip(true, predicted, strict=True), start=1):
         expect(len(t) == len(p), "predicted", f"{len(p)} tags in sentence {number}", f"{len(t)}, as in true")
@@ -42,6 +46,6 @@ def tag_counts(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
 
 
 def share_of_counts(counts: np.ndarray) -> float:
-    """Returns the share of words that are right over all sentences of `tag_counts`, (N, 2)."""
+    """Returns the share of right words over all sentences of `tag_counts`, (N, 2)."""
     right, words = counts.sum(0)
     return float(right / words) if words else 0.0

@@ -1,19 +1,19 @@
-"""A `Task` is what differs between the heads; `TASKS` names the module of each, which is imported when it is asked for.
+"""A `Task` holds the differences between the heads. `TASKS` names the module of each task, imported at its first use.
 
-The glue in `finetune.py` calls, in this order, on one object that a run makes by `task_of(name)`:
+`finetune.py` calls these methods in this order, on one object that a run makes by `task_of(name)`:
 
-    task.prepare(records, settings)              of the training records alone
-    task.check(records)                          of the records for evaluation, before the long work
+    task.prepare(records, settings)              only for the training records
+    task.check(records)                          for the evaluation records, before the long work
     task.model(settings)                         a transformers AutoModelFor..., not accelerated yet
-    task.features(records, tokenizer, settings)  of the training records, and of those for evaluation
+    task.features(records, tokenizer, settings)  for the training and the evaluation records
     task.collator(tokenizer)                     data_collator of the Trainer
     task.loss(settings)                          compute_loss_func of the Trainer, or None
     task.keep(logits, labels)                    after each batch of an evaluation, on the device
-    task.predictions(logits, features, records)  of all batches, on the host
-    task.score(predictions, records)             the metrics, `headline` among them
-    task.tables(predictions, records)            what the report plots: labels and probabilities
+    task.predictions(logits, features, records)  for all batches, on the host
+    task.score(predictions, records)             the metrics, including `headline`
+    task.tables(predictions, records)            the data for the report's plots: labels and probabilities
 
-Records are what `records.read_records` gives; an error about one is a `RecordError` with its place.
+Records come from `records.read_records`; an error about a record is a `RecordError` with its position.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastbert.training.finetuning.settings import FinetuneSettings
 if TYPE_CHECKING:
     from fastbert.training.finetuning.records import Record
 
-# Name: (module, class). A module is imported when its task is asked for.
+# Name: (module, class). A module is imported when its task is first used.
 TASKS: dict[str, tuple[str, str]] = {
     "classify": ("fastbert.training.finetuning.sequence", "Classify"),
     "multilabel": ("fastbert.training.finetuning.sequence", "Multilabel"),
@@ -39,26 +39,26 @@ TASKS: dict[str, tuple[str, str]] = {
 
 
 class Task:
-    """A task is made anew for each run, and holds what `prepare` has found: the labels and their numbers."""
+    """A task is created for each run, and holds the result of `prepare`: the labels and their numbers."""
 
-    name: str  # of TASKS
-    headline: str  # the key of the metric, among those of `score`, that decides on the best model
+    name: str  # a name in TASKS
+    headline: str  # the key of the metric of `score` that selects the best model
     greater_is_better: bool = True
-    head: str  # the AutoModelFor... of transformers, by name
-    windows: bool = False  # whether `features` gives several for a long record, instead of truncating it
-    label_names: tuple[str, ...] = ("labels",)  # what of a batch is a label: label_names of the Trainer
+    head: str  # the name of the AutoModelFor... class of transformers
+    windows: bool = False  # whether `features` splits a long record into windows instead of truncating it
+    label_names: tuple[str, ...] = ("labels",)  # the label entries of a batch: label_names of the Trainer
 
     def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
-        """Finds the labels in the training records; returns what is to be shown of them, as JSON has it.
+        """Finds the labels in the training records; returns facts about them for display, as JSON values.
 
-        Raises RecordError, with the place, for a record without a label or with one of the wrong type.
+        Raises RecordError, with the position, for a record without a label or with a label of the wrong type.
         """
         raise NotImplementedError
 
     def check(self, records: Sequence[Record]) -> None:
-        """Warns of labels of the training that no record for evaluation has.
+        """Warns of training labels that no evaluation record has.
 
-        Raises RecordError, with the place, for a label that the training records do not have.
+        Raises RecordError, with the position, for a label that the training records do not have.
         """
 
     def model(self, settings: FinetuneSettings, **options: Any) -> Any:
@@ -69,13 +69,12 @@ class Task:
         raise NotImplementedError
 
     def features(self, records: Sequence[Record], tokenizer: Any, settings: FinetuneSettings) -> list[dict[str, Any]]:
-        """Returns what the collator takes, at least one dict a record, in the order of records.
+        """Returns the input of the collator: at least one dict per record, in the order of the records.
 
-        settings.max_length is an int here: what is asked for, or what the model reads.
-        input_ids, attention_mask and labels are lists of ints, or label a number. full_length is the number of tokens
-        before truncation or windows, or a list for several inputs. What forward does not take is kept from batches by
-        the Trainer and may serve `predictions`. Raises RecordError for a label that the training
-        records do not have.
+        settings.max_length is an int here: the requested value, or the model's limit. input_ids, attention_mask and
+        labels are lists of ints, or label is a number. full_length is the number of tokens before truncation or
+        windows, or a list for several inputs. The Trainer removes entries that forward does not accept from batches;
+        `predictions` may use them. Raises RecordError for a label that the training records do not have.
         """
         raise NotImplementedError
 
@@ -86,19 +85,19 @@ class Task:
         return DataCollatorWithPadding(tokenizer)
 
     def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
-        """Returns compute_loss_func of the Trainer where the settings ask for another loss than the model's own."""
+        """Returns compute_loss_func of the Trainer, or None if the settings need only the model's own loss."""
         return None
 
     def keep(self, logits: Any, labels: Any) -> Any:
-        """Returns what is kept of a batch's logits in an evaluation: preprocess_logits_for_metrics of the Trainer."""
+        """Returns the part of a batch's logits to keep in an evaluation: preprocess_logits_for_metrics."""
         return logits
 
     def predictions(self, logits: Any, features: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> Any:
-        """Returns one prediction a record from the arrays of all features, in their order."""
+        """Returns one prediction per record from the arrays of all features, in their order."""
         raise NotImplementedError
 
     def score(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
-        """Returns the metrics by name, as JSON has them; the Trainer logs those that are numbers."""
+        """Returns the metrics by name, as JSON values; the Trainer logs the numbers among them."""
         raise NotImplementedError
 
     def interval(self, predictions: Any, records: Sequence[Record]) -> tuple[float, float] | None:
@@ -106,12 +105,12 @@ class Task:
         return None
 
     def tables(self, predictions: Any, records: Sequence[Record]) -> dict[str, Any]:
-        """Returns `tables` of `report.write_report`, {} for none: labels, and probabilities with names or values."""
+        """Returns `tables` of `report.write_report`, such as labels and probabilities; {} for no tables."""
         return {}
 
 
 def task_of(name: str) -> Task:
-    """Makes the task of a name. Raises ValueError, with the names that there are, for another one."""
+    """Makes the task of a name. Raises ValueError, with the available names, for an unknown name."""
     if name not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {name!r}")
     module, cls = TASKS[name]

@@ -1,4 +1,4 @@
-"""What records of the task `tokens` hold is checked here: tokens with labels, or texts with spans."""
+"""This module checks the records of the task `tokens`: tokens with labels, or texts with spans."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastbert.training.finetuning.columns import Record, RecordError
 
 
 class Span(NamedTuple):
-    """A Span is a stretch of a text: its type, its first character, and the first one after it."""
+    """A Span is a part of a text: its type, its first character, and the character after its last."""
 
     type: str
     start: int
@@ -19,12 +19,12 @@ class Span(NamedTuple):
 
 
 def has_spans(record: Record) -> bool:
-    """Tells whether a record is a text with spans, and no list of tokens."""
+    """Tells whether a record is a text with spans instead of a list of tokens."""
     return record.values.get("tokens") is None and "spans" in record.values
 
 
 def tokens_of(record: Record) -> tuple[list[str], list[str]]:
-    """Returns the tokens and the labels of a record. Raises RecordError for other types and other numbers."""
+    """Returns the tokens and the labels of a record. Raises RecordError for wrong types and for different numbers."""
     tokens, labels = record.value("tokens"), record.value("labels")
     for name, value in (("tokens", tokens), ("labels", labels)):
         if (
@@ -39,7 +39,10 @@ def tokens_of(record: Record) -> tuple[list[str], list[str]]:
 
 
 def spans_in(record: Record) -> list[Span]:
-    """Returns the spans of a record in their order. Raises RecordError for one outside of the text or in another."""
+    """Returns the spans of a record in order.
+
+    Raises RecordError for a span outside of the text, and for overlapping spans.
+    """
     text, value = record.value("text"), record.values.get("spans")
     spans = []
     for each in value if value is not None else ():

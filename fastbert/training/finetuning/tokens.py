@@ -1,9 +1,9 @@
-"""The task `tokens` gives every word a label; labels in the manner of IOB2 make spans, such as names; others are tags.
+"""The task `tokens` gives every word a label. IOB2 labels form spans, such as names; other labels are tags.
 
-A record has `tokens` and `labels`, or `text` and `spans` ([{"start", "end", "label"}, ...], in characters). Both become
-running text with words at places, since that is what the model is used on. The first token of a word has its label, and
-the other tokens have none. Longer texts become windows that are cut between words; each word has its label in the one
-window where it has most context, so that none is lost or counted twice.
+A record has `tokens` and `labels`, or `text` and `spans` ([{"start", "end", "label"}, ...], in characters). Both are
+converted to running text with word positions, because the model is used on running text. The first token of a word has
+its label, and the other tokens have none. Longer texts are split into windows between words. Each word has its label
+only in the window that gives it the most context, so that no word is lost or counted twice.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ IGNORED = -100
 
 @dataclass
 class _Example:
-    """An _Example is a record as running text: its words, which have labels, or its spans."""
+    """An _Example is a record as running text, with labelled words or with spans."""
 
     text: str
-    words: list[tuple[int, int]] | None  # places of the words of `tokens`
-    labels: list[str] | None  # in IOB2 or plain, one a word
-    spans: list[Span] | None  # of `text` and `spans`, in their order
+    words: list[tuple[int, int]] | None  # positions of the words of `tokens`
+    labels: list[str] | None  # in IOB2 or plain, one per word
+    spans: list[Span] | None  # of `text` and `spans`, in order
 
 
 class Tokens(Task):
-    """A label for each word; what is scored are spans, or words where the labels are plain tags."""
+    """The task predicts a label for each word. The scores count spans, or words if the labels are plain tags."""
 
     name, headline, head, windows = "tokens", "f1", "AutoModelForTokenClassification", True
     labels: list[str]
     scheme = "IOB2"
-    pieces: bool | None = None  # whether each token is a word of its own, as spans within words need it
-    counts: Counter[str] | None = None  # of the words of training with each label, once there are features
+    pieces: bool | None = None  # whether each token counts as a word, which spans within words need
+    counts: Counter[str] | None = None  # number of training words with each label, set by `features`
 
     def prepare(self, records: Sequence[Record], settings: FinetuneSettings) -> dict[str, Any]:
-        """Finds scheme and types, or tags.
+        """Finds the scheme and the types, or the tags.
 
-        Raises RecordError for labels or spans that do not fit, ValueError for none, for less than two tags, and for
-        weights of other names.
+        Raises RecordError for invalid labels or spans; ValueError if there are none, for fewer than two tags, and for
+        weights with unknown names.
         """
         labelled = [record for record in records if not has_spans(record)]
         self.scheme = settings.scheme
@@ -83,7 +83,7 @@ class Tokens(Task):
         self.labels = _label_order(
             names if is_plain else [OUTSIDE, *(f"{p}-{name}" for name in names for p in "BI")], settings
         )
-        weights_of(self._weights(settings), self.labels, [1] * len(self.labels))  # for its errors
+        weights_of(self._weights(settings), self.labels, [1] * len(self.labels))  # raises for invalid weights
         if rare := [f"{name} ({places[name][0]})" for name in names if len(places[name]) == 1]:
             phrase = "tags have one word" if is_plain else "types have one span"
             logger.warning("labels: %d %s each: %s", len(rare), phrase, ", ".join(rare[:8]))
@@ -103,9 +103,9 @@ class Tokens(Task):
         warn_of_unseen(sorted(known), seen, "labels")
 
     def loss(self, settings: FinetuneSettings) -> Callable[..., Any] | None:
-        """Returns a loss with weights of labels; the weight of a type is that of its B- and of its I-.
+        """Returns a loss with label weights; the weight of a type applies to its B- and its I-.
 
-        Where several batches make an update, each has a share by its words, as one large batch would have it.
+        If an update has several batches, the share of each depends on its number of words, as in one large batch.
         """
         counts = self.counts or Counter()
         weights = weights_of(self._weights(settings), self.labels, [counts[name] for name in self.labels])
@@ -114,7 +114,7 @@ class Tokens(Task):
         return None if weights is None else weighted_cross_entropy(weights)
 
     def _weights(self, settings: FinetuneSettings) -> str | dict[str, float]:
-        """Returns the weights of the settings, by the names of labels where they are by types."""
+        """Returns the weights of the settings by label; a weight by type applies to both labels of the type."""
         if isinstance(settings.class_weights, str):
             return settings.class_weights
         weights: dict[str, float] = {}
@@ -132,7 +132,7 @@ class Tokens(Task):
             yield from (span.type for span in self._spans(example))
 
     def _unknown(self, name: str, record: Record) -> RecordError:
-        """Returns the error of a type or tag that training does not have, with the first word that has it."""
+        """Returns the error for a type or tag that training does not have, with the first word that has it."""
         words, labels = ([], []) if has_spans(record) else tokens_of(record)
         at = next((i for i, label in enumerate(labels) if label.endswith(name)), None)
         where = "" if at is None else f" (word {at + 1}, {words[at]!r:.40})"
@@ -149,10 +149,10 @@ class Tokens(Task):
         return pretrained(self.head, settings, self.labels, **options)
 
     def features(self, records: Sequence[Record], tokenizer: Any, settings: FinetuneSettings) -> list[dict[str, Any]]:
-        """Returns the windows of all records. Beside what forward takes: record, and places of labels with their words.
+        """Returns the windows of all records.
 
-        Words without a token, such as control characters, are counted in a warning, and so are spans that are widened
-        to whole tokens.
+        Each window has the inputs of forward, the record, and the positions of labels with their words. One warning
+        counts words without a token, such as control characters; another counts spans that are widened to whole tokens.
         """
         numbers = {name: i for i, name in enumerate(self.labels)}
         examples = [self._example(record) for record in records]
@@ -206,7 +206,7 @@ class Tokens(Task):
         return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
     def predictions(self, logits: Any, features: Sequence[Mapping[str, Any]], records: Sequence[Record]) -> Any:
-        """Returns the labels of each record's words, in IOB2 or plain, or its spans where the record has spans."""
+        """Returns the labels of each record's words, in IOB2 or plain, or the spans if the record has spans."""
         best = np.asarray(logits)
         best = best.argmax(-1) if best.ndim == 3 else best
         named: list[list[str]] = [[] for _ in records]
@@ -214,7 +214,7 @@ class Tokens(Task):
         for row, feature in zip(best, features, strict=True):
             number = feature["record"]
             places[number] = feature["places"]
-            missing = self.labels[0] if self.scheme == PLAIN else OUTSIDE  # of a word without a token
+            missing = self.labels[0] if self.scheme == PLAIN else OUTSIDE  # label of a word without a token
             named[number] = named[number] or [missing] * len(feature["places"])
             for place, word in feature["words"]:
                 named[number][word] = self.labels[int(row[place])]
@@ -269,7 +269,7 @@ class Tokens(Task):
 
     @staticmethod
     def _cuts_words(examples: list[_Example], tokenized: list[TokenizedText]) -> bool:
-        """Tells whether any span begins or ends within a word, as in languages whose particles stand in the word."""
+        """Tells whether any span begins or ends within a word, as in languages that attach particles to words."""
         n_spans = n_within = 0
         for example, tokens in zip(examples, tokenized, strict=True):
             words = words_of(example.text, tokens, pieces=False)
@@ -287,7 +287,7 @@ class Tokens(Task):
     def _words(
         self, example: _Example, tokens: TokenizedText, record: Record, widened: list[str]
     ) -> tuple[list[tuple[int, int]], list[str]]:
-        """Returns the places of the words of an example, and their labels."""
+        """Returns the positions of the words of an example, and their labels."""
         if example.spans is None:
             assert example.words is not None and example.labels is not None
             return example.words, example.labels
@@ -310,7 +310,7 @@ class Tokens(Task):
 
 
 def words_of(text: str, tokens: TokenizedText, pieces: bool) -> list[tuple[int, int]]:
-    """Returns the places of the words of a text, or of its tokens, without white space at their ends."""
+    """Returns the positions of the words of a text, or of its tokens, without white space at their ends."""
     starts = np.ones(len(tokens.ids), bool) if pieces else tokens.starts_of_words()
     firsts = np.flatnonzero(starts).tolist()
     positions: list[tuple[int, int]] = []
@@ -328,7 +328,7 @@ def words_of(text: str, tokens: TokenizedText, pieces: bool) -> list[tuple[int, 
 
 
 def first_tokens(text: str, tokens: TokenizedText, words: Sequence[tuple[int, int]]) -> np.ndarray:
-    """Returns (n,) int64: the number of the first token of each word, -1 for a word without one."""
+    """Returns (n,) int64: the index of the first token of each word, -1 for a word without a token."""
     firsts = np.full(len(words), -1, np.int64)
     places = tokens.offsets.tolist()
     i = 0
@@ -342,14 +342,14 @@ def first_tokens(text: str, tokens: TokenizedText, words: Sequence[tuple[int, in
 
 
 def spans_of_words(labels: Sequence[str], words: Sequence[tuple[int, int]]) -> list[Span]:
-    """Returns the spans of labels in IOB2, in characters. An I- that goes on with nothing begins a span, as seqeval."""
+    """Returns the spans of IOB2 labels, in characters. An I- that continues no span begins one, as in seqeval."""
     from fastbert.training.finetuning import metrics
 
     return [Span(kind, words[first][0], words[last][1]) for kind, first, last in metrics.spans_of(labels)]
 
 
 def _label_order(labels: list[str], settings: FinetuneSettings) -> list[str]:
-    """Returns the labels in the settings' order, or the model's own where its head has just these."""
+    """Returns the labels in the settings' order, or in that of the model's own head if it has exactly these labels."""
     if settings.label_order:
         if unknown := sorted(set(labels) - set(settings.label_order)):
             raise ValueError(f"label_order: {', '.join(unknown)} of the training data is not in it")

@@ -1,7 +1,7 @@
-"""Batches of a trainer of sentence-transformers: shuffled, without equal texts, or by classes; on several processes.
+"""Batches for sentence-transformers' trainers are shuffled, without equal texts, or by classes; on several processes.
 
-On N processes a batch of N times the size is made as one process would make it, and dealt out evenly. So it has no
-text twice, its records have the same columns on all processes, and no process waits for another at the end.
+For N processes, a batch of N times the size is made as on one process, and distributed evenly. So the batch has no
+duplicate text, its records have the same columns on all processes, and no process waits for another at the end.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ SMALLEST_OF_CLASSES = 4  # records: two of each of two classes
 
 
 def sampler_arguments(kind: str, n_processes: int, several: bool) -> dict[str, Any]:
-    """Returns the arguments of a trainer that decide on its batches.
+    """Returns the arguments of a trainer that determine its batches.
 
-    kind: "shuffled", "no duplicates" or "classes". several: whether the data are several sets with other columns.
+    kind: "shuffled", "no duplicates" or "classes". several: whether the data are several sets with different columns.
     """
     make = {"shuffled": _shuffled, "no duplicates": no_duplicates, "classes": _by_classes}[kind]
     if n_processes == 1:
         return {"batch_sampler": make}
     whole = functools.partial(_whole, make, n_processes)
-    arguments = {"dataloader_drop_last": True}  # What is dealt out has no uneven end; the trainer would warn of one.
+    arguments = {"dataloader_drop_last": True}  # The batches have no uneven end; the trainer would warn of one.
     if several:
         sets = functools.partial(_dealt_sets, n_processes)
         return {**arguments, "batch_sampler": whole, "multi_dataset_batch_sampler": sets}
@@ -30,10 +30,10 @@ def sampler_arguments(kind: str, n_processes: int, several: bool) -> dict[str, A
 
 
 def no_duplicates(dataset: Any, *args: Any, **kwargs: Any) -> Any:
-    """Makes sentence-transformers' sampler of batches without equal texts, on numbers in the place of texts.
+    """Makes sentence-transformers' sampler of batches without equal texts, with numbers instead of texts.
 
-    The sampler looks at many rows for each batch. Rows of a datasets.Dataset take long to read, and the sampler's own
-    hashes begin with a process for them.
+    The sampler looks at many rows for each batch. Rows of a datasets.Dataset are slow to read, and the sampler's own
+    hash code starts a process for them.
     """
     from sentence_transformers.sampler import NoDuplicatesBatchSampler
 
@@ -41,7 +41,7 @@ def no_duplicates(dataset: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _by_classes(dataset: Any, *args: Any, **kwargs: Any) -> Any:
-    """Makes sentence-transformers' sampler, whose batches have two and more records of each of their classes."""
+    """Makes sentence-transformers' sampler, whose batches have at least two records of each of their classes."""
     from sentence_transformers.sampler import GroupByLabelBatchSampler
 
     return GroupByLabelBatchSampler(dataset, *args, **kwargs)
@@ -52,7 +52,7 @@ def _shuffled(dataset: Any, batch_size: int, seed: int = 0, n_processes: int = 1
 
 
 def _whole(make: Any, n_processes: int, dataset: Any, batch_size: int, drop_last: bool = False, **kwargs: Any) -> Any:
-    """Makes a sampler of the batches of all processes together, the last one of which may be smaller."""
+    """Makes a sampler of the combined batches of all processes; the last one may be smaller."""
     more = {"n_processes": n_processes} if make is _shuffled else {}
     return make(dataset, batch_size=batch_size * n_processes, drop_last=False, **kwargs, **more)
 
@@ -69,9 +69,9 @@ def _dealt_sets(n_processes: int, dataset: Any, **kwargs: Any) -> Any:
 
 
 class _Shuffled:
-    """Batches of record numbers in an order that follows from the seed and the epoch alone.
+    """This sampler yields batches of record indices in an order that depends only on the seed and the epoch.
 
-    The last records of an epoch that are fewer than the processes are left out.
+    It omits the last records of an epoch if they are fewer than the processes.
     """
 
     drop_last = False
@@ -95,12 +95,13 @@ class _Shuffled:
 
 
 class _Dealt:
-    """The batches of all processes, one after another, of the batches of another sampler.
+    """This sampler splits the batches of another sampler over the processes, and yields the parts one after another.
 
-    Each process has as many records of a batch: a multiple of step, and none where it would be fewer than least.
+    Each process has the same number of records of a batch: a multiple of step; the batch is omitted if this is below
+    least.
     """
 
-    batch_size = None  # It varies, and accelerate asks for this word then.
+    batch_size = None  # The size varies; accelerate needs this attribute then.
     drop_last = False
 
     def __init__(self, whole: Any, n_processes: int, least: int = 1, step: int = 1) -> None:
@@ -121,7 +122,10 @@ class _Dealt:
 
 
 class _Numbered:
-    """Rows in which each distinct text is a number; what a sampler asks of a datasets.Dataset."""
+    """A _Numbered has rows with a number for each distinct text.
+
+    It has the part of a datasets.Dataset that samplers use.
+    """
 
     def __init__(self, rows: list[dict[str, int]]) -> None:
         self.rows, self.column_names = rows, list(rows[0]) if rows else []

@@ -1,4 +1,4 @@
-"""Examples are what records of pairs, triplets, scored pairs, lists and vectors become; datasets are what trains."""
+"""Records of pairs, triplets, scored pairs, lists and vectors become examples, and then datasets for training."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ NEEDED = (
 
 @dataclass(frozen=True)
 class Example:
-    """One record. Its kind says which fields are there.
+    """An Example is one record. Its kind determines its fields.
 
-    "pairs": anchor, positive, perhaps negatives, perhaps a score (a margin, or one for each text). "scored": anchor,
-    positive, score. "lists": anchor, documents, score with one number for each. "texts": anchor, perhaps its
-    translation as positive, perhaps the vector of a teacher. "labelled": anchor, label.
+    "pairs": anchor, positive, optional negatives, optional score (a margin, or one for each text). "scored": anchor,
+    positive, score. "lists": anchor, documents, score with one number for each. "texts": anchor, optionally its
+    translation as positive, and the vector of a teacher. "labelled": anchor, label.
     """
 
     kind: str
@@ -47,8 +47,8 @@ def read_examples(source: Any, kind: str = "auto", columns: Mapping[str, str] | 
                   score_scale: float = 1.0) -> list[Example]:  # fmt: skip
     """Reads records of one kind as examples; scores are divided by score_scale.
 
-    Raises RecordError, with the place, for a record that lacks a text, has a score that is no finite number, or is of
-    another kind than the first, and ValueError where there are none.
+    Raises RecordError, with the position, for a record without a text, with a score that is not a finite number, or of
+    a kind other than the first record's; ValueError if there are no records.
     """
     examples = [_example(record, score_scale) for record in read_records(source, kind=kind, columns=columns)]
     if not examples:
@@ -121,7 +121,7 @@ def _checked(name: str, text: Any, place: str) -> str:
 
 
 def _label(value: Any, place: str) -> str:
-    """The name of a class. A number with a fraction is no class."""
+    """Returns the name of a class. A fractional number is invalid."""
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and value.is_integer():
@@ -132,7 +132,7 @@ def _label(value: Any, place: str) -> str:
 
 
 def _negatives(values: Mapping[str, Any], place: str) -> tuple[str, ...]:
-    """The texts of `negative`, `negatives`, and `negative_1` and so on."""
+    """Returns the texts of `negative`, `negatives`, and `negative_1` and so on."""
     numbered = sorted((name for name in values if name.startswith("negative_") and name[9:].isdigit()),
                       key=lambda name: int(name[9:]))  # fmt: skip
     texts: list[str] = []
@@ -161,9 +161,9 @@ def _score(values: Mapping[str, Any], names: Iterable[str], scale: float, place:
 
 
 def split(examples: Sequence[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
-    """Returns the examples for training and those that are held out: a share of the anchors with all their examples.
+    """Returns the training examples and the held-out examples: a share of the anchors, with all their examples.
 
-    Of labelled texts it is a share of each class, of which two texts and more stay for training.
+    For labelled texts it is a share of each class; at least two texts of each class stay for training.
     """
     if examples and examples[0].kind == "labelled":
         return _split_classes(examples, share, seed)
@@ -189,9 +189,9 @@ def _split_classes(examples: Sequence[Example], share: float, seed: int) -> tupl
 
 
 def checked_classes(examples: Sequence[Example]) -> list[Example]:
-    """Returns labelled examples, each text once, without classes that have one text, which are counted in a warning.
+    """Returns labelled examples with distinct texts, except classes with one text, which a warning counts.
 
-    Raises RecordError for a text of two classes, and ValueError where fewer than two classes have two texts.
+    Raises RecordError for a text with two classes, and ValueError if fewer than two classes have two texts.
     """
     first: dict[str, Example] = {}
     for example in examples:
@@ -221,9 +221,9 @@ def with_negatives(examples: Sequence[Example], texts: Sequence[Sequence[str]]) 
 
 
 def dataset_of(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Makes a datasets.Dataset of rows, or a DatasetDict where rows differ in their columns: one for each set of them.
+    """Makes a datasets.Dataset from rows, or a DatasetDict with one set for each combination of columns.
 
-    A trainer draws each batch from one of them, in proportion to their rows.
+    A trainer draws each batch from one of the sets, in proportion to their rows.
     """
     import datasets  # type: ignore[import-untyped]
 
@@ -238,7 +238,7 @@ def dataset_of(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def numbers_of(examples: Sequence[Example]) -> dict[str, Any]:
-    """Returns what a report says of examples: their number by kind, and by number of negatives or by class."""
+    """Returns facts about examples for a report: their number by kind, and by number of negatives or by class."""
     if examples and examples[0].kind == "labelled":
         classes = Counter(example.label for example in examples)
         return {"records": len(examples), "kind": "labelled", "classes": dict(sorted(classes.items()))}

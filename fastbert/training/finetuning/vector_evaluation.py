@@ -1,4 +1,4 @@
-"""Evaluations of sentence embeddings and of cross-encoders, for a trainer of sentence-transformers and for reports."""
+"""This module evaluates sentence embeddings and cross-encoders, for sentence-transformers' trainers and for reports."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fastbert.training.finetuning.mining import distinct, key_of
 from fastbert.training.finetuning.vector_data import Example
 from fastbert.vectors.search import semantic_search
 
-DEPTH = 100  # of a ranking: a right text beyond it counts as not there
+DEPTH = 100  # depth of a ranking: a right text beyond it counts as missing
 CUTS = 1, 5, 10
 
 Scores = dict[str, Any]
 
 
 class PairRetrieval:
-    """Ranks the distinct positives of examples for each distinct anchor, by cosine and exact search.
+    """The evaluation ranks the distinct positives of examples for each distinct anchor, by cosine and exact search.
 
-    `recall@1`, `recall@5`, `recall@10`, `mrr` and `ndcg@10` count the first 100 texts of a ranking.
+    `recall@1`, `recall@5`, `recall@10`, `mrr` and `ndcg@10` use the first 100 texts of a ranking.
     """
 
     headline = "mrr"
@@ -38,14 +38,17 @@ class PairRetrieval:
             self.relevant[places[example.anchor]].add(rows[example.positive])
 
     def score(self, vectors: Callable[[Sequence[str], bool], np.ndarray]) -> Scores:
-        """Returns the scores of a model. vectors: turns texts into (N, dim); its second argument says if documents."""
+        """Returns the scores of a model.
+
+        vectors: converts texts to (N, dim); its second argument is True for documents.
+        """
         queries, corpus = vectors(self.queries, False), vectors(self.corpus, True)
         _, ids = semantic_search(queries, corpus, top_k=DEPTH, as_arrays=True)
         return retrieval_scores(ids, self.relevant)
 
 
 class ScoredPairs:
-    """Compares the cosines of scored pairs with their scores: `spearman` and `pearson`."""
+    """The evaluation compares the cosines of scored pairs with their scores: `spearman` and `pearson`."""
 
     headline = "spearman"
 
@@ -55,7 +58,7 @@ class ScoredPairs:
         self.scores = np.array([example.score for example in examples], dtype=np.float64)
 
     def score(self, vectors: Callable[[Sequence[str], bool], np.ndarray]) -> Scores:
-        """Returns the scores of a model; `vectors` as of `PairRetrieval.score`."""
+        """Returns the scores of a model; `vectors` as in `PairRetrieval.score`."""
         firsts, seconds = (
             np.asarray(vectors(t, d), np.float64) for t, d in ((self.firsts, False), (self.seconds, True))
         )
@@ -65,12 +68,12 @@ class ScoredPairs:
 
 
 class LabelledTexts:
-    """Ranks all other texts for each labelled one, by cosine and exact search.
+    """The evaluation ranks all other texts for each labelled text, by cosine and exact search.
 
-    `map@r` is Musgrave, Belongie and Lim's (2020): the mean, over the first R places, of the share of right texts up to
-    each right one, where R is the number of the other texts of the class, here at most 100. `nearest` is the share of
-    texts whose nearest one is of their class, `mrr` tells where the first right one stands. A text whose class has no
-    other is not asked for.
+    `map@r` is from Musgrave, Belongie and Lim (2020): the mean over the first R places of the precision at each right
+    text, and 0 at a wrong one. R is the number of other texts of the class, here at most 100. `nearest` is the share of
+    texts whose nearest text has the same class. `mrr` is the mean reciprocal rank of the first right text. Texts
+    without another text of their class are not evaluated.
     """
 
     headline = "map@r"
@@ -82,7 +85,7 @@ class LabelledTexts:
             raise ValueError("eval: no class has two texts; nothing could be ranked")
 
     def score(self, vectors: Callable[[Sequence[str], bool], np.ndarray]) -> Scores:
-        """Returns the scores of a model; `vectors` as of `PairRetrieval.score`."""
+        """Returns the scores of a model; `vectors` as in `PairRetrieval.score`."""
         values = vectors(self.texts, False)
         counts = np.bincount(self.labels)[self.labels] - 1
         _, ids = semantic_search(values, values, top_k=DEPTH + 1, as_arrays=True)
@@ -100,7 +103,7 @@ class LabelledTexts:
 
 
 class TeacherVectors:
-    """Compares vectors with those of a teacher: `negative_mse`, the greater the better, and `cosine`."""
+    """The evaluation compares vectors with a teacher's: `negative_mse`, where greater is better, and `cosine`."""
 
     headline = "negative_mse"
 
@@ -110,7 +113,10 @@ class TeacherVectors:
         self.targets = np.asarray(repeated, np.float64)
 
     def score(self, vectors: Callable[[Sequence[str], bool], np.ndarray]) -> Scores:
-        """Returns the scores of a model; `vectors` as of `PairRetrieval.score`. A narrower one meets a cut teacher."""
+        """Returns the scores of a model; `vectors` as in `PairRetrieval.score`.
+
+        If the model's vectors are narrower, the teacher's vectors are truncated.
+        """
         values = np.asarray(vectors(self.texts, False), np.float64)
         targets = self.targets[:, : values.shape[1]]
         norms = np.linalg.norm(values, axis=1) * np.linalg.norm(targets, axis=1)
@@ -119,11 +125,11 @@ class TeacherVectors:
 
 
 class RankedLists:
-    """Orders the texts of each list by a cross-encoder's scores: `mrr`, `ndcg@10` and recalls.
+    """The evaluation ranks the texts of each list by a cross-encoder's scores: `mrr`, `ndcg@10` and recalls.
 
-    lists: for each query its texts and how relevant each is; a text with a relevance above 0 is a right one. Lists
-    without a right text, or without a wrong one, say nothing and are left out. A right text stands behind the wrong
-    ones of the same score.
+    lists: for each query its texts and their relevance; a text with a relevance above 0 is right. Lists without a right
+    text, or without a wrong one, are omitted because they give no information. Among equal scores, right texts rank
+    after wrong ones.
     """
 
     headline = "mrr"
@@ -132,7 +138,7 @@ class RankedLists:
         self.lists = [each for each in lists if any(r > 0 for r in each[2]) and not all(r > 0 for r in each[2])]
 
     def score(self, predict: Callable[[list[tuple[str, str]]], np.ndarray]) -> Scores:
-        """Returns the scores of a model. predict: scores of pairs of texts, (N,)."""
+        """Returns the scores of a model. predict: returns scores of pairs of texts, (N,)."""
         values = iter(predict([(query, text) for query, texts, _ in self.lists for text in texts]).tolist())
         longest = max(len(texts) for _, texts, _ in self.lists)
         ids = np.full((len(self.lists), longest), -1)
@@ -143,7 +149,7 @@ class RankedLists:
 
 
 class PredictedScores:
-    """Compares a cross-encoder's scores of pairs with those that they have: `spearman` and `pearson`."""
+    """The evaluation compares a cross-encoder's scores of pairs with their given scores: `spearman` and `pearson`."""
 
     headline = "spearman"
 
@@ -152,17 +158,17 @@ class PredictedScores:
         self.scores = np.array([example.score for example in examples], dtype=np.float64)
 
     def score(self, predict: Callable[[list[tuple[str, str]]], np.ndarray]) -> Scores:
-        """Returns the scores of a model; `predict` as of `RankedLists.score`."""
+        """Returns the scores of a model; `predict` as in `RankedLists.score`."""
         return correlation_scores(self.scores, predict(self.pairs))
 
 
 def lists_of(
     examples: Sequence[Example], n_candidates: int, miner: Any = None
 ) -> list[tuple[str, list[str], list[float]]]:
-    """Makes a list for each anchor: what its examples score, or its positives before its negatives.
+    """Makes a list for each anchor: its scored texts, or its positives and negatives.
 
-    Pairs without negatives get wrong texts from the other positives, up to n_candidates texts in all: the nearest by
-    the vectors of the miner, or without one those that follow in the order of the examples.
+    Pairs without negatives get wrong texts from the other positives, up to n_candidates texts in all. With a miner they
+    are the nearest by its vectors; otherwise they are the next ones in the order of the examples.
     """
     lists: dict[str, dict[str, float]] = {}
     for example in examples:
@@ -192,7 +198,7 @@ def lists_of(
 
 
 def _others(anchors: list[str], corpus: list[str], miner: Any, n: int) -> list[list[str] | None]:
-    """For each anchor the texts of the corpus that are nearest to it, by a miner."""
+    """Returns for each anchor the nearest texts of the corpus, by a miner; None for each anchor without a miner."""
     if miner is None:
         return [None] * len(anchors)
     _, ids = semantic_search(miner.encode_query(anchors), miner.encode_document(corpus), top_k=2 * n, as_arrays=True)
@@ -202,7 +208,7 @@ def _others(anchors: list[str], corpus: list[str], miner: Any, n: int) -> list[l
 def retrieval_scores(ids: np.ndarray, relevant: Sequence[set[int]]) -> Scores:
     """Returns recalls, MRR with its interval, and nDCG of rankings.
 
-    ids: (Q, k) int, the best first, -1 where a ranking ends. relevant: for each query the right ids.
+    ids: (Q, k) int, the best first, -1 after the end of a ranking. relevant: the right ids of each query.
     """
     scores = metrics.retrieval(ids, relevant, at=CUTS)
     hits = np.array([np.isin(row, list(wanted)) for row, wanted in zip(ids, relevant, strict=True) if wanted])

@@ -1,4 +1,4 @@
-"""A plan says what a training of vectors or of a cross-encoder would do: data, lengths, steps, and the time of them."""
+"""A plan describes a training of vectors or of a cross-encoder before it starts: data, lengths, steps, and time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastbert.training.finetuning.clock import clock
 from fastbert.training.finetuning.planning import TIMED, WARMUP, percentiles
 from fastbert.training.finetuning.vector_settings import VectorSettings
 
-MEASURED = 10_000  # inputs whose tokens are counted, evenly spread over the data
+MEASURED = 10_000  # number of inputs whose tokens are counted, evenly spaced in the data
 
 Input = str | tuple[str, str]
 
@@ -29,11 +29,11 @@ def plan(
     sizes: Mapping[str, Any],
     inputs: Sequence[Sequence[Input]],
 ) -> dict[str, Any]:
-    """Times a few steps, and returns what is known of a run by name, as JSON has it.
+    """Times a few steps, and returns facts about a run by name, as JSON values.
 
-    inputs: of each record, the texts, or the pairs of texts, that the model reads. Lengths are in tokens, before
-    truncation, of at most `MEASURED` inputs. Times are in seconds, of this process. The model has been trained for some
-    steps afterwards, and nothing is written. Raises what a run would raise.
+    inputs: for each record, the texts or pairs of texts that the model reads. Lengths are in tokens, before truncation,
+    of at most `MEASURED` inputs. Times are in seconds, of this process. The call trains the model for some steps, and
+    writes nothing. Raises the errors of a run.
     """
     lengths = _lengths(model, inputs)
     longest = _longest(model)
@@ -57,7 +57,7 @@ def plan(
 
 
 def _lengths(model: Any, inputs: Sequence[Sequence[Input]]) -> list[int]:
-    """Counts the tokens of inputs, special tokens with them."""
+    """Counts the tokens of inputs, including special tokens."""
     flat = [each for record in inputs for each in record]
     chosen = [flat[i] for i in np.linspace(0, len(flat) - 1, min(len(flat), MEASURED)).astype(int).tolist()]
     pairs = [(each, None) if isinstance(each, str) else each for each in chosen]
@@ -67,13 +67,13 @@ def _lengths(model: Any, inputs: Sequence[Sequence[Input]]) -> list[int]:
 
 
 def _longest(model: Any) -> int:
-    """Returns the number of tokens that the model reads of an input."""
+    """Returns the maximum number of tokens that the model reads of an input."""
     longest = getattr(model, "max_seq_length", None) or getattr(model, "max_length", None)
     return int(longest or model.tokenizer.model_max_length)
 
 
 def _timed(trainer_class: Any, arguments: Any, model: Any, loss: Any, data: Any) -> tuple[int, float]:
-    """Returns the batches of an epoch, and the median time of an update, by a run of a few steps."""
+    """Returns the number of batches of an epoch, and the median time of an update, from a run of a few steps."""
     times = clock()
     arguments.disable_tqdm = True
     arguments.save_strategy = arguments.eval_strategy = arguments.logging_strategy = "no"

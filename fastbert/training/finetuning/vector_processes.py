@@ -1,4 +1,4 @@
-"""Several processes of torchrun share what a training of vectors does beside its steps: encoding, mining, reports."""
+"""The processes of torchrun share the work besides training steps: encoding, mining, and reports."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from fastbert.training.finetuning.vector_data import Example, with_negatives
 from fastbert.training.finetuning.vector_settings import VectorSettings
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=1)  # that processes wait while the first one mines or evaluates
+PATIENCE = timedelta(days=1)  # maximum time that processes wait while the first one mines or evaluates
 
 
 def join(device: str | None) -> Processes:
-    """Joins the processes that torchrun has started, before a trainer does; without torchrun one process is alone.
+    """Joins the processes of torchrun, before a trainer does so; without torchrun there is one process.
 
-    device: of the settings. Each process takes the GPU of its number, or the CPU.
+    device: the setting. Each process uses the GPU of its local rank, or the CPU.
     """
     return Processes.start("cpu" if device == "cpu" else None)
 
 
 def by_first(processes: Processes, make: Callable[[], T]) -> T:
-    """Returns on all processes what `make()` returns on the first one; raises on all of them what it raises there."""
+    """Returns the first process's result of `make()` on all processes; raises its error on all of them."""
     if processes.n == 1:
         return make()
     import torch.distributed
@@ -47,7 +47,7 @@ def by_first(processes: Processes, make: Callable[[], T]) -> T:
 
 
 def spread(processes: Processes, encode: Callable[[list[Any]], Any], texts: Sequence[Any]) -> np.ndarray:
-    """Returns what `encode` makes of N texts or pairs, (N, dim) float32, on all processes.
+    """Returns the vectors from `encode` of N texts or pairs, (N, dim) float32, on all processes.
 
     Each process computes a share of them.
     """
@@ -63,9 +63,9 @@ def spread(processes: Processes, encode: Callable[[list[Any]], Any], texts: Sequ
 
 
 def mined(encoder: Any, examples: Sequence[Example], settings: VectorSettings, processes: Processes) -> list[Example]:
-    """Adds negatives to pairs, as the settings have them. All processes encode, and the first one searches.
+    """Adds negatives to pairs, according to the settings. All processes encode, and the first one searches.
 
-    encoder: what has `encode_query` and `encode_document`.
+    encoder: an object with `encode_query` and `encode_document`.
     """
     anchors, positives = [example.anchor for example in examples], [example.positive for example in examples]
     shared = _Encoded(
@@ -87,7 +87,7 @@ def mined(encoder: Any, examples: Sequence[Example], settings: VectorSettings, p
 
 
 class _Encoded:
-    """An encoder of texts whose vectors are there."""
+    """An _Encoded is an encoder of texts whose vectors are already computed."""
 
     def __init__(self, queries: Mapping[str, np.ndarray], documents: Mapping[str, np.ndarray]) -> None:
         self.queries, self.documents = queries, documents
@@ -101,7 +101,7 @@ class _Encoded:
 
 @functools.cache
 def _patient_group() -> Any:
-    """A group on the host, which waits longer than the one of gradients. All processes make it at the same place."""
+    """Returns a process group on the host with a longer timeout than that of gradients. All processes must call it."""
     import torch.distributed
 
     return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)

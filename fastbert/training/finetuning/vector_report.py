@@ -1,4 +1,4 @@
-"""The results of a run of embeddings or of a cross-encoder, as metrics.json and as a page."""
+"""This module writes the results of a run of embeddings or of a cross-encoder, as metrics.json and as a page."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ METHOD = (
 
 @dataclass(frozen=True)
 class VectorResult:
-    """What a run left. before and after: scores of the evaluation, empty without one. after is of the best model.
+    """A `VectorResult` is the result of a run.
 
-    output: the folder of the best model, with `last/`, metrics.json and report.html. losses: (step, loss) as logged.
-    evaluations: (step, headline metric). sizes: what the data were.
+    before and after: scores of the evaluation, empty without one; after is from the best model. output: the folder of
+    the best model, with `last/`, metrics.json and report.html. losses: (step, loss) as logged. evaluations: (step,
+    headline metric). sizes: facts about the data.
     """
 
     output: Path
@@ -48,11 +49,11 @@ class VectorResult:
     losses: list[tuple[int, float]]
     evaluations: list[tuple[int, float]]
     sizes: dict[str, Any]
-    plan: dict[str, Any] | None = None  # of a dry run, which writes nothing
+    plan: dict[str, Any] | None = None  # the plan of a dry run, which writes nothing
 
 
 def write_results(result: VectorResult, settings: VectorSettings) -> None:
-    """Writes metrics.json and report.html into the folder of the result."""
+    """Writes metrics.json and report.html into the result folder."""
     values = {
         "headline": result.headline,
         "before": result.before,
@@ -71,7 +72,7 @@ def write_results(result: VectorResult, settings: VectorSettings) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Returns the versions of what a run depends on, and its device."""
+    """Returns the versions of the packages that a run depends on, and its device."""
     from importlib.metadata import version
 
     import torch
@@ -113,7 +114,7 @@ def _page(result: VectorResult, settings: VectorSettings) -> Page:
 
 
 def _flat(scores: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Scores of widths, which are nested, beside the others."""
+    """Returns the scores with the nested scores of each width moved to the top level."""
     flat: dict[str, Any] = {}
     for key, value in scores.items():
         if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""A run of sentence-transformers' trainers: its arguments, checkpoints, resuming, and what is left in the end."""
+"""This module runs sentence-transformers' trainers: arguments, checkpoints, resuming, and results."""
 
 from __future__ import annotations
 
@@ -25,17 +25,15 @@ from fastbert.training.finetuning.vector_settings import MAY_DIFFER, VectorSetti
 logger = logging.getLogger("fastbert")
 
 CHECKPOINTS, LAST, METRICS, SETTINGS = "checkpoints", "last", "metrics.json", "settings.json"
-STATE = "trainer_state.json"  # which a trainer writes last
+STATE = "trainer_state.json"  # the file that a trainer writes last
 OF_TRAINER = ("optimizer.*", "scheduler.pt", "scaler.pt", "rng_state*.pth", STATE, "training_args.bin")
 
 
 def prepare_output(settings: VectorSettings, processes: Processes) -> str | None:
-    """Makes the folder of the result, and returns the newest complete checkpoint of the run that is to go on.
+    """Makes the result folder, and returns the newest complete checkpoint of a run to resume, or None.
 
-    The first process looks and writes for all.
-
-    Raises FileExistsError for a folder with checkpoints where `resume` is off, and ValueError where settings differ
-    from those of the run that is to go on.
+    The first process reads and writes for all. Raises FileExistsError for a folder with checkpoints if `resume` is off,
+    and ValueError if the settings differ from those of the run to resume.
     """
     return by_first(processes, lambda: _prepared(settings))
 
@@ -74,7 +72,10 @@ def newest_checkpoint(folder: Path) -> Path | None:
 
 
 def arguments_of(kind: Any, settings: VectorSettings, headline: str | None, **more: Any) -> Any:
-    """Makes the arguments of a trainer. kind: their class. headline: decides on the best model; None for none."""
+    """Makes the arguments of a trainer. kind: their class.
+
+    headline: the metric that selects the best model, or None.
+    """
     import torch
 
     from fastbert.training.precision import takes_bf16
@@ -116,13 +117,13 @@ def arguments_of(kind: Any, settings: VectorSettings, headline: str | None, **mo
         **best,
         **more,
     )
-    if arguments.n_gpu > 1:  # Without torchrun the trainer would take DataParallel.
+    if arguments.n_gpu > 1:  # Without torchrun the trainer would use DataParallel.
         arguments._n_gpu = 1
     return arguments
 
 
 def across_devices(loss: Any) -> dict[str, Any]:
-    """Returns the argument of a loss that takes negatives from all ranks, where it has it and there are several."""
+    """Returns the argument of a loss that uses negatives of all ranks, if it exists and there are several ranks."""
     import torch.distributed
 
     several = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -147,11 +148,10 @@ def run(
     processes: Processes,
     inputs: Sequence[Sequence[str | tuple[str, str]]],
 ) -> VectorResult:
-    """Trains, and writes the best model, the last one, the metrics and the report into the folder of the result.
+    """Trains, and writes the best model, the last one, the metrics and the report into the result folder.
 
-    inputs: of each record, what the model reads of it, as of `vector_planning.plan`; for a dry run, which only plans.
-
-    Raises FloatingPointError for a loss or a gradient that is not finite, as `FiniteGuard` does.
+    inputs: the model's inputs from each record, as in `vector_planning.plan`; only a dry run, which makes a plan, uses
+    them. Raises FloatingPointError for a loss or a gradient that is not finite, as `FiniteGuard` does.
     """
     from transformers import EarlyStoppingCallback
 

@@ -1,4 +1,4 @@
-"""This module holds the settings of a training of sentence embeddings or of a cross-encoder."""
+"""This module holds the settings for training sentence embeddings or cross-encoders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TEACHER_WIDTHS = "auto", "pca", "cut", "dense"
 RERANK_LOSSES = "auto", "bce", "marginmse", "lambda"
 POOLINGS = "mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"
 
-# What may differ between a run and the one that it resumes: where things lie, and what changes no step.
+# The fields that may differ when a run resumes: paths, and settings that change no step.
 MAY_DIFFER = frozenset(
     ("train", "eval", "output", "resume", "dry_run", "log_every", "keep", "progress", "device", "early_stopping")
 )
@@ -35,45 +35,45 @@ class VectorSettings:
     # Data
     model: str  # a folder of sentence-transformers or of a plain encoder, or a hub id
     train: Any  # a file, or from Python any iterable of dicts
-    output: str  # the folder of the result, of checkpoints and of the report
-    eval: Any = None  # likewise, in the place of a share of the training data
-    eval_share: float = 0.1  # of the anchors, held out where there is no eval; 0 for none
-    kind: str = "auto"  # of files
-    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # our name: the file's
-    score_scale: float = 1.0  # what scores are divided by
-    max_length: int | None = None  # tokens of a text, or of a pair; by default what the model reads
+    output: str  # the folder for the result, the checkpoints and the report
+    eval: Any = None  # in the same form; by default a share of the training data
+    eval_share: float = 0.1  # the share of anchors to hold out without eval; 0 for none
+    kind: str = "auto"  # kind of the files
+    columns: Mapping[str, str] = dataclasses.field(default_factory=dict)  # fastbert's name: the file's name
+    score_scale: float = 1.0  # divisor of scores
+    max_length: int | None = None  # tokens of a text or of a pair; by default the model's limit
 
     # Mined negatives
-    mine_negatives: int = 0  # for each pair
-    mine_skip: int = 0  # so many of the nearest wrong texts are passed over
-    mine_depth: int = 100  # of the nearest wrong texts, so many are looked at
-    mine_margin: float | None = None  # least distance between the score of the positive and of a negative
-    mine_max_score: float | None = None  # of a negative
+    mine_negatives: int = 0  # number for each pair
+    mine_skip: int = 0  # number of nearest wrong texts to skip
+    mine_depth: int = 100  # number of nearest wrong texts to consider
+    mine_margin: float | None = None  # least difference between the scores of the positive and of a negative
+    mine_max_score: float | None = None  # maximum score of a negative
 
     # Model
-    teacher: str | None = None  # a folder or hub id, whose vectors or scores are learned
-    accelerate: bool = True  # off for comparison: the model's own code runs
+    teacher: str | None = None  # a folder or hub id of the model whose vectors or scores are learned
+    accelerate: bool = True  # False, for comparison: the model's own code runs
 
     # Steps
     epochs: float = 1.0
-    steps: int | None = None  # updates, in the place of epochs
-    batch_size: int = 64  # records of a batch on each device
-    mini_batch_size: int = 32  # of losses that compute a batch in parts
-    accumulate: int = 1  # batches of an update
+    steps: int | None = None  # updates, instead of epochs
+    batch_size: int = 64  # records per batch on each device
+    mini_batch_size: int = 32  # for losses that compute a batch in parts
+    accumulate: int = 1  # batches per update
     learning_rate: float = 2e-5
     weight_decay: float = 0.01
-    warmup: float = 0.1  # a share of the steps below 1, else a number of steps
-    clip: float = 1.0  # the greatest norm of all gradients together; 0 for none
+    warmup: float = 0.1  # below 1 a share of the steps, else a number of steps
+    clip: float = 1.0  # limit of the norm of all gradients together; 0 for no limit
     seed: int = 0
     precision: str = "auto"
 
-    # On the way
+    # During the run
     evaluate_every: int | None = None  # steps between evaluations and checkpoints; by default each epoch
-    early_stopping: int | None = None  # evaluations without a better headline metric, after which the run ends
-    keep: int = 1  # newest checkpoints that stay beside the best
+    early_stopping: int | None = None  # the run ends after this number of evaluations without a better headline metric
+    keep: int = 1  # number of newest checkpoints to keep, in addition to the best
     log_every: int = 10  # steps
     resume: bool = False
-    dry_run: bool = False  # says what would be done, and writes nothing
+    dry_run: bool = False  # returns a plan, and writes nothing
     device: str | None = None
     progress: bool = True
 
@@ -98,7 +98,7 @@ class VectorSettings:
             raise ValueError("early_stopping: expected data for evaluation; eval is not given and eval_share is 0")
 
     def as_dict(self) -> dict[str, Any]:
-        """Returns the fields as JSON has them. Data in memory are written as the name of their type."""
+        """Returns the fields as JSON values. Data in memory are replaced by the name of their type."""
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         for name in {"train", "eval", "preserve"} & values.keys():
             if not isinstance(values[name], (str, type(None))):
@@ -113,15 +113,15 @@ class VectorSettings:
 class EmbedSettings(VectorSettings):
     """An `EmbedSettings` adds the settings of `train_embeddings` to those of `VectorSettings`."""
 
-    loss: str = "auto"  # by the records: mnrl, cosent, marginmse, distillation or batch-all
-    preserve: Any = None  # a file of texts, or any iterable of dicts with text, whose vectors stay as they are
+    loss: str = "auto"  # auto selects by the records: mnrl, cosent, marginmse, distillation or batch-all
+    preserve: Any = None  # a file or an iterable of dicts with texts whose vectors must not change
     preserve_weight: float = 20.0  # of their loss, 1 - cosine to the vector before the training
-    margin: float = 0.2  # cosine distance by which wrong texts are to be farther, of batch losses
-    teacher_width: str = "auto"  # where it is not the model's: pca or cut of its vectors, or dense after the model's
-    matryoshka: tuple[int, ...] = ()  # widths that are trained beside one another
-    pooling: str | None = None  # by default the model's own, and mean for a plain encoder
-    query_prompt: str | None = None  # before anchors; by default the model's own
-    document_prompt: str | None = None  # before positives and negatives; by default the model's own
+    margin: float = 0.2  # least additional cosine distance of wrong texts, for batch losses
+    teacher_width: str = "auto"  # for another width: pca or cut of the teacher's vectors, or a dense layer in the model
+    matryoshka: tuple[int, ...] = ()  # widths that are trained together
+    pooling: str | None = None  # by default the model's own, or mean for a plain encoder
+    query_prompt: str | None = None  # put before anchors; by default the model's own
+    document_prompt: str | None = None  # put before positives and negatives; by default the model's own
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,7 +130,7 @@ class EmbedSettings(VectorSettings):
         check_fields(self, (), (("margin", 0.0, 2.0), ("preserve_weight", 0.0, math.inf)))
         widths = self.matryoshka
         if isinstance(widths, str):
-            widths = tuple(int(width) for width in widths.split(","))  # ValueError names what is no number
+            widths = tuple(int(width) for width in widths.split(","))  # ValueError names the part that is no number
         object.__setattr__(self, "matryoshka", tuple(widths))
         if any(width < 1 for width in self.matryoshka) or len(set(self.matryoshka)) != len(self.matryoshka):
             raise ValueError(f"matryoshka: expected different positive widths, got {self.matryoshka}")
@@ -143,9 +143,9 @@ class RerankSettings(VectorSettings):
     """A `RerankSettings` adds the settings of `train_cross_encoder` to those of `VectorSettings`."""
 
     batch_size: int = 32
-    loss: str = "auto"  # bce for labelled pairs and mined negatives, marginmse for scored triplets, lambda for lists
-    miner: str | None = None  # a bi-encoder, a folder or hub id, that mines negatives and makes lists to evaluate on
-    eval_candidates: int = 20  # texts of a list that is made for a pair of the evaluation
+    loss: str = "auto"  # auto: bce for labelled pairs and mined negatives, marginmse for triplets, lambda for lists
+    miner: str | None = None  # a bi-encoder (folder or hub id) that mines negatives and makes lists for evaluation
+    eval_candidates: int = 20  # number of texts in a list that is made for an evaluation pair
 
     def __post_init__(self) -> None:
         super().__post_init__()
