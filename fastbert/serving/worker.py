@@ -40,17 +40,18 @@ class Worker:
         self._calls: deque[Callable[[], None]] = deque()
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
+        self._is_started = False
 
     @property
     def alive(self) -> bool:
-        """Tells whether the thread runs, which no exception of a batch ends."""
-        return self._thread.is_alive()
+        """Tells whether the thread can compute. No exception of a batch ends it."""
+        return not self._is_started or self._thread.is_alive()
 
     def add(self, source: Source) -> None:
         """Computes what a source has from now on."""
         with self.changed:
             self._sources.append(source)
+            self._start()
 
     def call(self, function: Callable[[], Any]) -> Any:
         """Returns what a function returns that runs in this thread. Raises what it raises."""
@@ -64,6 +65,7 @@ class Worker:
 
         with self.changed:
             self._calls.append(run)
+            self._start()
             self.changed.notify()
         return future.result()
 
@@ -92,7 +94,14 @@ class Worker:
             for source in self._sources:
                 source.stop()
             self.changed.notify()
-        self._thread.join(seconds)
+        if self._is_started:
+            self._thread.join(seconds)
+
+    def _start(self) -> None:
+        """Starts the thread at its first work, so that a service that was never used leaves none."""
+        if not self._is_started:
+            self._is_started = True
+            self._thread.start()
 
     def _run(self) -> None:
         while True:

@@ -34,7 +34,8 @@ def content(steps: list[LoadedStep]) -> list[Any]:
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastbert")]
+    names = "fastbert-plan", "fastbert-batches"
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith(names)]
 
 
 @pytest.fixture(scope="module")
