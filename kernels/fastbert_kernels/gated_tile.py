@@ -1,4 +1,4 @@
-"""This module has what gated_linear.py and gated_linear_persistent.py share: a tile of both halves, and its gate."""
+"""This module has the shared code of gated_linear.py and gated_linear_persistent.py: a tile of both halves, its gate."""
 
 from __future__ import annotations
 
