@@ -1,4 +1,4 @@
-"""This module chooses the passes of training for an operation, or says why it has none and runs as plain PyTorch."""
+"""This module chooses the training passes of an operation, or gives the reason why it runs as plain PyTorch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ IN_TRAINING: ContextVar[bool] = ContextVar("fastbert passes of training", defaul
 
 @contextmanager
 def as_in_training() -> Iterator[None]:
-    """Lets operations run as in training though no gradient is wanted, so that both passes have the same bits."""
+    """Lets operations run as in training even if no gradient is needed, so that both passes have the same bits."""
     token = IN_TRAINING.set(True)
     try:
         yield
@@ -36,7 +36,7 @@ def as_in_training() -> Iterator[None]:
 
 
 def perhaps(dropout: Drop, compiling: bool) -> bool:
-    """Tells cheaply whether `wanted` is worth asking; torch.compile cannot trace the context variable."""
+    """Tells, at low cost, whether to call `wanted`. torch.compile cannot trace its context variable."""
     return not compiling and (torch.is_grad_enabled() or dropout is not None or IN_TRAINING.get())
 
 
@@ -59,17 +59,17 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 
 def kernels(op: str, policy: Policy, device: torch.device, dtype: torch.dtype, **what: Any) -> Kernels | None:
-    """Returns the passes of the backend that runs an operation, or None where that is plain PyTorch.
+    """Returns the passes of the backend that runs an operation, or None if plain PyTorch runs it.
 
-    dtype: of products. what: the keywords of `triton_obstacle`. A fallback is logged once, or raised as BackendError
-    under a strict policy.
+    dtype: the dtype of products. what: the keywords of `triton_obstacle`. A fallback is logged once, or raised as
+    BackendError under a strict policy.
     """
     backend = dispatch.choose(op, policy.backend, policy.strict, device, triton_obstacle(dtype, **what))
     return kernels_of(backend, dtype, **what)
 
 
 def obstacle(policy: Policy, device: torch.device, dtype: torch.dtype, **what: Any) -> str | None:
-    """Tells why an operation has no such passes under a policy, or None."""
+    """Tells why an operation has no such passes under a policy, or returns None."""
     decision = dispatch.decide("", policy, device, triton_obstacle(dtype, **what))
     if decision.backend == "cpu":
         return cpu_obstacle(dtype, **what)
@@ -79,7 +79,7 @@ def obstacle(policy: Policy, device: torch.device, dtype: torch.dtype, **what: A
 
 
 def kernels_of(backend: str, dtype: torch.dtype, **what: Any) -> Kernels | None:
-    """Returns the passes of a backend that `dispatch.choose` gave, or None where they are plain PyTorch."""
+    """Returns the passes of a backend from `dispatch.choose`, or None if they are plain PyTorch."""
     if backend == "triton":
         return TRITON
     return CPU if backend == "cpu" and cpu_obstacle(dtype, **what) is None else None
@@ -94,10 +94,10 @@ def triton_obstacle(
     activation: str = "none",
     gated: bool = False,
 ) -> str | None:
-    """Tells why the Triton kernels have no such passes, or None.
+    """Tells why the Triton kernels have no such passes, or returns None.
 
-    sizes: numbers of features that are multiplied. hidden_size: of rows that are normalised. gated: whether the
-    activation's first half multiplies its second one.
+    sizes: the numbers of features in products. hidden_size: the size of normalised rows. gated: whether the first half
+    of the activation multiplies the second half.
     """
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"there are no Triton kernels for {dtype}"
@@ -117,7 +117,7 @@ def cpu_obstacle(
     activation: str = "none",
     gated: bool = False,
 ) -> str | None:
-    """Tells why the C++ kernels have no such passes, or None."""
+    """Tells why the C++ kernels have no such passes, or returns None."""
     if not cpu.multiplies(dtype):
         return cpu.obstacle() or f"the C++ kernels do not multiply {dtype} on this processor"
     if head_size % 16 or head_size > 256:

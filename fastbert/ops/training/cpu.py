@@ -1,4 +1,4 @@
-"""The passes of training by the C++ kernels for CPUs, in float32 and bfloat16."""
+"""This module holds the training passes by the C++ kernels for CPUs, in float32 and bfloat16."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastbert_kernels.masks import Dropout
 
 
 class CpuKernels:
-    """The passes by C++ kernels. Rows are contiguous; weights are packed anew for each product, as they change."""
+    """A `CpuKernels` runs the passes by C++ kernels. Rows are contiguous. Each product packs its weights again."""
 
     name = "cpu"
 
@@ -143,7 +143,7 @@ class CpuKernels:
 
 
 def _bias_and_window(settings: Attention, position_bias: Tensor | None) -> tuple[cpu.PositionBias | None, int]:
-    """What the kernels take for a position bias, or for a window, whose bias takes far keys away."""
+    """Returns the kernels' arguments for a position bias, or for a window, whose bias removes far keys."""
     window, columns = settings.window, settings.columns
     if window is not None:
         return cpu.PositionBias(cpu.window_bias(settings.num_heads, window), columns), window

@@ -1,4 +1,4 @@
-"""Disentangled attention with gradients as one node of autograd. `fastbert.ops.disentangled` has the formula."""
+"""This module holds disentangled attention as one node of autograd. `fastbert.ops.disentangled` has the formula."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Gradients = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 class Settings(NamedTuple):
-    """The settings of one attention. buckets: how distances become rows, the arguments of `rows_of_distances`."""
+    """A `Settings` holds the settings of one attention. buckets: the arguments of `rows_of_distances`."""
 
     batch: PackedBatch
     num_heads: int
@@ -27,12 +27,12 @@ class Settings(NamedTuple):
 
 
 class Kernels(Protocol):
-    """The passes of one backend. qkv: (T, 3 N D). keys, queries: (2R, N D), one of which may be None."""
+    """A `Kernels` has the passes of one backend. qkv: (T, 3 N D). keys, queries: (2R, N D); one of them may be None."""
 
     def forward(
         self, qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings
     ) -> tuple[Tensor, Tensor | None]:
-        """(T, N D), and what the backward pass needs of it, (N, T) float32 or None."""
+        """Returns the result, (T, N D), and lse for the backward pass, (N, T) float32 or None."""
 
     def backward(
         self,
@@ -44,7 +44,7 @@ class Kernels(Protocol):
         lse: Tensor | None,
         settings: Settings,
     ) -> Gradients:
-        """The gradients of qkv, zeros in rows of no text, and of keys and queries. out, lse: what `forward` gave."""
+        """Returns the gradients of qkv (zeros in rows of no sequence), keys and queries. out, lse: from `forward`."""
 
 
 class _Cpu:
@@ -110,7 +110,7 @@ class _Triton:
 
 
 class _Plain:
-    """The forward pass in plain, differentiable PyTorch."""
+    """A `_Plain` has the forward pass in plain, differentiable PyTorch."""
 
     def forward(
         self, qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings
@@ -127,7 +127,7 @@ KERNELS: dict[str, Kernels] = {"cpu": _Cpu(), "triton": _Triton(), "torch": _Pla
 
 
 def attention(qkv: Tensor, keys: Tensor | None, queries: Tensor | None, settings: Settings, kernels: Kernels) -> Tensor:
-    """dropout(softmax(scale (q k^T + terms of distances))) v within each sequence, (T, 3 N D) -> (T, N D)."""
+    """Computes dropout(softmax(scale (q k^T + terms of distances))) v in each sequence, (T, 3 N D) -> (T, N D)."""
     out: Tensor = _Attention.apply(qkv, keys, queries, settings, kernels)
     return out
 
@@ -160,7 +160,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _plain(settings: Settings) -> Any:
-    """Returns the attention in plain PyTorch, on what its node of autograd took."""
+    """Returns the attention in plain PyTorch, as a function of the inputs of its autograd node."""
 
     def function(qkv: Tensor, keys: Tensor | None, queries: Tensor | None, *_: Any) -> Tensor:
         return KERNELS["torch"].forward(qkv, keys, queries, settings)[0]

@@ -1,4 +1,4 @@
-"""The embeddings with gradients as one node of autograd: the sum of the tables' rows, LayerNorm and dropout."""
+"""This module holds the embeddings as one node of autograd: the sum of the tables' rows, LayerNorm and dropout."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def embedding(
     settings: EmbeddingSettings,
     kernels: Kernels,
 ) -> Tensor:
-    """(T,) ids -> (T, E) in the tables' dtype. Without input_ids, word is (T, E) and taken row by row."""
+    """Embeds (T,) ids -> (T, E) in the tables' dtype. Without input_ids, word is (T, E) and is read row by row."""
     y: Tensor = _Embedding.apply(word, token_type, position, weight, ln_bias, settings, kernels)
     return y
 
@@ -42,7 +42,8 @@ class _Embedding(torch.autograd.Function):
         with torch.autocast(weight.device.type, enabled=False):
             done = kernels.embedding_forward(word, token_type, position, weight, ln_bias, settings)
         ctx.settings, ctx.kernels = settings, kernels
-        # As with PyTorch's embeddings, tables may be written to before the backward pass, which needs their shapes.
+        # As with PyTorch's embeddings, tables may be written to before the backward pass, which needs only their
+        # shapes.
         ctx.tables = word if settings.input_ids is not None or settings.dropout is None else None, token_type, position
         ctx.save_for_backward(weight, ln_bias, done.total, done.mean, done.rstd)
         return done.y
@@ -62,7 +63,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def _table_gradients(ctx: Any, rows: Tensor) -> list[Tensor | None]:
-    """The gradients of the three tables from those of the sum's rows; of word as it is where it is no table."""
+    """Returns the three tables' gradients from rows, the sum's gradients; for word rows itself if it is no table."""
     settings, kernels = ctx.settings, ctx.kernels
     ids_of_tables = settings.input_ids, settings.token_type_ids, settings.position_ids
     paddings = settings.padding_idx, None, None
@@ -79,7 +80,7 @@ def _table_gradients(ctx: Any, rows: Tensor) -> list[Tensor | None]:
 
 
 def _plain(settings: EmbeddingSettings) -> Any:
-    """Returns the embeddings in plain PyTorch, on what their node of autograd took."""
+    """Returns the embeddings in plain PyTorch, as a function of the inputs of their autograd node."""
 
     def function(
         word: Tensor, token_type: Tensor | None, position: Tensor | None, weight: Tensor, ln_bias: Tensor, *_: Any

@@ -1,4 +1,4 @@
-"""Single operations with gradients, for layers that do not run as one: those with adapters or hooks."""
+"""This module holds single operations with gradients, for layers that do not run as one: with adapters or hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastbert_kernels.masks import Dropout
 
 
 def attention(qkv: Tensor, settings: Attention, kernels: Kernels, position_bias: Tensor | None = None) -> Tensor:
-    """softmax(scale q k^T + bias) v within each sequence, with dropout of the probabilities. (T, 3 N D) -> (T, N D)
+    """Computes softmax(scale q k^T + bias) v in each sequence, with dropout of probabilities: (T, 3 N D) -> (T, N D).
 
     position_bias: (N, 2R + 1), see fastbert.ops.position_bias.
     """
@@ -25,7 +25,7 @@ def attention(qkv: Tensor, settings: Attention, kernels: Kernels, position_bias:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, kernels: Kernels, to: torch.dtype
 ) -> Tensor:
-    """activation(x W^T + b), (T, K) -> (T, M), in the dtype `to`. activation: "none", or one that the kernels have."""
+    """Computes activation(x W^T + b), (T, K) -> (T, M), in dtype `to`. activation: "none", or one of the kernels'."""
     out: Tensor = _Linear.apply(x, weight, bias, activation, kernels, to)
     return out
 
@@ -40,7 +40,10 @@ def residual_norm(
     dropout: Dropout | None = None,
     out_dropout: Dropout | None = None,
 ) -> Tensor:
-    """LayerNorm(dropout(x) + residual) * weight + bias, (T, H), in the residual's dtype; out_dropout: of the result."""
+    """Computes LayerNorm(dropout(x) + residual) * weight + bias, (T, H), in the residual's dtype.
+
+    out_dropout: the dropout of the result.
+    """
     y: Tensor = _ResidualNorm.apply(x, residual, weight, bias, eps, kernels, dropout, out_dropout)
     return y
 
@@ -114,7 +117,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _plain_linear(activation: str) -> Any:
-    """Returns the linear in plain PyTorch, on what its node of autograd took."""
+    """Returns the linear in plain PyTorch, as a function of the inputs of its autograd node."""
 
     def function(x: Tensor, weight: Tensor, bias: Tensor | None, *_: Any) -> Tensor:
         if activation == "none":
@@ -142,7 +145,7 @@ class _ResidualNorm(torch.autograd.Function):
             done = kernels.norm_forward(x, residual, weight, bias, eps, dropout, False)
         y = done.y if out_dropout is None else kernels.drop(done.y, out_dropout)
         ctx.kernels, ctx.eps, ctx.drops = kernels, eps, (dropout, out_dropout)
-        # Without dropout the sum is made again: what it was made of is what a second derivative wants.
+        # Without dropout the sum is computed again, because a second derivative needs its inputs.
         summed = (x, residual, None) if ctx.drops == (None, None) else (None, None, done.total)
         ctx.save_for_backward(*summed, done.mean, done.rstd, weight, bias)
         return y
@@ -165,7 +168,7 @@ class _ResidualNorm(torch.autograd.Function):
 
 
 def _plain_norm(eps: float) -> Any:
-    """Returns the norm in plain PyTorch, on what its node of autograd took."""
+    """Returns the norm in plain PyTorch, as a function of the inputs of its autograd node."""
 
     def function(x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, *_: Any) -> Tensor:
         return PLAIN.norm_forward(x, residual, weight, bias, eps, None, False).y

@@ -1,7 +1,7 @@
-"""This module says what a backend offers for training: forward and backward passes without autograd.
+"""This module has the interface of a backend for training: forward and backward passes without autograd.
 
 T packed tokens, H hidden, I intermediate, N heads, D head size. C is the dtype of products, float32, bfloat16 or
-float16. S is the dtype of the residual stream: C, or float32 under autocast.
+float16. S is the dtype of hidden states between layers: C, or float32 under autocast.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ Weights = tuple[Tensor, ...]
 
 
 class Attention(NamedTuple):
-    """The settings of one attention. batch: how T rows lie in sequences.
+    """An `Attention` holds the settings of one attention. batch: the sequences of the T rows.
 
     columns: (T,) int32, as in `PackedBatch`, for a position bias or a window. window: columns on either side that a
-    query reaches, None for all; there is no position bias beside it.
+    query reaches, None for all; it excludes a position bias.
     """
 
     batch: PackedBatch
@@ -32,16 +32,16 @@ class Attention(NamedTuple):
 
 
 class Rotation(NamedTuple):
-    """The angles by which queries and keys turn. cos, sin: (T, D / 2) float32, contiguous."""
+    """A `Rotation` holds the angles of queries and keys. cos, sin: (T, D / 2) float32, contiguous."""
 
     cos: Tensor
     sin: Tensor
 
 
 class EmbeddingSettings(NamedTuple):
-    """What the embeddings are beside tables and norm. Ids: (T,) int64, or None where there is no such table.
+    """An `EmbeddingSettings` holds the embeddings' settings. Ids: (T,) int64, or None if there is no such table.
 
-    padding_idx: the word whose row gets no gradient.
+    padding_idx: the id whose row of word gets no gradient.
     """
 
     input_ids: Tensor | None
@@ -53,10 +53,10 @@ class EmbeddingSettings(NamedTuple):
 
 
 class Normalized(NamedTuple):
-    """What `norm_forward` gives.
+    """A `Normalized` is the result of `norm_forward`.
 
-    y: (T, H) in S. low: y in C where it was asked for and C is not S, else None. total: (T, H) in C, the sum that was
-    normalised. mean, rstd: (T,) float32, of the unrounded sum.
+    y: (T, H) in S. low: y in C if it was requested and C is not S, else None. total: (T, H) in C, the sum before the
+    norm. mean, rstd: (T,) float32, of the unrounded sum.
     """
 
     y: Tensor
@@ -67,7 +67,9 @@ class Normalized(NamedTuple):
 
 
 class NormGradients(NamedTuple):
-    """What `norm_backward` gives. x: (T, H) in C. residual: (T, H) in S, or None. weight, bias, x_bias: (H,) float32.
+    """A `NormGradients` is the result of `norm_backward`.
+
+    x: (T, H) in C. residual: (T, H) in S, or None. weight, bias, x_bias: (H,) float32.
 
     x_bias holds the sums of x over its rows: the gradient of a bias that was added to x.
     """
@@ -80,31 +82,31 @@ class NormGradients(NamedTuple):
 
 
 class Kernels(Protocol):
-    """The passes of one backend. Parameters may be float32 where C is not: they are rounded to C first."""
+    """A `Kernels` has the passes of one backend. Parameters may be float32 if C is not; they are rounded to C first."""
 
     name: str
 
     def linear(self, x: Tensor, weights: Weights, biases: tuple[Tensor | None, ...]) -> Tensor:
-        """x W^T + b, (T, K) -> (T, M); W: the weights one above the other, (M, K)."""
+        """Computes x W^T + b, (T, K) -> (T, M). W: the weights one above the other, (M, K)."""
 
     def activated_linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
     ) -> tuple[Tensor, Tensor]:
-        """activation(pre) and pre = x W^T + b, (T, M) each."""
+        """Computes activation(pre) and pre = x W^T + b, (T, M) each."""
 
     def input_gradient(self, grad: Tensor, weights: Weights, residual: Tensor | None = None) -> Tensor:
-        """grad W + residual, (T, M) -> (T, K), in the residual's dtype, or grad's without one."""
+        """Computes grad W + residual, (T, M) -> (T, K), in the residual's dtype, or grad's without one."""
 
     def weight_gradient(self, grad: Tensor, x: Tensor, to: dtype, bias: bool) -> tuple[Tensor, Tensor | None]:
-        """grad^T x, (M, K), and, if bias, the sums of grad over its rows, (M,), in a dtype."""
+        """Computes grad^T x, (M, K), and, if bias, the sums of grad over its rows, (M,), in dtype `to`."""
 
     def activation_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradient of pre, activation(pre), (T, I) both, and the gradient's sums over its rows, (I,) float32."""
+        """Returns pre's gradient and activation(pre), (T, I) each, and the gradient's sums over rows, (I,) float32."""
 
     def attention_forward(
         self, qkv: Tensor, settings: Attention, position_bias: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(T, 3 N D) -> (T, N D), and the natural logarithm of the sums of exponentials, (N, T) float32.
+        """Computes (T, 3 N D) -> (T, N D), and the natural logarithm of the sums of exponentials, (N, T) float32.
 
         position_bias: (N, 2R + 1), see fastbert.ops.position_bias.
         """
@@ -121,16 +123,16 @@ class Kernels(Protocol):
         """The gradient of qkv, (T, 3 N D), zeros in rows of no sequence; and of position_bias, float32 at least."""
 
     def rotate(self, qkv: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
-        """Queries and keys turned by their rows' angles, (T, 3 N D), perhaps in the memory of qkv: see ops.rotary."""
+        """Rotates queries and keys by their rows' angles, (T, 3 N D), perhaps in qkv's memory: see ops.rotary."""
 
     def rotate_back(self, grad: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
-        """The gradient of what was turned, (T, 3 N D), perhaps in the memory of grad, which is contiguous."""
+        """Returns the gradient of `rotate`'s input, (T, 3 N D), perhaps in the memory of grad, which is contiguous."""
 
     def gated(self, pre: Tensor, activation: str) -> Tensor:
-        """activation(first half) * second half of each row, (T, 2 I) -> (T, I)."""
+        """Computes activation(first half) * second half of each row, (T, 2 I) -> (T, I)."""
 
     def gated_backward(self, grad: Tensor, pre: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-        """The gradient of pre, (T, 2 I), from that of what `gated` gave, (T, I), and that again."""
+        """Returns the gradient of pre, (T, 2 I), from grad, (T, I), and the result of `gated` again."""
 
     def norm_forward(
         self,
@@ -142,7 +144,7 @@ class Kernels(Protocol):
         dropout: Dropout | None,
         low: bool,
     ) -> Normalized:
-        """LayerNorm(dropout(x) + residual) * weight + bias."""
+        """Computes LayerNorm(dropout(x) + residual) * weight + bias."""
 
     def norm_backward(
         self,
@@ -154,9 +156,9 @@ class Kernels(Protocol):
         out_dropout: Dropout | None,
         want_residual: bool,
     ) -> NormGradients:
-        """The gradients from those of y and of low, which are added. saved: (total, mean, rstd).
+        """Returns the gradients from those of y and of low, which are added. saved: (total, mean, rstd).
 
-        out_dropout: a dropout of y itself.
+        out_dropout: the dropout of y itself.
         """
 
     def embedding_forward(
@@ -168,10 +170,10 @@ class Kernels(Protocol):
         bias: Tensor,
         settings: EmbeddingSettings,
     ) -> Normalized:
-        """dropout(LayerNorm(sum of the tables' rows)), without `low`. Ids are int64 and contiguous."""
+        """Computes dropout(LayerNorm(sum of the tables' rows)), without `low`. Ids are int64 and contiguous."""
 
     def embedding_scatter(self, grad: Tensor, ids: Tensor, n_rows: int, padding_idx: int | None, to: dtype) -> Tensor:
-        """The rows of grad, (T, E), added up by id, (n_rows, E) in a dtype, zeros for padding_idx."""
+        """Adds up the rows of grad, (T, E), by id: (n_rows, E) in dtype `to`, zeros for padding_idx."""
 
     def drop(self, x: Tensor, dropout: Dropout) -> Tensor:
-        """The rows, (T, H), with elements dropped out."""
+        """Applies dropout to rows, (T, H)."""

@@ -1,4 +1,4 @@
-"""A whole encoder layer as one node of autograd, in the form that its settings say."""
+"""This module runs a whole encoder layer as one node of autograd, post-norm or pre-norm."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["LayerParameters", "LayerSettings", "encoder_layer", "plain_layer"]
 
 
 def encoder_layer(x: Tensor, parameters: LayerParameters, settings: LayerSettings) -> Tensor:
-    """(T, H) -> (T, H) in x's dtype: attention and feed-forward part, each with dropout, residual and LayerNorm."""
+    """Computes a layer, (T, H) -> (T, H) in x's dtype: attention, feed-forward, dropout, residuals and LayerNorms."""
     output: Tensor = _EncoderLayer.apply(x, settings, *parameters.listed())
     return output
 
 
 def plain_layer(x: Tensor, parameters: LayerParameters, settings: LayerSettings) -> Tensor:
-    """The layer in plain, differentiable PyTorch."""
+    """Computes the layer in plain, differentiable PyTorch."""
     return _form(settings).plain(x, parameters, settings)
 
 

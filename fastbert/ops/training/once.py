@@ -1,4 +1,4 @@
-"""Gradients of gradients: by PyTorch's own rules where the function can run again, and else a clear error."""
+"""This module handles second derivatives: by PyTorch's rules if the function can run again, else with an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECOND_DERIVATIVE = (
 
 
 def batched(grad: Tensor) -> bool:
-    """Tells whether a gradient stands for many, as under is_grads_batched or vmap: kernels cannot read it."""
+    """Tells whether a gradient is a batch of many (is_grads_batched or vmap), which kernels cannot read."""
     functorch: Any = torch._C._functorch
     return bool(functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad))
 
@@ -38,7 +38,7 @@ def again(
 ) -> tuple[Tensor | None, ...]:
     """Returns differentiable gradients of function(*tensors), computed again in plain PyTorch.
 
-    inputs: what the node of autograd took, which the function takes as well; entries that are no tensors are None.
+    inputs: the inputs of the autograd node, which are also the function's; entries that are not tensors are None.
     """
     places = [i for i, need in enumerate(needed) if need]
     differentiable = torch.is_grad_enabled()

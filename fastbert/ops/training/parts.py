@@ -1,6 +1,6 @@
-"""What layers of every form share: their parameters and settings, and both passes of attention and feed-forward part.
+"""This module holds shared code of layers: parameters, settings, and the passes of attention and feed-forward.
 
-A form is where a layer has its norms: `post_norm.py` and `pre_norm.py`.
+The two forms of a layer, by the place of its norms, are in `post_norm.py` and `pre_norm.py`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from fastbert_kernels.masks import Dropout
 
 @dataclass(frozen=True, eq=False)
 class LayerSettings:
-    """What a layer is beside its parameters.
+    """A `LayerSettings` holds the settings of a layer.
 
-    eps: of both norms. dropouts: of both sums. dtype: of the products. gated: whether the activation's first half
-    multiplies its second one. inner_dropout: of what down multiplies. rotation: by what queries and keys turn.
-    pre_norm: whether the norms are of what each part reads. last_eps: of the norm of the layer's output, if there is
-    one. buckets: how distances become rows of position_keys and position_queries (fastbert.ops.disentangled).
+    eps: of both norms. dropouts: of both sums. dtype: of the products. gated: whether the first half of the activation
+    multiplies the second half. inner_dropout: of the input of down. rotation: the rotation of queries and keys.
+    pre_norm: whether attention and feed-forward normalise their inputs. last_eps: of the norm of the layer's output, if
+    there is one. buckets: how distances become rows of position_keys and position_queries (fastbert.ops.disentangled).
     """
 
     kernels: Kernels
@@ -43,7 +43,7 @@ class LayerSettings:
 
     @property
     def distances(self) -> disentangled.Settings:
-        """The settings of attention whose scores have terms of distances."""
+        """Returns the settings of disentangled attention."""
         batch, num_heads, scale, dropout = self.attention[:4]
         assert self.buckets is not None
         return disentangled.Settings(batch, num_heads, scale, self.buckets, dropout)
@@ -55,12 +55,13 @@ class LayerSettings:
 
 @dataclass(frozen=True, eq=False)
 class LayerParameters:
-    """The parameters of a layer, in the order in which its node of autograd takes them. Biases may be None.
+    """A `LayerParameters` holds a layer's parameters, in the order of its autograd node's arguments. Biases may be
+    None.
 
-    query: (H, H), or all three projections in one, (3 H, H), where key and value are None. attention_norm: None where
-    attention reads the layer's input as it is. up: (I, H), or with the gate in one, (2 I, H), where gate is None.
-    position_bias: (N, 2R + 1), added to attention's scores: see fastbert.ops.position_bias. last_norm: of the output,
-    in a layer with norms of what each part reads. position_keys, position_queries: (2R, H), what stands for distances.
+    query: (H, H), or all three projections in one, (3 H, H); key and value are then None. attention_norm: None if
+    attention does not normalise the layer's input. up: (I, H), or together with the gate (2 I, H); gate is then None.
+    position_bias: (N, 2R + 1), added to attention's scores: see fastbert.ops.position_bias. last_norm: the norm of the
+    output, in a pre-norm layer. position_keys, position_queries: (2R, H), the vectors of distances.
     """
 
     query: Tensor
@@ -100,7 +101,7 @@ class LayerParameters:
 
     @property
     def inner(self) -> Weights:
-        """What makes the activation's input: up, and the gate."""
+        """Returns the weights for the activation's input: up, and the gate."""
         return _those_there(self.up, self.gate)
 
     @property
@@ -116,7 +117,7 @@ def _those_there(*weights: Tensor | None) -> Weights:
 
 
 class Wanted:
-    """Computes the gradients of parameters that need one. needed: of the layer's input, and then of each parameter."""
+    """Computes the gradients of parameters that need one. needed: for the layer's input, then for each parameter."""
 
     def __init__(self, kernels: Kernels, p: LayerParameters, needed: Sequence[bool]) -> None:
         self.kernels, self.parameters, self.x = kernels, p, needed[0]
@@ -127,21 +128,21 @@ class Wanted:
         return tuple(self.grads.get(name) for name in NAMES)
 
     def before(self, name: str) -> bool:
-        """Tells whether x, what attention adds to scores, or a parameter in front of this one needs a gradient."""
+        """Tells whether x, a term of attention's scores, or a parameter before this one needs a gradient."""
         of_scores = ("position_bias", "position_keys", "position_queries")
         return self.x or any(self.needed[n] for n in (*of_scores, *NAMES[: NAMES.index(name)]))
 
     def vectors(self, **sums: Tensor) -> None:
-        """Takes sums over rows as the gradients of parameters, by name."""
+        """Stores sums over rows as the gradients of parameters, by name."""
         for name, total in sums.items():
             parameter = getattr(self.parameters, name)
             if parameter is not None and self.needed[name]:
                 self.grads[name] = total.to(parameter.dtype)
 
     def product(self, names: Sequence[str], grad: Tensor, x: Tensor, biases: bool = True) -> None:
-        """The gradients of weights, from that of their product, (T, M), and of their biases if those are asked for.
+        """Computes the gradients of weights from grad, that of their product, (T, M), and of biases if requested.
 
-        names: of the weights, one above the other. All are of one product where all need a gradient.
+        names: the weights, one above the other. If all need a gradient, one product computes all.
         """
         names = [name for name in names if getattr(self.parameters, name) is not None]
         if all(self.needed[name] for name in names):
@@ -176,7 +177,7 @@ def drop(kernels: Kernels, x: Tensor, dropout: Dropout | None) -> Tensor:
 def attend(
     x: Tensor, p: LayerParameters, settings: LayerSettings, kernels: Kernels
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """Attention and the linear after it, (T, H) -> (T, H), and what the backward pass needs: qkv, context and lse."""
+    """Computes attention and its linear, (T, H) -> (T, H). Returns also qkv, context and lse for the backward pass."""
     qkv = kernels.linear(x, p.qkv, p.qkv_biases)
     if settings.rotation is not None:
         qkv = kernels.rotate(qkv, settings.rotation, settings.attention.num_heads)
@@ -198,9 +199,9 @@ def attend_backward(
     wanted: Wanted,
     out_bias: bool,
 ) -> Tensor | None:
-    """The gradient of qkv, (T, 3 H), from that of what `attend` gave; None where nothing in front of out needs one.
+    """Returns the gradient of qkv, (T, 3 H), from that of `attend`'s result; None if nothing before out needs one.
 
-    out_bias: whether the gradient of out's bias is still to be made.
+    out_bias: whether to compute the gradient of out's bias here.
     """
     kernels, (qkv, context, lse) = settings.kernels, kept
     wanted.product(("out",), grad, context, out_bias)
@@ -225,7 +226,7 @@ def attend_backward(
 
 
 def feed_forward(x: Tensor, p: LayerParameters, settings: LayerSettings, kernels: Kernels) -> tuple[Tensor, Tensor]:
-    """The feed-forward part, (T, H) -> (T, H), and what its activation read, (T, I) or with a gate (T, 2 I)."""
+    """Computes the feed-forward part, (T, H) -> (T, H), and its activation's input, (T, I) or with a gate (T, 2 I)."""
     if settings.gated:
         pre = kernels.linear(x, p.inner, p.inner_biases)
         activated = kernels.gated(pre, settings.activation)
@@ -244,7 +245,7 @@ def feed_backward(
     wanted: Wanted,
     down_bias: bool,
 ) -> Tensor:
-    """The gradient of pre, from that of what `feed_forward` gave of x. down_bias: whether that of it is to be made."""
+    """Returns the gradient of pre, from that of `feed_forward`'s result. down_bias: whether to compute its gradient."""
     kernels = settings.kernels
     d_activated = drop(kernels, kernels.input_gradient(grad, (p.down,)), settings.inner_dropout)
     if settings.gated:
@@ -260,17 +261,17 @@ def feed_backward(
 
 
 def plain_attend(x: Tensor, p: LayerParameters, settings: LayerSettings) -> Tensor:
-    """What `attend` computes, in plain, differentiable PyTorch."""
+    """Computes the same as `attend`, in plain, differentiable PyTorch."""
     return attend(x, p, settings, PLAIN)[0]
 
 
 def plain_feed_forward(x: Tensor, p: LayerParameters, settings: LayerSettings) -> Tensor:
-    """What `feed_forward` computes, in plain, differentiable PyTorch."""
+    """Computes the same as `feed_forward`, in plain, differentiable PyTorch."""
     return feed_forward(x, p, settings, PLAIN)[0]
 
 
 def plain_norm(
     x: Tensor, residual: Any, weight: Tensor, bias: Any, eps: float, dropout: Dropout | None = None
 ) -> Tensor:
-    """LayerNorm(dropout(x) + residual), in plain, differentiable PyTorch."""
+    """Computes LayerNorm(dropout(x) + residual), in plain, differentiable PyTorch."""
     return PLAIN.norm_forward(x, residual, weight, bias, eps, dropout, False).y

@@ -1,4 +1,4 @@
-"""The passes of training in plain PyTorch, for every device and dtype: what other backends are compared with."""
+"""This module holds the training passes in plain PyTorch, for every device and dtype. They check other backends."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ WINDOW_BLOCK = 64  # the fewest queries of a block within a window
 
 
 def joined(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
-    """The tensors one above the other, in a dtype."""
+    """Returns the tensors one above the other, in a dtype."""
     return (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).to(dtype)
 
 
 def joined_biases(weights: Weights, biases: tuple[Tensor | None, ...], dtype: torch.dtype) -> Tensor | None:
-    """The biases one above the other, zeros where one is None; None where all are."""
+    """Returns the biases one above the other, with zeros for a bias of None; None if all are None."""
     if all(bias is None for bias in biases):
         return None
     filled = [w.new_zeros(w.shape[0]) if b is None else b for w, b in zip(weights, biases, strict=True)]
@@ -41,12 +41,12 @@ def joined_biases(weights: Weights, biases: tuple[Tensor | None, ...], dtype: to
 
 
 def wide(x: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 where it is."""
+    """Returns the tensor in float32, or in float64 if it is float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Plain:
-    """The passes in plain PyTorch."""
+    """A `Plain` has the passes in plain PyTorch."""
 
     name = "torch"
 
@@ -210,7 +210,7 @@ PLAIN = Plain()
 def sum_of_rows(
     word: Tensor, token_type: Tensor | None, position: Tensor | None, settings: EmbeddingSettings
 ) -> Tensor:
-    """The sum of the tables' rows, (T, E), in differentiable PyTorch."""
+    """Returns the sum of the tables' rows, (T, E), in differentiable PyTorch."""
     input_ids, token_type_ids, position_ids, _, padding_idx, _ = settings
     x = word if input_ids is None else F.embedding(input_ids, word, padding_idx)
     if token_type is not None and token_type_ids is not None:
@@ -219,7 +219,7 @@ def sum_of_rows(
 
 
 def groups(batch: PackedBatch) -> list[Tensor]:
-    """The rows of sequences of equal length together, (sequences, length) each."""
+    """Returns the rows of sequences of equal length together, (sequences, length) each."""
 
     def make() -> list[Tensor]:
         offsets = batch.cu_seqlens_cpu.long()
@@ -233,7 +233,7 @@ def groups(batch: PackedBatch) -> list[Tensor]:
 
 
 def _split(x: Tensor, rows: Tensor, num_heads: int) -> Tensor:
-    """(T, N D) -> (sequences, N, length, D), in float32 at least."""
+    """Splits heads, (T, N D) -> (sequences, N, length, D), in float32 at least."""
     return wide(x[rows]).unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
@@ -242,7 +242,7 @@ def _heads(qkv: Tensor, rows: Tensor, num_heads: int) -> tuple[Tensor, ...]:
 
 
 class _Part(NamedTuple):
-    """Some queries of sequences of equal length, and the keys that they reach. all_rows: (sequences, length)."""
+    """A `_Part` holds queries of sequences of equal length, and the keys in reach. all_rows: (sequences, length)."""
 
     all_rows: Tensor
     queries: slice
@@ -253,7 +253,7 @@ class _Part(NamedTuple):
         return self.all_rows[:, self.queries]
 
     def scores(self, q: Tensor, k: Tensor, settings: Attention, position_bias: Tensor | None) -> Tensor:
-        """(sequences, N, queries, keys) with a position bias, and -inf where a key is out of a query's reach."""
+        """Returns scores with bias, (sequences, N, queries, keys), and -inf for keys out of a query's reach."""
         scores = q[:, :, self.queries] @ k[:, :, self.keys].transpose(-1, -2) * settings.scale
         if position_bias is not None:
             return scores + of_rows(wide(position_bias), settings.columns, self.all_rows, *self.all_rows.shape)
@@ -264,7 +264,7 @@ class _Part(NamedTuple):
         return scores.masked_fill(far[:, None], -torch.inf)
 
     def kept(self, settings: Attention, dtype: torch.dtype) -> Tensor | float:
-        """What probabilities are multiplied by, (sequences, N, queries, keys) in their dtype, or 1."""
+        """Returns the dropout factors of probabilities, (sequences, N, queries, keys) in their dtype, or 1."""
         dropout = settings.dropout
         if dropout is None:
             return 1.0
@@ -274,13 +274,13 @@ class _Part(NamedTuple):
 
 
 def _parts(rows: Tensor, settings: Attention) -> Iterator[_Part]:
-    """All of some sequences at once, or within a window one block of queries after the other."""
+    """Yields all queries of some sequences at once, or within a window one block of queries after the other."""
     length, window = rows.shape[1], settings.window
     block = length if window is None else max(window, WINDOW_BLOCK)
     for start in range(0, length, block):
         end = min(start + block, length)
         if window is None:
             yield _Part(rows, slice(start, end), slice(0, length))
-        else:  # columns that share a draw of dropout begin at a multiple of their number
+        else:  # a group of columns with one draw of dropout begins at a multiple of its size
             first = max(start - window, 0) // GROUP * GROUP
             yield _Part(rows, slice(start, end), slice(first, min(end + window, length)))

@@ -1,8 +1,8 @@
-"""A layer that normalises each sum, as BERT's: LayerNorm(x + attention(x)), and LayerNorm(y + feed_forward(y)).
+"""This module runs a post-norm layer, as BERT's: LayerNorm(x + attention(x)), then LayerNorm(y + feed_forward(y)).
 
-It keeps for the backward pass, of a token, in the dtype of products: the input H, queries, keys and values 3 H, the
-attention's output H, both sums before a norm 2 H, the first norm's output H, and what the activation reads, I. With
-I = 4 H and 2 bytes each that is 24 H bytes. The activation itself is computed again.
+For the backward pass it keeps for each token, in the dtype of products: the input H, queries, keys and values 3 H, the
+attention's output H, both sums before a norm 2 H, the first norm's output H, and the activation's input, I. With I = 4
+H and 2 bytes each these are 24 H bytes. The activation itself is computed again.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from fastbert.ops.training.parts import (
 
 
 def forward(x: Tensor, p: LayerParameters, settings: LayerSettings) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The output, and what the backward pass needs.
+    """Returns the output, and the data for the backward pass.
 
-    That is x in C where it is not, qkv, context, lse, (total, mean, rstd), y in C, pre, (total, mean, rstd).
+    The data are x in C if its dtype is not C, qkv, context, lse, (total, mean, rstd), y in C, pre, (total, mean, rstd).
     """
     kernels, (first_drop, last_drop), (first_eps, last_eps) = settings.kernels, settings.dropouts, settings.eps
     assert p.attention_norm is not None and p.attention_norm_bias is not None
@@ -45,7 +45,7 @@ def forward(x: Tensor, p: LayerParameters, settings: LayerSettings) -> tuple[Ten
 def backward(
     grad: Tensor, x: Tensor | None, kept: Sequence[Tensor], p: LayerParameters, settings: LayerSettings, wanted: Wanted
 ) -> Tensor | None:
-    """The gradient of x, if it is wanted. x: None where `kept` has it in C."""
+    """Returns the gradient of x, if it is needed. x: None if `kept` has it in C."""
     kernels, (first_drop, last_drop) = settings.kernels, settings.dropouts
     low = kept[0] if x is None else x
     attention, first, (middle, pre) = kept[1:4], kept[4:7], kept[7:9]
@@ -66,7 +66,7 @@ def backward(
 
 
 def plain(x: Tensor, p: LayerParameters, settings: LayerSettings) -> Tensor:
-    """The layer in plain, differentiable PyTorch."""
+    """Computes the layer in plain, differentiable PyTorch."""
     (first_drop, last_drop), (first_eps, last_eps) = settings.dropouts, settings.eps
     assert p.attention_norm is not None
     z = plain_attend(x, p, settings)

@@ -1,12 +1,12 @@
-"""A layer that normalises what each part reads, as ModernBERT's.
+"""This module runs a pre-norm layer, as ModernBERT's: attention and feed-forward normalise their inputs.
 
     y = x + attention(LayerNorm(x)),    y + feed_forward(LayerNorm(y))
 
 The first norm may be missing, and the last layer has one more, of its output. With S = C, it keeps for the backward
-pass, of a token, in the dtype of products: the input H, both norms' outputs 2 H, queries, keys and values 3 H, the
-attention's output H, the sum in the middle H, and what the activation reads. The activation is computed again.
+pass for each token, in the dtype of products: the input H, both norms' outputs 2 H, queries, keys and values 3 H, the
+attention's output H, the sum in the middle H, and the activation's input. The activation is computed again.
 
-In S = float32 under autocast, the sums stay in float32, and so do the norms.
+With S = float32 under autocast, the sums and the norms stay in float32.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from fastbert.ops.training.parts import (
 
 
 def forward(x: Tensor, p: LayerParameters, settings: LayerSettings) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The output, and what the backward pass needs.
+    """Returns the output, and the data for the backward pass.
 
-    That is x in C where no norm reads it, else None, the first norm's output in C, mean and rstd; qkv, context and lse;
-    the sum in the middle, its mean and rstd, the second norm's output in C, pre; the last norm's total, mean and rstd.
+    The data are x in C if there is no first norm, else None, the first norm's output in C, mean and rstd; qkv, context
+    and lse; the sum in the middle, its mean and rstd, the second norm's output in C, pre; the last norm's total, mean
+    and rstd.
     """
     kernels, to, (first_drop, last_drop) = settings.kernels, settings.dtype, settings.dropouts
     first_eps, second_eps = settings.eps
@@ -64,7 +65,7 @@ def forward(x: Tensor, p: LayerParameters, settings: LayerSettings) -> tuple[Ten
 def backward(
     grad: Tensor, x: Tensor, kept: Sequence[Tensor], p: LayerParameters, settings: LayerSettings, wanted: Wanted
 ) -> Tensor | None:
-    """The gradient of x, if it is wanted."""
+    """Returns the gradient of x, if it is needed."""
     kernels, to, (first_drop, last_drop) = settings.kernels, settings.dtype, settings.dropouts
     low = x if kept[0] is None else kept[0]
     before, attention, second, (middle, pre), last = kept[1:3], kept[3:6], kept[6:9], kept[9:11], kept[11:]
@@ -102,7 +103,7 @@ def backward(
 
 
 def plain(x: Tensor, p: LayerParameters, settings: LayerSettings) -> Tensor:
-    """The layer in plain, differentiable PyTorch."""
+    """Computes the layer in plain, differentiable PyTorch."""
     (first_drop, last_drop), (first_eps, second_eps) = settings.dropouts, settings.eps
     normed = x
     if p.attention_norm is not None:

@@ -1,4 +1,4 @@
-"""The passes of training by Triton kernels, with cuBLAS's products but for the one whose epilogue has a GELU."""
+"""This module holds the training passes by Triton kernels. Products are cuBLAS's, except with GELU in the epilogue."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fastbert_kernels.masks import Dropout
 
 
 class TritonKernels:
-    """The passes by Triton kernels, on CUDA devices, and on the CPU under Triton's interpreter."""
+    """A `TritonKernels` runs the passes by Triton kernels, on CUDA devices and, under Triton's interpreter, on CPUs."""
 
     name = "triton"
 
@@ -191,7 +191,7 @@ class TritonKernels:
 
 
 def _window(settings: Attention) -> Any:
-    """What the kernels take for a window, or None."""
+    """Returns the kernels' argument for a window, or None."""
     from fastbert_kernels.attention_window import Window
 
     window = settings.window
