@@ -25,14 +25,14 @@ class Rotations:
         return self.tables(head_size, layer.base, layer.factor)
 
     def tables(self, head_size: int, base: float, factor: float) -> tuple[Tensor, Tensor]:
-        """(T, D / 2) float32 each."""
+        """Returns cosines and sines for a base and a factor, (T, D / 2) float32 each."""
         key = head_size, base, factor
         if key not in self._tables:
             self._tables[key] = rotations(self.position_ids, *key)
         return self._tables[key]
 
     def renew(self, position_ids: Tensor) -> None:
-        """Takes the positions of a forward pass. The pass makes its tables, and so does a CUDA graph."""
+        """Takes the positions of a forward pass, which then computes its tables. A CUDA graph computes them, too."""
         self.position_ids, self._tables = position_ids, {}
 
 

@@ -149,7 +149,7 @@ def refuse(op: str, reason: str) -> None:
         _raise(f"batch_invariant: {op}: {reason}" if op else f"batch_invariant: {reason}")
 
 
-@constant  # without this, a compiler catches the exception and skips the function
+@constant  # otherwise a compiler would skip the function at an exception
 def _raise(message: str) -> None:
     raise BackendError(message)
 

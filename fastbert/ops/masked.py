@@ -75,7 +75,7 @@ def seq_ids(batch: PackedBatch) -> Tensor:
 
 
 def pack(x: Tensor, batch: PackedBatch, fill: int) -> Tensor:
-    """(B, S, ...) -> (B * S, ...): the tokens' rows first, then rows of `fill`."""
+    """Packs (B, S, ...) -> (B * S, ...): the tokens' rows first, then rows of `fill`."""
     assert batch.places is not None
     flat, n_rows = x.reshape(-1, *x.shape[2:]), batch.n_tokens
     rows = torch.where(batch.places < 0, n_rows, batch.places).long()  # padding goes to an extra row, which is cut off
@@ -84,7 +84,7 @@ def pack(x: Tensor, batch: PackedBatch, fill: int) -> Tensor:
 
 
 def pad(x: Tensor, batch: PackedBatch) -> Tensor:
-    """(B * S, ...) rows -> (B, S, ...), zeros at the padding positions."""
+    """Pads rows, (B * S, ...) -> (B, S, ...), with zeros at the padding positions."""
     from fastbert_kernels.unpack import spread
 
     places, shape = batch.places, (batch.batch_size, batch.padded_length, *x.shape[1:])

@@ -3,8 +3,8 @@
     out = activation(x @ weight^T + bias),    or    out = x @ weight^T + bias + residual
 
 PyTorch's F.linear converts the weight's layout on every call, or, in float32, uses MKL, which is slow on processors of
-other makers than Intel. The C++ kernel of `fastbert_kernels.cpu` runs if it is available, except for bfloat16 on
-processors with matrix units. Otherwise oneDNN runs. If neither supports the product, the caller uses F.linear.
+other makers. The C++ kernel of `fastbert_kernels.cpu` runs if it is available, except for bfloat16 on processors with
+matrix units. Otherwise oneDNN runs. If neither supports the product, the caller uses F.linear.
 """
 
 from __future__ import annotations
