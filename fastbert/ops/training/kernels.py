@@ -120,7 +120,7 @@ class Kernels(Protocol):
         settings: Attention,
         position_bias: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The gradient of qkv, (T, 3 N D), zeros in rows of no sequence; and of position_bias, float32 at least."""
+        """Returns gradients: qkv's, (T, 3 N D), zeros in rows of no sequence; position_bias's, float32 at least."""
 
     def rotate(self, qkv: Tensor, rotation: Rotation, num_heads: int) -> Tensor:
         """Rotates queries and keys by their rows' angles, (T, 3 N D), perhaps in qkv's memory: see ops.rotary."""
