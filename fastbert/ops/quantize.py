@@ -17,7 +17,7 @@ TINY = 1e-30  # rows whose largest magnitude is less count as zeros
 
 
 class Quantized(NamedTuple):
-    """data * scale: data (T, K) float8_e4m3fn or int8, scale (T, G) float32, `group` columns to a scale."""
+    """A `Quantized` is data * scale. data: (T, K) float8_e4m3fn or int8. scale: (T, G) float32, for `group` columns."""
 
     data: Tensor
     scale: Tensor
