@@ -1,1 +1,1 @@
-"""Reports on a model: explain, verify and warm-up."""
+"""This package reports on a model: explain, verify and warm-up."""

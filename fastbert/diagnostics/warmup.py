@@ -1,4 +1,4 @@
-"""`warmup` compiles and captures ahead, so that a first call does not wait for it."""
+"""`warmup` compiles kernels and captures CUDA graphs ahead, so that the first call does not wait for this."""
 
 from __future__ import annotations
 
@@ -83,10 +83,10 @@ def _run_rest(model: Any, inner: PreTrainedModel) -> None:
             for normalize in (False, True) if output == "dense" else (False,):
                 model.encode([_TEXT, _TEXT * 2], normalize_embeddings=normalize, output=output)
         return
-    # Two shapes: what is special about a size of one must not be compiled for the first time while serving.
+    # There are two shapes, because kernels that are specialised for a size of one must also be compiled before serving.
     for batch_size, length in ((1, 1), (2, 8)):
         shape = (batch_size, 2, length) if type(inner).__name__ == "BertForMultipleChoice" else (batch_size, length)
         ids = torch.zeros(shape, dtype=torch.int64, device=inner.device)
         inner(ids)
-        for mask in (ids + 1, ids == 0):  # integers and bools have kernels of their own
+        for mask in (ids + 1, ids == 0):  # integers and bools have different kernels
             inner(ids, mask)

@@ -1,4 +1,4 @@
-"""This package holds the fused operations of an encoder on packed tokens: one function for all backends of each."""
+"""This package holds the fused operations of an encoder on packed tokens. One function serves all backends."""
 
 from fastbert.ops import quantized, quantized_parts
 from fastbert.ops.attention import prepare as prepare_attention

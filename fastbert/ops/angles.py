@@ -1,4 +1,4 @@
-"""The angles of a batch's rows are made once a forward pass, for all layers with rotary positions."""
+"""This module makes the angles of a batch's rows once a forward pass, for all layers with rotary positions."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class Rotations:
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
     def of(self, layer: RotaryLayer, head_size: int) -> tuple[Tensor, Tensor]:
-        """(T, D / 2) float32 each, for the base and the factor of a layer."""
+        """Returns cosines and sines for a layer's base and factor, (T, D / 2) float32 each."""
         return self.tables(head_size, layer.base, layer.factor)
 
     def tables(self, head_size: int, base: float, factor: float) -> tuple[Tensor, Tensor]:
-        """(T, D / 2) float32 each."""
+        """Returns cosines and sines for a base and a factor, (T, D / 2) float32 each."""
         key = head_size, base, factor
         if key not in self._tables:
             self._tables[key] = rotations(self.position_ids, *key)
         return self._tables[key]
 
     def renew(self, position_ids: Tensor) -> None:
-        """Takes the positions of a forward pass. Its tables are made in it, so that a CUDA graph makes them again."""
+        """Takes the positions of a forward pass, which then computes its tables. A CUDA graph computes them, too."""
         self.position_ids, self._tables = position_ids, {}
 
 
 def rotations_of(batch: PackedBatch) -> Rotations:
-    """Returns the rotations of a batch, by its columns if no other positions are set."""
+    """Returns the rotations of a batch. They follow its columns if no other positions are set."""
     rotations: Rotations = batch.plan(PLAN, lambda: Rotations(batch.position_ids))
     return rotations

@@ -1,4 +1,4 @@
-"""Bidirectional attention over packed sequences of different lengths."""
+"""This module holds bidirectional attention over packed sequences of different lengths."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def _gradients(
     table: torch.Tensor | None,
     columns: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    # The operation has no derivative of its own; what it computes has, where one is wanted (create_graph=True).
+    # The registered operation has no derivative. The same computation in PyTorch has one, for create_graph=True.
     run = gradients_by_lengths if torch.is_grad_enabled() else torch.ops.fastbert.varlen_attention_backward
     d_qkv, d_table = run(grad, qkv, cu_seqlens_cpu, num_heads, scale, table, columns)
     return d_qkv, None if table is None else d_table
@@ -120,7 +120,8 @@ register(
     fake=_fake,
     backward=_backward,
 )
-# Two more that look at the lengths on the host, which a tracer cannot: the plain path, and everyone's backward pass.
+# Two more operations read the lengths on the host, which a tracer cannot do: the plain path and the backward pass of
+# all.
 register(
     "grouped_attention(Tensor qkv, Tensor cu_seqlens_cpu, int num_heads, float scale, Tensor? bias=None, "
     "Tensor? columns=None) -> Tensor",
@@ -180,7 +181,7 @@ def _kernels_obstacle() -> str | None:
 
 
 def triton_obstacle(head_size: int, qkv: torch.Tensor, dropout_p: float = 0.0) -> str | None:
-    """Tells why the triton backend cannot run this, or None."""
+    """Tells why the triton backend cannot run this call, or returns None."""
     if not 16 <= head_size <= 128:
         return f"head size {head_size} is not from 16 to 128"
     return dispatch.dtype_obstacle(qkv) or dispatch.dropout_obstacle(dropout_p)
@@ -207,12 +208,12 @@ def varlen_attention(
     dropout: Drop = None,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T + bias) v within each sequence of the batch.
+    """Computes softmax(scale * q k^T + bias) v within each sequence of the batch.
 
     qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). scale: D^-0.5 by default. position_bias: (N, 2R + 1), added
-    to the score of a key -R to R columns after the query, or further away (fastbert.ops.position_bias); columns are
-    those of the batch, after `packing.find_holes`. window: the number of columns on either side of a query, None for
-    all; not together with a position bias. dropout: of the probabilities. Returns (T, N * D) in qkv's dtype. Raises
+    to the scores by the distance in columns between key and query (fastbert.ops.position_bias). Columns are those of
+    the batch, after `packing.find_holes`. window: the number of columns on either side of a query, None for all; it
+    excludes a position bias. dropout: the dropout of the probabilities. Returns (T, N * D) in qkv's dtype. Raises
     ValueError for wrong shapes.
     """
     table, columns = position_bias, None if position_bias is None else batch.columns
@@ -279,10 +280,10 @@ def varlen_attention(
     if backend == "cpu" and no_kernel is None:
         run = (
             _compiled if dispatch.direct(qkv) else torch.ops.fastbert.cpu_attention
-        )  # less to go through, for a short text
+        )  # fewer steps on the host, for a short text
         return run(qkv, batch.cu_seqlens_cpu, num_heads, scale, table, columns)
     differentiable = torch.is_grad_enabled() and qkv.requires_grad and tracing.transformed(qkv) is None
-    if (compiling or differentiable) and dropout_p == 0.0:  # PyTorch's own has no second derivative
+    if (compiling or differentiable) and dropout_p == 0.0:  # PyTorch's attention has no second derivative
         return torch.ops.fastbert.grouped_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale, table, columns)
     groups, ungroup = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
     return attend_in_groups(qkv, groups, ungroup, num_heads, scale, dropout_p, table, columns)

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class Plan(NamedTuple):
     """A `Plan` holds the work list of a batch, int32 on its device: the parts of `work_list.WorkList`.
 
-    row_spans: (T,), or (0,) if no tile is shared. tiles: (W, 5). short_tiles: those of short sequences, (W', 5), or
-    None if these have no separate list. small: whether `tiles` are of `configs.small_attention_config`.
+    row_spans: (T,), or (0,) if no tile is shared. tiles: (W, 5). short_tiles: the tiles of short sequences, (W', 5), or
+    None if short sequences have no separate list. small: whether `tiles` have the size in
+    `configs.small_attention_config`.
     """
 
     row_spans: torch.Tensor
@@ -32,15 +33,15 @@ class Plan(NamedTuple):
     small: bool = False
 
 
-NO_PLAN = None, None, None, False  # for an operation that makes one when it runs
-LONGEST_IS_BOUND = "longest is a bound"  # the plan of a batch whose lengths on the host stand for any that may come
-TILES = "tiles"  # the plan of a batch in the rows of a bucket that `tiles_of` cuts
+NO_PLAN = None, None, None, False  # for an operation that makes a plan when it runs
+LONGEST_IS_BOUND = "longest is a bound"  # marks a batch whose lengths on the host are upper bounds
+TILES = "tiles"  # the key of the plan that `tiles_of` cuts, in the rows of a bucket
 
 
 class TileSizes(NamedTuple):
     """A `TileSizes` holds the rows of attention's tiles, and whether neighbours can share them.
 
-    small_q is 0 where there is no small tile. choice: what makes a batch take the small one.
+    small_q is 0 if there is no small tile. choice: the limits by which a batch selects the small tile.
     """
 
     block_q: int
@@ -51,7 +52,7 @@ class TileSizes(NamedTuple):
 
 
 def circumstances() -> tuple[bool, int]:
-    """Returns what the sizes of tiles depend on beside the device, the dtype and the size of a head."""
+    """Returns the values besides device, dtype and head size that the sizes of tiles depend on."""
     return kernels_of("launch").recorded is not None, kernels_of("tables").generation
 
 
@@ -77,7 +78,7 @@ def _tile_sizes(
 
 
 def cuttings(dtype: torch.dtype, head_size: int, device: torch.device, share: bool, small: bool) -> list[cpu.Cutting]:
-    """Says how sequences are cut: all in one list, or long ones and short ones where neighbours do not share a tile."""
+    """Returns how sequences are cut: in one list, or in one for long and one for short ones if no tile is shared."""
     from fastbert_kernels import configs, launch
 
     sizes = tile_sizes(dtype, head_size, device)
@@ -102,7 +103,7 @@ def lists_of(
     share: bool = True,
     small: bool = False,
 ) -> tuple[WorkList, WorkList | None]:
-    """Returns the work lists of a batch on the CPU: of all sequences, or of the long ones and of the short ones."""
+    """Returns the work lists of a batch on the CPU: one for all sequences, or one for long and one for short ones."""
     from fastbert_kernels.work_list import build_work_list
 
     offsets = cu_seqlens_cpu.numpy()
@@ -116,7 +117,7 @@ def launch_arguments(
     plan: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, bool],
     num_heads: int,
 ) -> tuple[torch.Tensor, WorkList, WorkList | None, dict[str, int]]:
-    """Returns what the kernel takes: rows of unit stride, the work lists of a plan, or of none, and the block sizes."""
+    """Returns the kernel's arguments: rows of unit stride, work lists (new ones without a plan), and block sizes."""
     configs, launch, work_list_of = kernels_of("configs"), kernels_of("launch"), kernels_of("work_list").WorkList
     head_size, (row_spans, tiles, short_tiles, small) = qkv.shape[1] // (3 * num_heads), plan
     if tiles is None or row_spans is None:
@@ -124,7 +125,7 @@ def launch_arguments(
         short_list, small = None, False
     else:
         work_list = work_list_of(tiles, row_spans)
-        short_list = None if short_tiles is None else work_list_of(short_tiles, row_spans)  # which share no tiles
+        short_list = None if short_tiles is None else work_list_of(short_tiles, row_spans)  # they share no tiles
     qkv = dense_rows(qkv)
     config = configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device), small).block_sizes
     return qkv, work_list, short_list, config
@@ -144,7 +145,7 @@ def takes_small_tiles(batch: PackedBatch, dtype: torch.dtype, head_size: int, po
 def suitable_tiles(
     batch: PackedBatch, sizes: TileSizes, dtype: torch.dtype, head_size: int, policy: Policy
 ) -> tuple[bool, int]:
-    """Tells whether small tiles suit the batch, and how many tiles it has, where neighbours may share one."""
+    """Tells whether small tiles suit the batch, and how many tiles it has, if neighbours may share one."""
     if cpu.obstacle() is None:
         n_tiles = cpu.suitable_tiles(batch.cu_seqlens_cpu, sizes.choice)
         return bool(n_tiles & 1), n_tiles >> 1
@@ -162,7 +163,7 @@ def plan_key(dtype: torch.dtype, head_size: int, policy: Policy) -> tuple[Any, .
 
 
 def triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: Policy) -> Plan:
-    """Returns the plan for the kernel, made once a batch."""
+    """Returns the plan for the kernel. It is made once for each batch."""
 
     def make() -> Plan:
         small = takes_small_tiles(batch, dtype, head_size, policy)
@@ -177,7 +178,7 @@ def triton_plan(batch: PackedBatch, dtype: torch.dtype, head_size: int, policy: 
 def batch_in_rows(
     batch: PackedBatch, position_ids: torch.Tensor, qkv_dtype: torch.dtype, head_size: int, policy: Policy
 ) -> PackedBatch:
-    """Returns the same sequences, with their triton plan, in the rows of position_ids, the last ones empty.
+    """Returns the same sequences and their triton plan in the rows of position_ids. The last rows are empty.
 
     The results of attention for the empty rows are undefined.
     """
@@ -186,12 +187,12 @@ def batch_in_rows(
 
 
 def with_plan(batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, plan: Plan) -> PackedBatch:
-    """Returns the batch with a triton plan that the caller keeps. Tiles of no rows may fill its lists up."""
+    """Returns the batch with a triton plan that the caller keeps. Its lists may end with tiles without rows."""
     return replace(batch, _plans=_plans_of(plan, qkv_dtype, head_size, policy))
 
 
 def _plans_of(plan: Plan, qkv_dtype: torch.dtype, head_size: int, policy: Policy) -> dict[Any, Any]:
-    """Returns what a batch in the rows of a bucket keeps: its plan, and of which attention its tiles are."""
+    """Returns the plans of a batch in the rows of a bucket: its plan, and the dtype and head size of its tiles."""
     return {plan_key(qkv_dtype, head_size, policy): plan, TILES: (plan, qkv_dtype, head_size)}
 
 
@@ -211,8 +212,9 @@ def _heights(plan: Plan, qkv_dtype: torch.dtype, head_size: int, device: torch.d
 def tiles_of(batch: PackedBatch, block_q: int, share: bool) -> WorkList:
     """Returns a list of tiles of at most block_q rows, for a kernel of attention with tiles of its own.
 
-    They are cut on the device from those of a plan in the rows of a bucket, where a graph does it again for each batch,
-    and made of the lengths elsewhere. share: whether short sequences may share one there.
+    For a batch in the rows of a bucket, they are cut on the device from the tiles of its plan, so that each CUDA graph
+    replay cuts them again. For any other batch, they are made from the lengths; share tells whether short sequences may
+    then share a tile.
     """
     from fastbert_kernels.work_list import WorkList, build_work_list
 
@@ -226,7 +228,7 @@ def tiles_of(batch: PackedBatch, block_q: int, share: bool) -> WorkList:
 
 
 def _cut(tiles: torch.Tensor, n_parts: int, block_q: int) -> torch.Tensor:
-    """(W, 5) tiles -> (W * n_parts, 5), of block_q rows each; those beyond the end of a tile have none."""
+    """Cuts tiles: (W, 5) -> (W * n_parts, 5). Each part has block_q rows; parts beyond the end of a tile have none."""
     if n_parts == 1:
         return tiles
     end = tiles[:, None, 1]
@@ -239,9 +241,9 @@ def _cut(tiles: torch.Tensor, n_parts: int, block_q: int) -> torch.Tensor:
 def host_work_lists(
     batch: PackedBatch, qkv_dtype: torch.dtype, head_size: int, policy: Policy, small: bool = False
 ) -> tuple[WorkList, WorkList | None]:
-    """Returns the work lists of the batch for the triton backend, on the CPU: of all or of long sequences, and short.
+    """Returns the batch's work lists for the triton backend on the CPU: for all or long sequences, and for short ones.
 
-    They are made once a batch. small: of the smaller tile.
+    They are made once for each batch. small: whether the lists have smaller tiles.
     """
     share = not policy.batch_invariant
     key = "work lists", qkv_dtype, head_size, share, small
@@ -251,9 +253,9 @@ def host_work_lists(
 def gradient_plan(
     batch: PackedBatch, dtype: torch.dtype, head_size: int, biased: bool = False, windowed: bool = False
 ) -> Any:
-    """Returns the plan for the kernels of attention's gradients, made once a batch for all layers.
+    """Returns the plan for the kernels of attention's gradients. It is made once for each batch, for all layers.
 
-    biased: with a position bias. windowed: within a window.
+    biased: whether there is a position bias. windowed: whether attention is within a window.
     """
 
     def make() -> Any:

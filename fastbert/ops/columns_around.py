@@ -1,4 +1,4 @@
-"""This module finds the rows in the columns around a token of packed texts, for a convolution and for a window."""
+"""This module finds the rows in the columns around a token of packed sequences, for a convolution and for a window."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def beside(x: Tensor, batch: PackedBatch, size: int) -> Tensor:
 
 
 def _rows_around(batch: PackedBatch, n_rows: int, size: int) -> Tensor:
-    """(T, size) int64: the row of the token in each column around a token's; T for a missing token."""
+    """Returns the row of the token in each column around each token, (T, size) int64; T for a missing token."""
     device, half = batch.device, size // 2
     rows, offsets = torch.arange(n_rows, device=device)[:, None], torch.arange(-half, half + 1, device=device)
     if batch.valid is not None:
@@ -28,14 +28,14 @@ def _rows_around(batch: PackedBatch, n_rows: int, size: int) -> Tensor:
         around = (rows + offsets).clamp(0, n_rows - 1)
         valid = batch.valid.flatten()[around.flatten()].view(around.shape)
         return torch.where(inside & valid, around, n_rows)
-    last = batch.cu_seqlens[-1:].long()  # rows from there on are of no sequence
+    last = batch.cu_seqlens[-1:].long()  # rows from there on belong to no sequence
     sequences = torch.searchsorted(batch.cu_seqlens[1:].long(), rows[:, 0].contiguous(), right=True)
     if batch.columns is None:
         starts = batch.cu_seqlens.long().index_select(0, sequences.clamp(max=batch.cu_seqlens.shape[0] - 1))
         columns = rows[:, 0] - starts
     else:
         columns = torch.nn.functional.pad(batch.columns.long(), (0, n_rows - batch.columns.shape[0]))
-    # One number for a sequence and a column, which grows from row to row.
+    # One number encodes sequence and column. It grows from row to row.
     width = batch.padded_length + size
     place = torch.where(rows[:, 0] < last, sequences * width + columns + half, sequences * width + width * n_rows)
     wanted = place[:, None] + offsets

@@ -45,21 +45,21 @@ def n_rows_within(n_cols: int, like: Tensor) -> int:
 
 @dataclass
 class _Rows:
-    """Labelled rows: the operands of their products, and how the losses are computed."""
+    """Holds labelled rows: the operands of their products, and how the losses are computed."""
 
     hidden: Tensor  # (T, H)
     weight: Tensor  # (V, H)
     bias: Tensor | None  # (width,)
     labels: Tensor  # (T,)
     terms: Terms
-    kernels: bool  # whether Triton's run
+    kernels: bool  # whether the Triton kernels run
 
     @property
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None]:
         return self.hidden, self.weight, self.bias
 
     def chunks(self) -> list[slice]:
-        """The rows of each chunk, about as many in each."""
+        """Returns the rows of each chunk. The chunks have nearly equal sizes."""
         n_rows = self.hidden.shape[0]
         n_chunks = -(-n_rows // n_rows_within(self.weight.shape[0], self.hidden))
         step = -(-n_rows // max(1, n_chunks))
@@ -67,12 +67,12 @@ class _Rows:
 
     @property
     def width(self) -> int:
-        """The columns of the logits' memory. For the kernels rows begin at multiples of 16, as tensor cores want it."""
+        """Returns the columns of the logits' memory. For the kernels rows begin at multiples of 16 (tensor cores)."""
         n_classes = self.weight.shape[0]
         return -(-n_classes // 16) * 16 if self.kernels else n_classes
 
     def buffer(self, chunk: slice) -> Tensor:
-        """Memory for the logits of a chunk, (rows, width)."""
+        """Returns memory for the logits of a chunk, (rows, width)."""
         shape = chunk.stop - chunk.start, self.width
         if not self.kernels:
             return self.hidden.new_empty(shape)
@@ -81,7 +81,7 @@ class _Rows:
         return launch.empty(shape, like=self.hidden)
 
     def multiply(self, chunk: slice, buffer: Tensor) -> None:
-        """Puts the logits of a chunk into the first rows of the buffer; without the bias, where the kernels add it."""
+        """Writes the logits of a chunk into the first rows of the buffer, without the bias if the kernels add it."""
         hidden, weight, out = self.hidden[chunk], self.weight.t(), self.logits(chunk, buffer)
         if self.bias is None or self.kernels:
             torch.mm(hidden, weight, out=out)
@@ -89,11 +89,11 @@ class _Rows:
             torch.addmm(self.bias, hidden, weight, out=out)
 
     def logits(self, chunk: slice, buffer: Tensor) -> Tensor:
-        """The part of the buffer that is the logits of a chunk, or their gradient."""
+        """Returns the part of the buffer that holds the logits of a chunk, or their gradient."""
         return buffer[: chunk.stop - chunk.start, : self.weight.shape[0]]
 
     def forward(self, chunk: slice, buffer: Tensor) -> tuple[Tensor, Statistics]:
-        """The losses of a chunk, whose logits are in the buffer, and what its gradient needs."""
+        """Returns the losses of a chunk, from its logits in the buffer, and the statistics for its gradient."""
         labels = self.labels[chunk]
         if not self.kernels:
             return softmax_rows.forward(self.logits(chunk, buffer), labels, self.terms)
@@ -122,7 +122,7 @@ class _Rows:
 
 
 class _WeightGradient:
-    """The sum of grad^T @ hidden over chunks. Several chunks are added in float32 at least."""
+    """Holds the sum of grad^T @ hidden over chunks. Several chunks are added in float32 at least."""
 
     def __init__(self, weight: Tensor, n_chunks: int) -> None:
         make = torch.empty_like if n_chunks else torch.zeros_like
@@ -139,14 +139,14 @@ class _WeightGradient:
         self.has_some = True
 
     def _add_parts(self, grad: Tensor, hidden: Tensor) -> None:
-        step = n_rows_within(hidden.shape[1], hidden)  # a product in 16 bits takes memory of its own
+        step = n_rows_within(hidden.shape[1], hidden)  # a product in 16 bits needs new memory
         for part, total in zip(grad.split(step, 1), self.total.split(step), strict=True):
             product = torch.mm(part.t(), hidden)
             _ = total.add_(product) if self.has_some else total.copy_(product)
 
 
 def _forward(rows: _Rows) -> tuple[Tensor, Statistics, Tensor | None]:
-    """The losses, (T,), their statistics, and the buffer that holds the logits of the last chunk."""
+    """Returns the losses, (T,), their statistics, and the buffer that holds the logits of the last chunk."""
     chunks = rows.chunks()
     if not chunks:
         none = rows.hidden.new_empty(0, dtype=wide(rows.hidden.dtype))
@@ -162,7 +162,7 @@ def _forward(rows: _Rows) -> tuple[Tensor, Statistics, Tensor | None]:
 def _backward(
     rows: _Rows, statistics: Statistics, scale: Tensor, kept: Tensor | None, wanted: tuple[bool, ...]
 ) -> tuple[Tensor | None, ...]:
-    """The gradients that are wanted, in the operands' dtype or a wider one. kept: the buffer of `_forward`, or None."""
+    """Returns the needed gradients, in the operands' dtype or a wider one. kept: the buffer of `_forward`, or None."""
     chunks = rows.chunks()
     hidden, weight, bias = rows.operands
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
@@ -183,7 +183,7 @@ def _backward(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The losses of labelled rows, (T,), in float32 at least. dtype: of the products."""
+    """Computes the losses of labelled rows, (T,), in float32 at least. dtype: the dtype of the products."""
 
     @staticmethod
     def forward(
@@ -234,17 +234,17 @@ def linear_cross_entropy(
     policy: Policy = AUTO,
     check: bool = True,
 ) -> Tensor:
-    """The cross entropy of hidden @ weight^T + bias with the labels, of the rows whose label is not ignore_index.
+    """Computes the cross entropy of hidden @ weight^T + bias with labels, for rows whose label is not ignore_index.
 
     hidden: (T, H), weight: (V, H), bias: (V,) or None, of one floating dtype; labels: (T,) integers. Under autocast the
-    products are in its dtype, and gradients in that of each tensor. label_smoothing: as in PyTorch. z_loss: the weight
-    of the squared log-sum-exp in the loss. reduction: "mean" divides the "sum" by the number of labelled rows; "none"
-    returns (T,), 0 in rows without a label. check=False: the caller has checked that every row has a valid label; no
-    values are read from the device.
+    products are in its dtype; each gradient is in the dtype of its tensor. label_smoothing: as in PyTorch. z_loss: the
+    weight of the squared log-sum-exp in the loss. reduction: "mean" divides the "sum" by the number of labelled rows;
+    "none" returns (T,), 0 in rows without a label. check=False: the caller has checked that every row has a valid
+    label; no values are read from the device.
 
-    Returns float32, or float64 for float64 inputs. Without any label the loss and all gradients are 0. Differentiable
-    once. Raises ValueError for wrong shapes, options or labels, before any kernel runs; TypeError for wrong dtypes;
-    BackendError under a strict policy, and under a batch-invariant one.
+    Returns float32, or float64 for float64 inputs. Without any label the loss and all gradients are 0. The result is
+    differentiable once. Raises ValueError for wrong shapes, options or labels, before any kernel runs; TypeError for
+    wrong dtypes; BackendError under a strict policy if no kernel runs, and under a batch-invariant one.
     """
     _check(hidden, weight, bias, labels, reduction)
     terms = _terms(label_smoothing, z_loss)
@@ -268,7 +268,7 @@ def linear_cross_entropy(
 def _whole(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, ignore_index: int, terms: Terms, reduction: str
 ) -> Tensor:
-    """The same from all logits at once, in operations that every tracer and transform knows."""
+    """Computes the same from all logits at once, in operations that every tracer and transform supports."""
     logits = F.linear(hidden, weight, bias)
     logits = logits.to(wide(logits.dtype))
     logs = logits.log_softmax(1)
@@ -291,7 +291,7 @@ def _dtype_of_products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> t
 
 
 def _obstacle(dtype: torch.dtype) -> str | None:
-    """Tells why the triton backend cannot run this, or None."""
+    """Tells why the triton backend cannot run this call, or returns None."""
     known = (torch.float32, torch.bfloat16, torch.float16)
     return None if dtype in known else f"there are no Triton kernels for {dtype}"
 

@@ -1,8 +1,8 @@
 """`Derived` keeps tensors that are derived from parameters: a fused QKV matrix, 8-bit weights.
 
 The kept tensors follow their parameters. Each use compares the parameters' addresses, PyTorch's counts of writes,
-dtypes and devices, and checks for writes that PyTorch does not count (fastbert.ops.silent_writes). On a GPU, where a
-check of numbers waits, the model makes this check once a call. `invalidate` marks everything to be made again.
+dtypes and devices, and checks for writes that PyTorch does not count (fastbert.ops.silent_writes). On a GPU a check of
+numbers waits for the device, so the model makes it once a call. `invalidate` marks everything to be made again.
 
 Other code may hold the addresses of kept tensors, as CUDA graphs do. So after `invalidate` alone, the new numbers are
 written to the old memory. For other parameters there is new memory, and `changes` counts this, so that the holder of an
@@ -38,7 +38,7 @@ def on_rewrite(listener: Callable[[Sequence[Tensor]], None]) -> None:
 @dataclass(eq=False)
 class _Entry:
     state: Any
-    # The memory of a parameter that is replaced would else be given to its successor, which would then look the same.
+    # An alias keeps the memory of a replaced parameter, so that no new parameter gets the same address.
     aliases: tuple[Tensor, ...]
     tensors: tuple[Tensor, ...]
     asked: int
@@ -81,8 +81,8 @@ class Derived:
     ) -> tuple[Tensor, ...]:
         """Returns the result of `make`, the same tuple until a parameter changes. `make` reads only the parameters.
 
-        name: the name under which it is kept. key: other values that it depends on. On a GPU it is complete when this
-        returns, for every stream.
+        name: the name under which the tuple is kept. key: other values that it depends on. On a GPU the tensors are
+        complete for every stream when this returns.
         """
         if tracing.observed() is not None:
             return make()
@@ -106,7 +106,8 @@ class Derived:
             return entry.tensors  # another thread has just made them
         with torch.inference_mode(False), torch.no_grad():
             aliases = tuple(p.detach() for p in parameters)
-            # Before the parameters are read. On a GPU a look at numbers waits: there the model looks.
+            # The samples are taken before `make` reads the parameters. On a GPU this would wait, and the model checks
+            # instead.
             writes = Writes(parameters, sampled=not any(silent_writes.waits(p.device) for p in parameters))
             tensors = make()
             if entry is not None and entry.state == state and _alike(entry.tensors, tensors):
@@ -116,7 +117,7 @@ class Derived:
                 for listener in _on_rewrite:
                     listener(tensors)
         if tensors[0].is_cuda:
-            torch.cuda.current_stream(tensors[0].device).synchronize()  # others read it on streams of their own
+            torch.cuda.current_stream(tensors[0].device).synchronize()  # other streams may read the tensors
         self._entries[name] = _Entry(state, aliases, tensors, asked, writes)
         self.changes += 1
         return tensors
@@ -135,7 +136,7 @@ class Derived:
 
 
 def _alike(tensors: tuple[Tensor, ...], others: tuple[Tensor, ...]) -> bool:
-    """Tells whether the one's numbers fit where the other's are. Those in a library's own layout stay."""
+    """Tells whether the numbers of `others` fit the memory of `tensors`. Only strided tensors do."""
 
     def form(tensor: Tensor) -> tuple[Any, ...]:
         return tensor.shape, tensor.dtype, tensor.device, tensor.layout

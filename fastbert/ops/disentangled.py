@@ -62,13 +62,13 @@ def _gradients(*arguments: Any) -> Any:
 
 
 def _backward(grad: Tensor, qkv: Tensor, keys: Any, queries: Any, *rest: Any) -> tuple[Tensor | None, ...]:
-    # The operation has no derivative of its own; what it computes has, where one is wanted (create_graph=True).
+    # The registered operation has no derivative. The same computation in PyTorch has one, for create_graph=True.
     run = _gradients if torch.is_grad_enabled() else torch.ops.fastbert.disentangled_attention_backward
     d_qkv, d_keys, d_queries = run(grad, qkv, keys, queries, *rest)
     return d_qkv, None if keys is None else d_keys, None if queries is None else d_queries, *(None,) * len(rest)
 
 
-# The lengths are looked at when the program runs, and the mask of dropout is drawn of a seed, as in both passes.
+# These operations read the lengths when the program runs. Both passes draw the same dropout mask from a seed.
 _OPERANDS = (
     "Tensor qkv, Tensor? keys, Tensor? queries, Tensor cu_seqlens_cpu, int n_buckets, int max_distance, int num_heads, "
     "float scale, Tensor? columns, Tensor? seed, float dropout"
@@ -94,7 +94,10 @@ register(
 def triton_obstacle(
     qkv: Tensor, positions: Positions, num_heads: int, dropout: Drop = None, trained: bool = False
 ) -> str | None:
-    """Tells why the triton backend has no kernel for this, or None. trained: with gradients or dropout masks."""
+    """Tells why the triton backend has no kernel for this, or returns None.
+
+    trained: whether there are gradients or dropout masks.
+    """
     head_size = qkv.shape[1] // (3 * num_heads)
     if not 16 <= head_size <= 128:
         return f"head size {head_size} is not from 16 to 128"
@@ -109,7 +112,7 @@ def triton_obstacle(
 def cpu_obstacle(
     qkv: Tensor, positions: Positions, num_heads: int, dropout: Drop = None, trained: bool = False
 ) -> str | None:
-    """Tells why the cpu backend takes PyTorch's operations and not the C++ kernels, or None."""
+    """Tells why the cpu backend takes PyTorch's operations and not the C++ kernels, or returns None."""
     head_size = qkv.shape[1] // (3 * num_heads)
     if head_size % 16 or head_size > 256:
         return f"head size {head_size} is not a multiple of 16 up to 256"
@@ -157,12 +160,11 @@ def disentangled_attention(
     dropout: Drop = None,
     policy: Policy = AUTO,
 ) -> Tensor:
-    """softmax(scale * (q k^T + terms of distances)) v within each sequence of the batch.
+    """Computes softmax(scale * (q k^T + terms of distances)) v within each sequence of the batch.
 
     qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D). positions: at least one of its tensors, in qkv's dtype.
-    Columns are those of the batch, after `packing.find_holes`. dropout: of the probabilities.
-    Returns (T, N * D) in qkv's dtype. Raises ValueError for wrong shapes, BackendError if no backend can follow the
-    policy.
+    Columns are those of the batch, after `packing.find_holes`. dropout: the dropout of the probabilities. Returns (T, N
+    * D) in qkv's dtype. Raises ValueError for wrong shapes, BackendError if no backend meets the policy.
     """
     for name, tensor in (("keys", positions.keys), ("queries", positions.queries)):
         if tensor is not None and tracing.differ(tensor.shape[1] * 3, qkv.shape[1]):
@@ -179,7 +181,7 @@ def disentangled_attention(
     trained = choose.perhaps(dropout, torch.compiler.is_compiling())
     trained = trained and choose.wanted(policy, dropout, qkv, positions.keys, positions.queries)
     trained = trained and not isinstance(dropout, float)
-    if recording.on and recording.is_dry():  # which asks for the kernels, and for no gradients
+    if recording.on and recording.is_dry():  # a dry run is about the forward kernels
         trained = mask_of(dropout) is not None and not policy.batch_invariant
     no_kernel = triton_obstacle(qkv, positions, num_heads, dropout, trained)
     backend = dispatch.choose("attention", policy.backend, policy.strict, qkv.device, no_kernel)
@@ -211,7 +213,7 @@ def disentangled_attention(
         )
     if torch.compiler.is_compiling():
         p, seed = probability_of(dropout), None
-        if p > 0.0:  # a tensor, and so drawn anew at each call of the program
+        if p > 0.0:  # a tensor, so that each call of the program draws a new seed
             seed = torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")
         return torch.ops.fastbert.disentangled_attention(*arguments, seed, p)
     return attend_by_lengths(*arguments, dropout)

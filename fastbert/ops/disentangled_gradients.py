@@ -1,10 +1,12 @@
-"""Gradients of disentangled attention in plain PyTorch, for programs that are traced: `distances` has the forward pass.
+"""This module computes gradients of disentangled attention in plain PyTorch, for traced programs.
+
+`distances` has the forward pass.
 
     dV = (P M)^T dO,    dP = M * (dO V^T),    dS = P * (dP - rowsum(P * dP)),    G = scale dS
     dQ = G K + A pk,    dK = G^T Q + B pq,    dpk = A^T Q,    dpq = B^T K
 
-P are the probabilities, M what dropout multiplies them by. A adds the columns of G up that have the same row of
-distances, B the rows of G.
+P are the probabilities. M holds the factors of dropout. A is the sum of the columns of G that have the same row of
+distances, B the sum of such rows of G.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def gradients_by_lengths(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of qkv, (T, 3 * N * D), of keys and of queries, (2R, N * D), or () in the place of None.
 
-    grad: of the output, (T, N * D). The probabilities are computed again, in float32 at least; differentiable.
+    grad: the gradient of the output, (T, N * D). The probabilities are computed again, in float32 at least. The result
+    is differentiable.
     """
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     head_size = qkv.shape[1] // (3 * num_heads)
@@ -73,9 +76,9 @@ def gradients_by_lengths(
 
 
 def _of_distances(d_s: Tensor, at: Tensor, part: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of q or k, (B, N, S, D), and of the table that it is multiplied with, (N, 2R, D).
+    """Returns the gradients of q or k, (B, N, S, D), and of the table that it is multiplied by, (N, 2R, D).
 
-    d_s: (B, N, S, S), rows of which are those of part. at: the row of the table for each of its numbers.
+    d_s: (B, N, S, S); its rows are the rows of part. at: the row of the table for each number of d_s.
     """
     by_row = d_s.new_zeros(*d_s.shape[:-1], table.shape[1]).scatter_add(-1, at.expand(d_s.shape), d_s)
     return by_row @ table, (by_row.transpose(-1, -2) @ part).sum(0)

@@ -91,7 +91,7 @@ def _decided(wanted: str, device: torch.device, obstacle: str | None) -> tuple[s
 
 @constant
 def choose(op: str, backend: str, strict: bool, device: torch.device, obstacle: str | None) -> str:
-    """`decide`, with the fallback logged once, or raised as BackendError under strict. Returns the backend's name."""
+    """Calls `decide`, logs a fallback once, or raises BackendError under strict. Returns the backend's name."""
     chosen, reason = _decided(backend, device, obstacle)
     if recording.on and recording.note_reason(op, reason, strict):
         return chosen
@@ -149,7 +149,7 @@ def refuse(op: str, reason: str) -> None:
         _raise(f"batch_invariant: {op}: {reason}" if op else f"batch_invariant: {reason}")
 
 
-@constant  # a compiler that met a mere exception would go on without the function
+@constant  # otherwise a compiler would skip the function at an exception
 def _raise(message: str) -> None:
     raise BackendError(message)
 
@@ -160,9 +160,9 @@ def interpreting() -> bool:
 
 
 def triton_obstacle(device: torch.device) -> str | None:
-    """Tells why no Triton kernel can run on this device, or None."""
+    """Tells why no Triton kernel can run on this device, or returns None."""
     assumed = recording.assumed_arch() if recording.on else None
-    if assumed is not None and device.type == "cuda":  # which need not be there
+    if assumed is not None and device.type == "cuda":  # a dry run needs no GPU
         return _package_obstacle(importlib.util.find_spec) or _arch_obstacle(assumed)
     if device.type == "cpu":
         if not interpreting():
@@ -175,7 +175,7 @@ def triton_obstacle(device: torch.device) -> str | None:
     return reason
 
 
-@functools.cache  # every operation asks
+@functools.cache  # every operation calls it
 def _package_obstacle(find_spec: Callable[[str], object]) -> str | None:
     return "the package triton is not installed" if find_spec("triton") is None else None
 

@@ -1,4 +1,4 @@
-"""What stands for distances in disentangled attention, and this attention in plain, differentiable PyTorch.
+"""This module holds the tables of distances of disentangled attention, and this attention in differentiable PyTorch.
 
 `fastbert.ops.disentangled` has the formula and chooses the kernels.
 """
@@ -21,16 +21,16 @@ from fastbert.ops.groups import group_by_length
 from fastbert.ops.packing import PackedBatch
 from fastbert_kernels.masks import Dropout
 
-# Up to which a graph multiplies all rows that its longest text may need: to find out which it does takes longer.
+# Up to this number of tokens a CUDA graph multiplies all rows of distances that its longest sequence may need. To find
+# the needed rows on the device takes longer.
 FEW_TOKENS = 128
 
 
 class Positions(NamedTuple):
-    """What stands for distances in one layer.
+    """Holds the vectors for distances in one layer.
 
-    keys: (2R, N * D), which queries are multiplied with (content to position), or None. queries: (2R, N * D), which
-    keys are multiplied with (position to content), or None. buckets: how distances become rows, the arguments of
-    `rows_of_distances`.
+    keys: (2R, N * D), multiplied by queries (content to position), or None. queries: (2R, N * D), multiplied by keys
+    (position to content), or None. buckets: the arguments of `rows_of_distances`.
     """
 
     keys: Tensor | None
@@ -40,11 +40,12 @@ class Positions(NamedTuple):
 
 @functools.cache
 def rows_of_distances(n_buckets: int, max_distance: int) -> tuple[int, ...]:
-    """The row, from 0 to 2R - 1, of each distance from -M to M; beyond, all distances have the row of the last.
+    """Returns the row, 0 to 2R - 1, of each distance from -M to M. Greater distances have the row of M or -M.
 
-    n_buckets: on either side, R. Those from 0 to R / 2 have one distance each, and the others grow with its logarithm
-    up to max_distance. -1: each distance below max_distance, R, has its own. The logarithm is float32's, as in the
-    published code, which decides the bucket at an edge.
+    n_buckets: R, the number of buckets on either side. Buckets 0 to R / 2 hold one distance each; the others grow with
+    the logarithm of the distance up to max_distance. With n_buckets -1 each distance below max_distance has its own
+    bucket, and R is max_distance. The logarithm is computed in float32 as in the published code, because it decides the
+    bucket at an edge.
     """
     if n_buckets <= 0:
         return (*range(2 * max_distance), 2 * max_distance - 1)
@@ -57,7 +58,7 @@ def rows_of_distances(n_buckets: int, max_distance: int) -> tuple[int, ...]:
         both = torch.cat([-bucket[1:].flip(0), bucket])
         rows = (both + n_buckets).clamp(0, 2 * n_buckets - 1).tolist()
         if rows[0] == 0 and rows[-1] == 2 * n_buckets - 1:
-            # Up to the distance from which on all have the row of the last, on either side.
+            # The table ends, on either side, at the distance from which on the row does not change.
             reach = max(rows[radius:].index(rows[-1]), rows[radius::-1].index(rows[0]))
             return tuple(rows[radius - reach : radius + reach + 1])
         radius *= 2
@@ -65,7 +66,7 @@ def rows_of_distances(n_buckets: int, max_distance: int) -> tuple[int, ...]:
 
 @functools.cache
 def runs_of_distances(n_buckets: int, max_distance: int) -> tuple[int, ...]:
-    """How many distances before each one have the same row: within a row these numbers differ."""
+    """Returns how many distances before each one have the same row. Within a row these numbers differ."""
     groups = itertools.groupby(rows_of_distances(n_buckets, max_distance))
     return tuple(i for _, group in groups for i, _ in enumerate(group))
 
@@ -74,12 +75,12 @@ _kept_on: dict[Any, Tensor] = {}
 
 
 def rows_on(buckets: tuple[int, int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """(2M + 1,): `rows_of_distances` on a device."""
+    """Returns `rows_of_distances` on a device, (2M + 1,)."""
     return _on(rows_of_distances, buckets, device, dtype)
 
 
 def runs_on(buckets: tuple[int, int], device: torch.device) -> Tensor:
-    """(2M + 1,) int32: `runs_of_distances` on a device."""
+    """Returns `runs_of_distances` on a device, (2M + 1,) int32."""
     return _on(runs_of_distances, buckets, device, torch.int32)
 
 
@@ -91,15 +92,15 @@ def _on(numbers: Any, buckets: tuple[int, int], device: torch.device, dtype: tor
     values = numbers(*buckets)
     if torch.compiler.is_compiling() or tracing.observed() is not None or device.type == "meta":
         return torch.tensor(values, device=device, dtype=dtype)
-    with torch.inference_mode(False):  # or autograd could not keep it
+    with torch.inference_mode(False):  # autograd cannot keep inference tensors
         _kept_on[key] = tensor = torch.tensor(values, device=device, dtype=dtype)
     return tensor
 
 
 def bias(q: Tensor, k: Tensor, positions: Positions, columns: Tensor, scale: float) -> Tensor:
-    """The two terms of distances, scaled, (B, N, S, S), in the dtype of q. q, k: (B, N, S, D).
+    """Returns the sum of the two scaled terms of distances, (B, N, S, S), in the dtype of q. q, k: (B, N, S, D).
 
-    columns: (S,) or (B, S), of the tokens.
+    columns: the columns of the tokens, (S,) or (B, S).
     """
     rows, n_heads = places_of(positions.buckets, columns), q.shape[1]
     shape = q.shape[0], n_heads, q.shape[2], q.shape[2]
@@ -132,10 +133,10 @@ def attend(
     scale: float,
     dropout: Tensor | float,
 ) -> Tensor:
-    """Attention of texts of equal length, (B, N, S, D) each.
+    """Computes attention for sequences of equal length, (B, N, S, D) each.
 
-    valid: (B, 1, 1, S) bool, the keys that are tokens. dropout: what probabilities are multiplied by, (B, N, S, S), or
-    the probability with which PyTorch drops them.
+    valid: (B, 1, 1, S) bool, the keys that are tokens. dropout: the factors of the probabilities, (B, N, S, S), or the
+    probability of PyTorch's dropout.
     """
     added = bias(q, k, positions, columns, scale)
     differentiated = tracing.differentiated() or (torch.is_grad_enabled() and added.requires_grad)
@@ -153,11 +154,11 @@ def attend(
 def attend_in_place(
     qkv: Tensor, batch: PackedBatch, num_heads: int, positions: Positions, scale: float, dropout_p: float
 ) -> Tensor:
-    """Attention of a `packing.in_place` batch, (B * S, 3 * N * D) -> (B * S, N * D), with its padding masked."""
+    """Computes attention of a `packing.in_place` batch, with masked padding: (B * S, 3 * N * D) -> (B * S, N * D)."""
     assert batch.valid is not None
     qkv = qkv.reshape(batch.batch_size, batch.padded_length, 3, num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
-    valid = batch.valid | ~batch.valid.any(1, keepdim=True)  # what comes of a row without tokens is cleared later
+    valid = batch.valid | ~batch.valid.any(1, keepdim=True)  # the result of a row without tokens is cleared later
     columns = torch.arange(batch.padded_length, device=qkv.device)
     out = attend(q, k, v, positions, columns, valid[:, None, None, :], scale, dropout_p)
     return out.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -175,7 +176,7 @@ def attend_by_lengths(
     columns: Tensor | None,
     dropout: Drop = None,
 ) -> Tensor:
-    """Attention of packed rows, (T, 3 * N * D) -> (T, N * D). columns: (T,), None where tokens are neighbours."""
+    """Computes attention of packed rows, (T, 3 * N * D) -> (T, N * D). columns: (T,), None if tokens are neighbours."""
     hidden_size, outs = qkv.shape[1] // 3, []
     groups, ungroup = group_by_length(cu_seqlens_cpu, qkv.device)
     if not groups:
@@ -193,12 +194,12 @@ def attend_by_lengths(
         outs.append(out.transpose(1, 2).reshape(n_seqs * length, hidden_size))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     out = out if ungroup is None else out.index_select(0, ungroup)
-    # Rows that belong to no sequence fill the last ones up.
+    # The last rows belong to no sequence and are zeros.
     return out if out.shape[0] == qkv.shape[0] else F.pad(out, (0, 0, 0, qkv.shape[0] - out.shape[0]))
 
 
 def for_kernel(keys: Tensor | None, queries: Tensor | None, buckets: tuple[int, int], batch: PackedBatch) -> Any:
-    """Returns what the Triton kernels take for distances in a batch."""
+    """Returns the Triton kernels' arguments for distances in a batch."""
     from fastbert_kernels.disentangled_tiles import Distances
 
     def reach() -> tuple[Tensor, int, int]:
@@ -215,7 +216,7 @@ def for_kernel(keys: Tensor | None, queries: Tensor | None, buckets: tuple[int, 
             return None
         if batch.columns is None:
             longest = batch.cu_seqlens.diff().max()
-        else:  # those of rows beyond the last sequence may be anything
+        else:  # the columns of rows beyond the last sequence are undefined
             rows = torch.arange(batch.n_tokens, device=batch.device)
             longest = torch.where(rows < batch.cu_seqlens[-1], batch.columns, 0).max() + 1
         radius = table.shape[0] // 2
@@ -230,5 +231,5 @@ def for_kernel(keys: Tensor | None, queries: Tensor | None, buckets: tuple[int, 
 
 
 def work_list(batch: PackedBatch, rows: int, invariant: bool = False) -> Any:
-    """Returns the tiles of a batch for the Triton kernels, of so many rows at most, made once for all layers."""
+    """Returns a batch's tiles of at most `rows` rows for the Triton kernels. They are made once for all layers."""
     return batch.plan(("disentangled", rows, invariant), lambda: tiles_of(batch, rows, share=not invariant))

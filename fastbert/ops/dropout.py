@@ -1,6 +1,6 @@
-"""Dropout whose masks are a function of a seed and a place: every backend, in both passes, draws the same ones.
+"""This module holds dropout. A mask is a function of a seed and a place, so all backends and both passes draw the same.
 
-`fastbert_kernels.masks` says how. The seed of a batch comes from PyTorch's generator on the CPU, which
+`fastbert_kernels.masks` defines this function. The seed of a batch comes from PyTorch's generator on the CPU, which
 `torch.manual_seed` governs, and which activation checkpointing saves and restores.
 """
 
@@ -19,7 +19,7 @@ _WORD = 0xFFFFFFFF
 
 
 def seed_of(batch: PackedBatch) -> int:
-    """Returns the seed of the batch's masks, drawn when it is first asked for."""
+    """Returns the seed of the batch's masks. The first call draws it."""
     if recording.on and recording.is_dry():
         return 0
     seed: int = batch.plan("dropout seed", lambda: int(torch.randint(1 << 62, (), dtype=torch.int64, device="cpu")))
@@ -31,9 +31,9 @@ Drop = Dropout | float | None
 
 
 def of_batch(p: float, batch: PackedBatch | None, site: int) -> Drop:
-    """Returns the dropout of one site with probability p, or None where nothing is dropped.
+    """Returns the dropout of one site with probability p, or None if nothing is dropped.
 
-    batch: None for rows of which nothing else is known.
+    batch: the batch of the rows, or None if it is not known.
     """
     threshold = threshold_of(p)
     if not threshold:
@@ -49,7 +49,7 @@ def probability_of(dropout: Drop) -> float:
 
 
 def mask_of(dropout: Drop) -> Dropout | None:
-    """Returns the dropout whose mask is drawn here, or None."""
+    """Returns the dropout if its mask is drawn from a seed, or None."""
     return dropout if isinstance(dropout, Dropout) else None
 
 
@@ -84,7 +84,7 @@ def apply(x: Tensor, dropout: Drop) -> Tensor:
 
 
 def _philox(counter: list[Tensor], seed: int) -> list[Tensor]:
-    """Philox4x32 on words of 32 bits that are kept in int64."""
+    """Computes Philox4x32 on 32-bit words, each stored in int64."""
     c0, c1, c2, c3 = counter
     k0, k1 = seed & _WORD, seed >> 32
     for _ in range(masks.N_ROUNDS):

@@ -1,4 +1,4 @@
-"""Operations on 8-bit operands share how they are checked, registered, recorded, and run by a kernel or its twin."""
+"""This module checks, registers, records and runs operations on 8-bit operands, by a kernel or its twin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ LINEAR = "Tensor x, Tensor x_scale, int group, Tensor weight, Tensor weight_scal
 
 
 def device_obstacle(precision: str, device: torch.device, arch: int | None = None) -> str | None:
-    """Tells why such a GPU cannot multiply in this precision, or None. arch: 89 for 8.9, by default the device's."""
+    """Tells why the GPU cannot multiply in this precision, or returns None.
+
+    arch: the compute capability (89 for 8.9), by default the device's.
+    """
     if device.type != "cuda":
         return None
     if arch is None and recording.on:
@@ -33,7 +36,7 @@ def device_obstacle(precision: str, device: torch.device, arch: int | None = Non
 
 
 def run(op: str, precision: str, policy: Policy, obstacle: str | None, functions: Functions, *args: Any) -> Any:
-    """Returns the kernel, or its twin where an obstacle is in its way."""
+    """Runs the kernel, or its twin in plain PyTorch if there is an obstacle."""
     check_precision(precision)
     if policy.batch_invariant:
         raise dispatch.BackendError(
@@ -81,7 +84,7 @@ def _note(op: str, precision: str, backend: str, args: tuple[Any, ...]) -> bool:
 
 
 def check_width(hidden_size: int, precision: str) -> None:
-    """Raises ValueError for rows that cannot be rotated, which int8 wants."""
+    """Raises ValueError for rows that cannot be rotated, because int8 needs the rotation."""
     if precision == "int8" and hidden_size % ROTATION:
         raise ValueError(f"hidden size: expected a multiple of {ROTATION} for int8, got {hidden_size}")
 
@@ -122,6 +125,6 @@ def buffers(like: Tensor, n_cols: int, n_groups: int, dtype: torch.dtype) -> tup
 
 
 def empty_result(like: Tensor, n_rows: int, n_cols: int, n_groups: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Returns what `buffers` does for n_rows, for a tracer."""
+    """Returns the result of `buffers` for n_rows rows, for a tracer."""
     scale = like.new_empty(n_rows, n_groups, dtype=torch.float32)
     return like.new_empty(n_rows, n_cols, dtype=dtype), scale

@@ -1,4 +1,4 @@
-"""PyTorch's functions apply to each element, or each row, of what an operation gave."""
+"""This module applies PyTorch's functions to each element, or each row, of the result of an operation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fastbert.ops.dispatch import AUTO, Policy
 def elementwise(
     function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, *, policy: Policy = AUTO
 ) -> torch.Tensor:
-    """function(x). x: (B, K); the function works on rows of any number, and on each as if it were the only one."""
+    """Computes function(x). x: (B, K). The function takes any number of rows, and treats each as if it were alone."""
     if recording.on:
         name = getattr(function, "__name__", type(function).__name__)
         if recording.note("elementwise", "torch", x.shape, x.shape, x.dtype, function=name):
@@ -22,11 +22,12 @@ def elementwise(
 
 
 def in_rows(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, policy: Policy) -> torch.Tensor:
-    """Does what `elementwise` does, as a part of another operation.
+    """Does the same as `elementwise`, as a part of another operation.
 
-    On CPUs PyTorch takes the last elements of a thread's share one at a time, by another formula than whole vectors, so
-    that the last bit of a sigmoid depends on where its row lies. There a batch-invariant policy gives it single rows.
+    On CPUs PyTorch computes the last elements of a thread's share one at a time, by another formula than whole vectors.
+    So the last bit of a sigmoid depends on the place of its row. Under a batch-invariant policy the function gets
+    single rows there.
     """
     if not policy.batch_invariant or x.device.type != "cpu" or len(x) == 0:
         return function(x)
-    return torch.cat([function(row.clone()) for row in x.split(1)])  # copied, to memory that is aligned alike
+    return torch.cat([function(row.clone()) for row in x.split(1)])  # a copy has the same alignment for each row

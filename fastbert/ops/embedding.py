@@ -61,7 +61,7 @@ def _kernel(
     word = word if word.stride(-1) == 1 else word.contiguous()
     token_type, position = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (token_type, position))
     if input_ids is None and word.data_ptr() % 16:
-        # How wide the loads are, and with it the order of LayerNorm's sums, must not depend on where the rows begin.
+        # The width of the loads decides the order of LayerNorm's sums. It must not depend on where the rows begin.
         word = word.clone()
     return embedding_layer_norm_forward(
         None if input_ids is None else input_ids.contiguous(),
@@ -90,7 +90,7 @@ register(
 
 
 def triton_obstacle(hidden_size: int, *tensors: torch.Tensor | None) -> str | None:
-    """Tells why the triton backend cannot run this, or None."""
+    """Tells why the triton backend cannot run this call, or returns None."""
     return dispatch.dtype_obstacle(*tensors) or dispatch.hidden_size_obstacle(hidden_size)
 
 
@@ -110,13 +110,13 @@ def embedding_layer_norm(
     dropout: Drop = None,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
-    """dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
+    """Computes dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
 
-    Ids: (T,), int32 or int64. `check_ids` has compared them with the tables, or inside of `noting` the kernel checks
-    them. Tables: word (V, H), token_type (types, H), position (P, H); weight, ln_bias: (H,). inputs_embeds, (T, H),
-    replaces word[input_ids] if input_ids is None. token_type and token_type_ids are None for a model without segments,
-    position and position_ids without positions, and ln_bias without a bias: then there is no such term. padding_idx:
-    the word whose row gets no gradient. Returns (T, H) in the tables' dtype.
+    Ids: (T,), int32 or int64. Either `check_ids` has compared them with the tables, or the kernel checks them (inside
+    of `noting`). Tables: word (V, H), token_type (types, H), position (P, H); weight, ln_bias: (H,). inputs_embeds, (T,
+    H), replaces word[input_ids] if input_ids is None. token_type and token_type_ids, position and position_ids, and
+    ln_bias may be None: then this term is missing. padding_idx: the id whose row of word gets no gradient. Returns (T,
+    H) in the tables' dtype.
     """
     hidden_size, dropout_p = word.shape[1], probability_of(dropout)
     if (token_type is None) != (token_type_ids is None):
@@ -141,7 +141,7 @@ def embedding_layer_norm(
     backend = dispatch.choose("embedding", policy.backend, policy.strict, words.device, obstacle)
     if backend == "triton":
         run = torch.ops.fastbert.embedding_layer_norm
-    else:  # whose rows PyTorch on CPUs takes alone: see layer_norm
+    else:  # PyTorch on CPUs computes each row alone: see layer_norm
         dispatch.check_invariant("embedding", policy, backend, dispatch.training_obstacle(dropout_p))
     shape = n_tokens, hidden_size
     if recording.on and recording.note("embedding", backend, None, shape, words.dtype):
@@ -180,7 +180,7 @@ def _is_seen_within(ids: torch.Tensor | None, size: int) -> bool:
 
 @untraced
 def check_ids(**ids: tuple[torch.Tensor | None, int]) -> None:
-    """Raises IndexError if an id is outside its table; name=(ids, table size). One read of the device checks all.
+    """Raises IndexError if an id is outside its table; name=(ids, table size). One read checks all.
 
     Raises TypeError for ids that are not integers. An exported, traced or transformed program does not check values.
     """

@@ -1,4 +1,4 @@
-"""The gated activation of a feed-forward layer: activation(x) * gate."""
+"""This module holds the gated activation of a feed-forward layer: activation(x) * gate."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def kernel_name(activation: str) -> str:
-    """Returns what the Triton kernels call an activation."""
+    """Returns the Triton kernels' name of an activation."""
     return "silu" if activation == "swish" else activation
 
 
@@ -77,22 +77,22 @@ register(
 
 
 def triton_obstacle(x: Tensor, activation: str) -> str | None:
-    """Tells why the triton backend cannot gate this in one kernel, or None."""
+    """Tells why the triton backend cannot compute this gated activation in one kernel, or returns None."""
     return activation_obstacle(activation) or dispatch.dtype_obstacle(x)
 
 
 def activation_obstacle(activation: str) -> str | None:
-    """Tells why the Triton kernels cannot gate by this activation, or None."""
+    """Tells why the Triton kernels do not support this activation in a gate, or returns None."""
     return None if activation in GATED else f"there is no Triton kernel for {activation!r}"
 
 
 def gated(x: Tensor, activation: str = "gelu", *, policy: Policy = AUTO) -> Tensor:
-    """activation(first half) * second half, of each row. x: (T, 2 I). Returns (T, I) in x's dtype.
+    """Computes activation(first half) * second half of each row. x: (T, 2 I). Returns (T, I) in x's dtype.
 
     activation: as in `bias_gelu`. On the triton backend one kernel computes both, and another the gradients. On CPUs
-    without gradients one C++ kernel computes both. Otherwise `bias_gelu` runs, and PyTorch multiplies. Source: Shazeer,
-    "GLU Variants Improve Transformer", 2020, arXiv:2002.05202. Raises ValueError for an odd width or an unknown
-    activation.
+    without gradients one C++ kernel computes both. Otherwise `bias_gelu` applies the activation, and PyTorch
+    multiplies. Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202. Raises ValueError for an
+    odd width or an unknown activation.
     """
     if tracing.has_sizes() and (x.dim() != 2 or x.shape[1] % 2):
         raise ValueError(f"x: expected shape (T, 2 I), got {tuple(x.shape)}")

@@ -1,4 +1,4 @@
-"""A linear and its gate: activation(first half) * second half of x @ weight^T + bias."""
+"""This module holds a linear with its gate: activation(first half) * second half of x @ weight^T + bias."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def gated_linear(
     policy: Policy = AUTO,
     keep: bool = True,
 ) -> Tensor:
-    """activation(first half) * second half of each row of x @ weight^T + bias.
+    """Computes activation(first half) * second half of each row of x @ weight^T + bias.
 
-    x: (T, K), weight: (2 I, K), bias: (2 I,) or None. activation, keep: as in `linear`. Returns (T, I) in x's dtype.
-    On the triton backend one kernel does it all where the GEMM is ours (`gemm_kernel`) and no gradients are wanted;
-    elsewhere it is `linear` and then `gated`. Raises ValueError for shapes that do not fit, or an unknown activation.
+    x: (T, K), weight: (2 I, K), bias: (2 I,) or None. activation, keep: as in `linear`. Returns (T, I) in x's dtype. On
+    the triton backend one kernel computes all if `gemm_kernel` selects fastbert's GEMM and no gradients are needed.
+    Otherwise `linear` and then `gated` run. Raises ValueError for shapes that do not fit, or an unknown activation.
     """
     if not _one_kernel(x, weight, bias, activation, policy):
         return gated(linear(x, weight, bias, policy=policy, keep=keep), activation, policy=policy)
@@ -67,7 +67,7 @@ def gated_linear(
 
 
 def _one_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, policy: Policy) -> bool:
-    """Tells whether one kernel multiplies and gates. Where it does not, `linear` and `gated` say why, and may raise."""
+    """Tells whether one kernel computes product and gate. If not, `linear` and `gated` give the reason or raise."""
     if not dispatch.wants_triton(policy.backend, x.device):
         return False
     if weight.shape[0] % 2 or activation_obstacle(activation) or dispatch.dtype_obstacle(x, weight, bias):
@@ -80,7 +80,7 @@ def _one_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str,
 
 
 def takes(dtype: torch.dtype, weight: Tensor, device: torch.device, policy: Policy) -> bool:
-    """Tells whether one kernel multiplies by this weight and gates, where the backend is "triton"."""
+    """Tells whether one kernel computes the product with this weight and its gate, if the backend is "triton"."""
     n_cols, k_size = weight.shape
     choice = policy.backend, policy.batch_invariant, None
     return takes_our_gemm(dtype, "gated", k_size, n_cols, False, device, *choice)

@@ -1,4 +1,4 @@
-"""bias + GELU."""
+"""This module holds the operation bias + activation, such as GELU."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ register(
 
 
 def activation_obstacle(activation: str) -> str | None:
-    """Tells why the triton backend cannot apply this activation, or None."""
+    """Tells why the triton backend cannot apply this activation, or returns None."""
     return None if activation in ("none", "gelu", "gelu_tanh") else f"there is no Triton kernel for {activation!r}"
 
 
 def bias_gelu(
     x: torch.Tensor, bias: torch.Tensor | None, activation: str = "gelu", *, policy: Policy = AUTO
 ) -> torch.Tensor:
-    """activation(x + bias). x: (T, I), bias: (I,) or None; activation "gelu" (erf), "gelu_tanh", "relu" or one of
-    fastbert.checkpoint.activations.OTHERS, for which there is no kernel.
+    """Computes activation(x + bias). x: (T, I), bias: (I,) or None.
+
+    activation: "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.checkpoint.activations.OTHERS, for which there is
+    no kernel.
 
     Returns (T, I) in x's dtype. Raises ValueError for a bias that does not fit or an unknown activation.
     """

@@ -1,4 +1,4 @@
-"""This module chooses between our GEMM and cuBLAS's on the triton backend."""
+"""This module chooses between fastbert's GEMM and cuBLAS's on the triton backend."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def gemm_kernel(
     residual: bool = False,
     batch_invariant: bool = False,
 ) -> tuple[str, str]:
-    """Tells which GEMM the triton backend takes, "fastbert" (with its epilogue) or "cublas", and why.
+    """Returns the GEMM that the triton backend runs, "fastbert" (with its epilogue) or "cublas", and the reason.
 
     activation: "gated" for a product with its gate. shape: (K, M). residual: whether one is added after the GEMM. The
-    tables of arch know what was timed for the shape; the rest is heuristic: an activation or a gate in the epilogue
-    saves a pass over (T, I) in memory; without one cuBLAS has nothing to lose, and in float32 its IEEE GEMM is the
-    faster one: Triton has only scalar multiply-adds for it.
+    tables of arch hold the choice for timed shapes. For other shapes there is a heuristic. An activation or a gate in
+    the epilogue saves a pass over (T, I) in memory. Without one cuBLAS is selected. In float32 cuBLAS's IEEE GEMM is
+    faster, because Triton has only scalar multiply-adds for it.
     """
     if batch_invariant:
         return "fastbert", "batch_invariant: cuBLAS chooses its algorithm by the number of rows"
@@ -56,13 +56,13 @@ def takes_our_gemm(
     batch_invariant: bool,
     obstacle: str | None,
 ) -> bool:
-    """Tells whether the GEMM is ours. Without an activation it is PyTorch's, unless the tables choose ours."""
+    """Tells whether fastbert's GEMM runs. Without an activation PyTorch's runs, unless the tables choose fastbert's."""
     if batch_invariant:
         return dispatch.choose("linear", backend, True, device, obstacle) == "triton"
     if backend in ("cpu", "torch") or (backend == "auto" and device.type == "cpu"):
         return False
     question = dtype, activation, (k_size, n_cols), residual, device, backend, obstacle
-    # Under the interpreter, which tests turn on and off, the answer may change, and for a GPU that is not there.
+    # The answer may change under the interpreter, which tests turn on and off, and in a dry run for another GPU.
     return _looked_up(*question) if device.type == "cpu" or recording.on else _remembered(*question)
 
 

@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch: sequences of equal length together, with a backward pass, and batches with padding."""
+"""This module holds attention and its gradients in plain PyTorch, for groups of equal length and for padded batches."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def attend_in_groups(
     table: torch.Tensor | None = None,
     columns: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of the groups and of the order that `group_by_length` gives, (T, 3 * N * D) -> (T, N * D)."""
+    """Computes attention, (T, 3 * N * D) -> (T, N * D). groups, ungroup: the results of `group_by_length`."""
     hidden_size = qkv.shape[1] // 3
     if not groups:
         return qkv[:, :hidden_size].clone()
@@ -36,7 +36,7 @@ def attend_in_groups(
         outs.append(out.transpose(1, 2).reshape(n_seqs * length, hidden_size))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     out = out if ungroup is None else out.index_select(0, ungroup)
-    # Rows that belong to no sequence fill the last ones up.
+    # The last rows belong to no sequence and are zeros.
     return out if out.shape[0] == qkv.shape[0] else F.pad(out, (0, 0, 0, qkv.shape[0] - out.shape[0]))
 
 
@@ -49,7 +49,7 @@ def _attend(
     dropout_p: float,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T + bias) v over the keys that are valid, (B, 1, 1, S) bool. Each (B, N, S, D)."""
+    """Computes softmax(scale * q k^T + bias) v over valid keys. q, k, v: (B, N, S, D). valid: (B, 1, 1, S) bool."""
     if not tracing.differentiated():
         mask = valid
         if bias is not None:
@@ -73,18 +73,18 @@ def attend_in_place(
     table: torch.Tensor | None,
     window: int | None = None,
 ) -> torch.Tensor:
-    """Attention of a `packing.in_place` batch, (B * S, 3 * N * D) -> (B * S, N * D), with its padding masked."""
+    """Computes attention of a `packing.in_place` batch, with masked padding: (B * S, 3 * N * D) -> (B * S, N * D)."""
     assert batch.valid is not None
     qkv = qkv.reshape(batch.batch_size, batch.padded_length, 3, num_heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, N, S, D)
-    # A row without tokens attends to all of its padding: what comes of it is finite, and cleared later.
+    # A row without tokens attends to all of its padding. Its result is finite, and is cleared later.
     valid = batch.valid | ~batch.valid.any(1, keepdim=True)
     bias, seen, columns = None, valid[:, None, None, :], torch.arange(batch.padded_length, device=qkv.device)
     if table is not None:
         bias = expand(table, columns)[None]
     if window is None:
         out = _attend(q, k, v, seen, scale, dropout_p, bias)
-    else:  # A query at padding without a key in reach sees itself, and gets zeros, as with transformers and SDPA.
+    else:  # A query at padding without a key in its window attends to itself; its result is 0, as in transformers.
         seen = seen & near(columns, columns, window)
         reached = seen.any(-1, keepdim=True)
         out = _attend(q, k, v, seen | near(columns, columns, 0) & ~reached, scale, dropout_p, bias)
@@ -100,7 +100,7 @@ def attend_by_lengths(
     table: torch.Tensor | None = None,
     columns: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of sequences with these offsets. table, columns: a position bias, as `ops.varlen_attention` has it."""
+    """Computes attention of sequences with these offsets. table, columns: as in `ops.varlen_attention`."""
     groups = group_by_length(cu_seqlens_cpu, qkv.device)
     return attend_in_groups(qkv, *groups, num_heads, scale, table=table, columns=columns)
 
@@ -114,7 +114,7 @@ def gradients_by_lengths(
     table: torch.Tensor | None = None,
     columns: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the gradients of qkv, (T, 3 * N * D), and of the table, (N, 2R + 1), or () without one.
+    """Returns the gradients of qkv, (T, 3 * N * D), and of the table, (N, 2R + 1), or of shape () without one.
 
     The probabilities P are computed again, in float32 at least.
 

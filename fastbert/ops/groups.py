@@ -1,4 +1,4 @@
-"""Sequences of equal length together, for attention in plain PyTorch."""
+"""This module groups sequences of equal length, for attention in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 
 from fastbert.ops.packing import to_device
 
-# One group of sequences of equal length: (sequences, length, their rows), the rows a slice where they are neighbours.
+# A group of sequences of equal length: (number of sequences, length, rows). Neighbouring rows are a slice.
 Group = tuple[int, int, "slice | torch.Tensor"]
 
 
 def group_by_length(cu_seqlens_cpu: torch.Tensor, device: torch.device) -> tuple[list[Group], torch.Tensor | None]:
-    """Returns groups of sequences of equal length, and the row order that undoes it (None where it is unchanged)."""
+    """Returns groups of sequences of equal length, and the row order that undoes it (None if it is unchanged)."""
     lengths = cu_seqlens_cpu.diff().long()
     order = torch.argsort(lengths, stable=True)
     order = order[lengths[order] > 0]

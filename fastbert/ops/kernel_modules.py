@@ -1,6 +1,6 @@
-"""Modules of Triton kernels are imported at their first use, since Triton need not be there.
+"""This module imports modules of Triton kernels at their first use, because Triton may not be installed.
 
-An import statement inside of a function takes the host half a microsecond at each launch, also where all is imported.
+An import statement inside a function costs the host half a microsecond at each launch, even for a loaded module.
 """
 
 from __future__ import annotations
@@ -19,5 +19,5 @@ def kernels_of(module: str) -> Any:
 
 
 def dense_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Returns the rows as kernels take them, of unit stride: themselves, or a copy."""
+    """Returns the rows with unit stride, as kernels need them: the same tensor, or a copy."""
     return rows if rows.is_contiguous() or rows.stride(-1) == 1 else rows.contiguous()

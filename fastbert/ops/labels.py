@@ -1,4 +1,4 @@
-"""Labels are checked on the host before any kernel runs, and rows without a label are left out."""
+"""This module checks labels on the host before any kernel runs, and leaves out rows without a label."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def readable(labels: Tensor) -> bool:
 
 @untraced
 def check_labels(labels: Tensor, n_classes: int, ignore_index: int = IGNORED, name: str = "labels") -> int | None:
-    """Returns how many labels are not ignored; None where no values may be read. One look at the device.
+    """Returns the number of labels that are not ignored, or None if no values may be read. It reads the device once.
 
-    labels: integers of any shape. Raises ValueError where one is neither from 0 to n_classes - 1 nor ignore_index.
+    labels: integers of any shape. Raises ValueError for a label that is neither from 0 to n_classes - 1 nor
+    ignore_index.
     """
     if not readable(labels):
         return None
@@ -41,9 +42,9 @@ def check_labels(labels: Tensor, n_classes: int, ignore_index: int = IGNORED, na
 
 @untraced
 def labelled_rows(labels: Tensor, n_classes: int, ignore_index: int = IGNORED, name: str = "labels") -> Tensor | None:
-    """Returns the places of the labels, (T,), that are not ignored, in order; None where that is all of them.
+    """Returns the places of labels, (T,), that are not ignored, in order; None if no label is ignored.
 
-    Looks at the device once, and raises ValueError, as `check_labels` does, which must be able to read values.
+    It reads the device once, so values must be readable. It raises ValueError as `check_labels` does.
     """
     count = check_labels(labels, n_classes, ignore_index, name)
     assert count is not None, "values may not be read: ask `readable` first"
@@ -53,7 +54,7 @@ def labelled_rows(labels: Tensor, n_classes: int, ignore_index: int = IGNORED, n
 
 
 def mean_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = IGNORED) -> Tensor:
-    """PyTorch's mean cross entropy, but 0 with gradients of 0 where every label is ignored, or there is none."""
+    """Returns PyTorch's mean cross entropy, or 0 with gradients of 0 if every label is ignored or there is none."""
     none = (labels == ignore_index).all()
     loss = torch.nn.functional.cross_entropy(logits, labels.masked_fill(none, 0), ignore_index=ignore_index)
     return loss.masked_fill(none, 0.0)

@@ -1,7 +1,7 @@
-"""Operations on the triton backend by their kernels alone: for arguments that were checked, outside of any tracer.
+"""This module launches the kernels of operations on the triton backend, for checked arguments, outside of any tracer.
 
-They compute what the operations of the same names compute on this backend, in the same kernels, and leave out the
-checks, the choice of a backend, recording, PyTorch's dispatcher and autograd.
+The functions launch the same kernels as the operations of the same names. They leave out the checks, the choice of a
+backend, recording, PyTorch's dispatcher and autograd.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ from fastbert.ops.window import _kernel as windowed_kernel
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """A linear whose GEMM is chosen. weight: (M, K). bias: (M,) or None. ours: whether the GEMM is ours, or PyTorch's.
+    """A linear whose GEMM is chosen. weight: (M, K). bias: (M,) or None. ours: whether fastbert's GEMM runs, not
+    PyTorch's.
 
-    by_rows: whether few rows may have a tile of their own. splits: whether a table shares K among programs for some
-    number of rows, where a LayerNorm follows.
+    by_rows: whether few rows may have their own tile sizes. splits: whether a table splits K among programs for some
+    number of rows, if a LayerNorm follows.
     """
 
     weight: Tensor
@@ -43,7 +44,7 @@ class Product:
 
 
 def linear_activation(x: Tensor, product: Product) -> Tensor:
-    """activation(x @ weight^T + bias), (T, K) -> (T, M): see `fastbert.ops.linear`."""
+    """Computes activation(x @ weight^T + bias), (T, K) -> (T, M): see `fastbert.ops.linear`."""
     weight, bias, activation = product.weight, product.bias, product.activation
     if product.ours:
         return linear_kernel(x, weight, bias, activation, None, product.by_rows)
@@ -61,9 +62,9 @@ def linear_residual_layer_norm(
     eps: float,
     out: Tensor | None = None,
 ) -> Tensor:
-    """LayerNorm(x @ weight^T + bias + residual), (T, K) -> (T, H): see `fastbert.ops.linear_residual_layer_norm`.
+    """Computes LayerNorm(x @ weight^T + bias + residual), (T, K) -> (T, H): see `ops.linear_residual_layer_norm`.
 
-    out: where the result may be written, contiguous, or None. A product that is summed in shares has new memory.
+    out: contiguous memory for the result, or None. A product with a split K does not use it.
     """
     if product.splits:
         kind = "fastbert" if product.ours else "library"
@@ -93,7 +94,7 @@ gated = gated_kernel
 
 
 def gated_linear(x: Tensor, product: Product) -> Tensor:
-    """activation(first half) * second half of x @ weight^T + bias, (T, K) -> (T, I), where the GEMM is ours."""
+    """Computes activation(first half) * second half of x @ weight^T + bias, (T, K) -> (T, I), in fastbert's GEMM."""
     return gated_linear_kernel(x, product.weight, product.bias, product.activation, product.by_rows)
 
 
@@ -102,16 +103,16 @@ disentangled_attention = disentangled_kernel
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """activation(x), (T, H) -> (T, H): see `fastbert.ops.bias_gelu`."""
+    """Computes activation(x), (T, H) -> (T, H): see `fastbert.ops.bias_gelu`."""
     return gelu_kernel(x, None, activation)
 
 
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, ln_bias: Tensor | None, eps: float, keep_sum: bool = True
 ) -> tuple[Tensor | None, Tensor]:
-    """x + residual and its LayerNorm, (T, H) each, as an addition and `bias_residual_layer_norm` give them.
+    """Returns x + residual and its LayerNorm, (T, H) each, equal to an addition and `bias_residual_layer_norm`.
 
-    keep_sum: whether the sum is wanted; else None stands for it.
+    keep_sum: whether to return the sum, or None in its place.
     """
     from fastbert_kernels.sum_norm import sum_norm_forward
 
@@ -119,16 +120,16 @@ def add_layer_norm(
 
 
 def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """Turns queries and keys in place, (T, 3H): see `fastbert.ops.rotary`."""
+    """Rotates queries and keys in place, (T, 3H): see `fastbert.ops.rotary`."""
     return rotary_kernel(qkv, cos, sin, num_heads, in_place=True)
 
 
 def varlen_attention(
     qkv: Tensor, batch: PackedBatch, plan: Plan, num_heads: int, scale: float, table: Tensor | None = None
 ) -> Tensor:
-    """Attention within each sequence, (T, 3H) -> (T, H): see `fastbert.ops.varlen_attention`.
+    """Computes attention within each sequence, (T, 3H) -> (T, H): see `fastbert.ops.varlen_attention`.
 
-    plan: what `attention_plan.triton_plan` gave for the batch. table: of a position bias.
+    plan: the batch's plan from `attention_plan.triton_plan`. table: the table of a position bias.
     """
     columns = None if table is None else batch.columns
     return attention_kernel(
@@ -140,7 +141,7 @@ def varlen_attention(
 def windowed_attention(
     qkv: Tensor, batch: PackedBatch, plan: Plan, num_heads: int, scale: float, window: int
 ) -> Tensor:
-    """The same within a window of columns on either side."""
+    """Computes attention within a window of columns on either side."""
     return windowed_kernel(
         qkv, batch.cu_seqlens_cpu, plan[0], plan[1], num_heads, scale, window, plan[2], plan[3], batch.columns,
         ranges_of(batch, window),

@@ -1,4 +1,4 @@
-"""bias + dropout + residual + LayerNorm."""
+"""This module holds the operation bias + dropout + residual + LayerNorm."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ register(
 
 
 def triton_obstacle(hidden_size: int, *tensors: torch.Tensor | None, dropout_p: float = 0.0) -> str | None:
-    """Tells why the triton backend cannot run this, or None."""
+    """Tells why the triton backend cannot run this call, or returns None."""
     return (
         dispatch.dtype_obstacle(*tensors)
         or dispatch.hidden_size_obstacle(hidden_size)
@@ -82,7 +82,7 @@ def bias_residual_layer_norm(
     dropout: Drop = None,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
-    """LayerNorm(dropout(x + bias) + residual) * weight + ln_bias over the last axis.
+    """Computes LayerNorm(dropout(x + bias) + residual) * weight + ln_bias over the last axis.
 
     x, residual: (T, H) of one floating dtype; bias, weight, ln_bias: (H,); ln_bias None means zeros. Returns (T, H) in
     x's dtype. Raises ValueError for wrong shapes, BackendError under a strict policy.
@@ -103,7 +103,7 @@ def bias_residual_layer_norm(
     else:
         obstacle = triton_obstacle(hidden_size, x, bias, residual, weight, ln_bias, dropout_p=dropout_p)
     backend = dispatch.choose("layer_norm", policy.backend, policy.strict, x.device, obstacle)
-    if backend != "triton":  # PyTorch's on CPUs takes each row alone, and sums have one result wherever they stand
+    if backend != "triton":  # PyTorch on CPUs computes each row alone, with the same sums at any place
         dispatch.check_invariant("layer_norm", policy, backend, dispatch.training_obstacle(dropout_p))
     if recording.on:
         facts: dict[str, Any] = {"bias": bias is not None, "residual": residual is not None}
@@ -125,7 +125,7 @@ def norm_queries_and_keys(
     *,
     policy: Policy = AUTO,
 ) -> torch.Tensor:
-    """Applies LayerNorm to each row's query and key, all heads together; values are not changed.
+    """Applies LayerNorm to each row's query and key, over all heads together. Values are not changed.
 
     qkv: (T, 3H). query_norm, key_norm: weight and bias, (H,), and eps. Returns (T, 3H). Raises what
     `bias_residual_layer_norm` raises.
@@ -137,6 +137,6 @@ def norm_queries_and_keys(
 
 
 def takes(x: torch.Tensor, residual: torch.Tensor | None, *parameters: torch.Tensor) -> bool:
-    """Tells whether the passes of training take these dtypes: the stream in x's, or in float32 with its parameters."""
+    """Tells whether the training passes take these dtypes: residual and parameters in x's dtype, or all in float32."""
     stream = x.dtype if residual is None else residual.dtype
     return stream in (x.dtype, torch.float32) and all(p.dtype == stream for p in parameters)

@@ -1,4 +1,4 @@
-"""Registration of the fused kernels with `torch.library`, so that torch.compile and torch.export pass through them."""
+"""This module registers the fused kernels with `torch.library`, so torch.compile and torch.export accept them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def register(
 ) -> None:
     """Defines `torch.ops.fastbert.<name>` from a schema such as "bias_gelu(Tensor x, ...) -> Tensor".
 
-    kernel runs on CUDA, and on the CPU under Triton's interpreter; eager is the same function in plain PyTorch: it runs
-    on the CPU otherwise, and the backward pass is its derivative, with the forward recomputed, unless `backward` gives
-    the inputs' gradients from (grad, *inputs). fake gives the output's shape and dtype.
+    `kernel` runs on CUDA, and on the CPU under Triton's interpreter. `eager` is the same function in plain PyTorch. It
+    runs on the CPU without the interpreter. The backward pass recomputes it and takes its derivative, unless `backward`
+    returns the inputs' gradients from (grad, *inputs). `fake` returns the output's shape and dtype.
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -42,7 +42,7 @@ def register(
         if backward is not None:
             return backward(grad, *inputs)
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
-        again = torch.is_grad_enabled()  # create_graph=True: what comes is differentiated once more
+        again = torch.is_grad_enabled()  # create_graph=True: the gradient is differentiated once more
         for i in wanted:
             inputs[i] = inputs[i].view_as(inputs[i]) if again else inputs[i].detach().requires_grad_()
         with torch.enable_grad():

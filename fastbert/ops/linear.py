@@ -1,4 +1,4 @@
-"""Linear layers with what follows them: bias, GELU; bias, dropout, residual and LayerNorm."""
+"""This module holds linear layers with bias and activation, or with bias, dropout, residual and LayerNorm."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def _kernel_layer_norm(
     return bias_residual_layer_norm_forward(F.linear(x, weight), bias, residual, *norm)
 
 
-# product: "fastbert" or "library", where no table splits so many rows. A choice inside keeps tracers from the number.
+# product: "fastbert" or "library" if no table splits this number of rows. The kernel chooses inside, so that a tracer
+# does not specialise on the number of rows.
 register(
     "linear_layer_norm(Tensor x, Tensor weight, Tensor? bias, Tensor residual, Tensor ln_weight, Tensor ln_bias, "
     "float eps, str product) -> Tensor",
@@ -129,7 +130,7 @@ def _packed(
     weight: torch.Tensor,
     *others: torch.Tensor | None,
 ) -> bool:
-    """Tells whether the backend is "cpu" and its weight is packed. obstacle: why the triton backend cannot run it."""
+    """Tells whether the backend is "cpu" and its weight is packed. obstacle: the reason why triton cannot run it."""
     if policy.batch_invariant:
         backend = dispatch.decide("linear", policy, x.device, obstacle).backend
         invariant_obstacle = packed_linear.invariant_obstacle(x, weight, *others)
@@ -149,7 +150,7 @@ def linear(
     policy: Policy = AUTO,
     keep: bool = True,
 ) -> torch.Tensor:
-    """activation(x @ weight^T + bias). x: (T, K), weight: (M, K), bias: (M,) or None, of one floating dtype.
+    """Computes activation(x @ weight^T + bias). x: (T, K), weight: (M, K), bias: (M,) or None, of one floating dtype.
 
     activation: "none", "gelu" (erf), "gelu_tanh", "relu" or one of fastbert.checkpoint.activations.OTHERS. keep:
     whether a packed copy of the weight may be kept; False in training mode. Returns (T, M) in x's dtype. Raises
@@ -164,7 +165,7 @@ def linear(
     ):
         return trained
     obstacle = dispatch.dtype_obstacle(x, weight, bias) or gelu.activation_obstacle(activation)
-    # Without an activation PyTorch's product runs on every backend but for what gemm_kernel says.
+    # Without an activation PyTorch's product runs on every backend, unless gemm_kernel selects fastbert's.
     backend = None
     if activation != "none":
         backend = dispatch.choose("linear", policy.backend, policy.strict, x.device, obstacle)
@@ -208,8 +209,8 @@ def _note(
     """Records a product: "fastbert" (Triton), "packed", "split" (with a LayerNorm), or "library" (PyTorch's).
     Returns what `recording.note` does.
 
-    later: the activation that a kernel of its own adds, and the bias with it. residual: whether one was offered to the
-    product. choice: whether the product was chosen, where the backend is "triton".
+    later: the activation of a separate kernel, which also adds the bias. residual: whether the product may add one.
+    choice: whether the product was chosen, if the backend is "triton".
     """
     backend = dispatch.decide("linear", policy, x.device, obstacle).backend
     shape, n_cols = (x.shape[0], weight.shape[0]), weight.shape[0]
@@ -245,11 +246,11 @@ def linear_residual_layer_norm(
     policy: Policy = AUTO,
     keep: bool = True,
 ) -> torch.Tensor:
-    """LayerNorm(dropout(x @ weight^T + bias) + residual) * ln_weight + ln_bias.
+    """Computes LayerNorm(dropout(x @ weight^T + bias) + residual) * ln_weight + ln_bias.
 
     x: (T, K), weight: (H, K), bias: (H,) or None, residual: (T, H), ln_weight, ln_bias: (H,). keep: as in `linear`.
     Returns (T, H). The matrix product adds bias and residual if it is fastbert's GEMM or has a packed weight. Otherwise
-    the LayerNorm kernel adds them, or without it the matrix product adds the bias.
+    the LayerNorm kernel adds them. Without this kernel the matrix product adds the bias.
     """
     check_shapes(x, weight, bias)
     may_train = choose.perhaps(dropout, torch.compiler.is_compiling())
@@ -297,7 +298,7 @@ def linear_residual_layer_norm(
 def _with_gradients(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, policy: Policy
 ) -> torch.Tensor | None:
-    """The linear with gradients by kernels; None where it is PyTorch's."""
+    """Runs the linear with gradients by kernels; returns None if PyTorch's linear must run."""
     to, sizes = choose.product_dtype(x), tuple(weight.shape)
     mixed = {t.dtype for t in (x, weight, bias) if t is not None} - {x.dtype}
     if mixed and to == x.dtype and not torch.is_autocast_enabled(x.device.type):

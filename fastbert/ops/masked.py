@@ -1,6 +1,6 @@
-"""Small batches whose lengths stay on the device: a kernel packs them, and the host knows B and S alone.
+"""This module packs small batches on the device by a kernel. The host knows only B and S, not the lengths.
 
-What depends on lengths elsewhere, the tile of attention and the length of its lists, follows from B and S here.
+The tile of attention and the length of its lists follow from B and S. For other batches they depend on the lengths.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from torch import Tensor
 from fastbert.ops.dispatch import Policy
 from fastbert.ops.packed_batch import PackedBatch
 
-# Up to how many places a mask of such a batch has. Rows of padding are computed, which costs next to nothing as long as
-# each linear has fewer tiles than a GPU has multiprocessors: benchmarks/NOTES.md counts them.
+# The most elements of a mask of such a batch. Rows of padding are computed. This costs almost nothing while each linear
+# has fewer tiles than the GPU has multiprocessors (counted in benchmarks/NOTES.md).
 MOST_PLACES = 512
-# Up to how many tokens of a text, on average over tokens, texts are short: at least two fit into a tile of 128 rows.
+# The greatest length of short sequences, averaged over tokens: at least two fit into a tile of 128 rows.
 SHORT_TEXTS = 64
-# Up to how many tokens for each multiprocessor a batch is short: 16 heads have no more tiles of 128 rows than there are
+# The most tokens of a short batch for each multiprocessor: 16 heads have no more tiles of 128 rows than there are
 # multiprocessors.
 SHORT_BATCH = 8
 
 
 def batch_of(mask: Tensor, reads_columns: bool = False) -> PackedBatch:
-    """Returns the batch of a mask, (B, S) on a device, with 1 to MOST_PLACES elements: the mask is not read.
+    """Returns the batch of a mask, (B, S) on a device, with 1 to MOST_PLACES elements. The host does not read the mask.
 
-    Its T stands for B * S, its cu_seqlens and places are there when a kernel has written them (`unpack`), and it has no
+    Its T is B * S. Its cu_seqlens and places are valid after a kernel has written them (`unpack`). It has no
     position_ids. reads_columns: whether layers read columns, as if the mask had holes.
     """
     batch_size, padded_length = mask.shape
@@ -42,10 +42,10 @@ def batch_of(mask: Tensor, reads_columns: bool = False) -> PackedBatch:
         n_places,
         device,
         cu_seqlens=memory[: batch_size + 1],
-        cu_seqlens_cpu=torch.empty(0, dtype=torch.int32, device="cpu"),  # which nothing reads
+        cu_seqlens_cpu=torch.empty(0, dtype=torch.int32, device="cpu"),  # nothing reads it
         batch_size=batch_size,
         padded_length=padded_length,
-        last_position=padded_length - 1,  # at most
+        last_position=padded_length - 1,  # an upper bound
         mask=mask.reshape(-1),
         places=memory[batch_size + 1 :],
         reads_columns=reads_columns,
@@ -55,7 +55,7 @@ def batch_of(mask: Tensor, reads_columns: bool = False) -> PackedBatch:
 def unpack(
     batch: PackedBatch, ids: tuple[Tensor | None, ...], static: Any, number: int, block_q: int, short: tuple[int, int]
 ) -> None:
-    """Packs a batch of `batch_of`. ids: three of (B * S,), as `fastbert_kernels.unpack.unpack` says."""
+    """Packs a batch of `batch_of`. ids: three tensors of (B * S,), or None, as in `fastbert_kernels.unpack.unpack`."""
     from fastbert_kernels import unpack as kernels
 
     input_ids, token_type_ids, position_ids = (None if x is None else x.long().contiguous() for x in ids)
@@ -68,23 +68,23 @@ def unpack(
 
 
 def seq_ids(batch: PackedBatch) -> Tensor:
-    """(B * S,) int32: the sequence of each row, undefined after the last token."""
+    """Returns the sequence of each row, (B * S,) int32, undefined after the last token."""
     assert batch.places is not None
     rows: Tensor = batch.plan("seq_ids", functools.partial(torch.empty_like, batch.places))
     return rows
 
 
 def pack(x: Tensor, batch: PackedBatch, fill: int) -> Tensor:
-    """(B, S, ...) -> (B * S, ...): the tokens' rows first, then rows of `fill`."""
+    """Packs (B, S, ...) -> (B * S, ...): the tokens' rows first, then rows of `fill`."""
     assert batch.places is not None
     flat, n_rows = x.reshape(-1, *x.shape[2:]), batch.n_tokens
-    rows = torch.where(batch.places < 0, n_rows, batch.places).long()  # padding goes to one row more, which is cut off
+    rows = torch.where(batch.places < 0, n_rows, batch.places).long()  # padding goes to an extra row, which is cut off
     out = flat.new_full((n_rows + 1, *flat.shape[1:]), fill)
     return out.index_copy_(0, rows, flat)[:n_rows]
 
 
 def pad(x: Tensor, batch: PackedBatch) -> Tensor:
-    """(B * S, ...) rows -> (B, S, ...), zeros at the padding positions."""
+    """Pads rows, (B * S, ...) -> (B, S, ...), with zeros at the padding positions."""
     from fastbert_kernels.unpack import spread
 
     places, shape = batch.places, (batch.batch_size, batch.padded_length, *x.shape[1:])
@@ -96,13 +96,13 @@ def pad(x: Tensor, batch: PackedBatch) -> Tensor:
     return rows.masked_fill(empty, 0).view(shape)
 
 
-# What attention takes of such a batch
+# The functions below give attention's tiles for such a batch.
 
 
 def small_tiles_suit(batch_size: int, length: int, dtype: torch.dtype, head_size: int, device: torch.device) -> bool:
-    """Tells whether smaller tiles suit whatever texts a mask of this shape leaves.
+    """Tells whether smaller tiles suit every batch with a mask of this shape.
 
-    Where the answer is yes, it is that of `attention_plan.takes_small_tiles` for each of them.
+    If so, `attention_plan.takes_small_tiles` gives the same answer for each of these batches.
     """
     from fastbert_kernels import configs, launch
 
@@ -120,7 +120,7 @@ def most_tiles(
     policy: Policy,
     small: bool,
 ) -> tuple[int, int | None]:
-    """Bounds the tiles of the texts that a mask of this shape leaves; None where no list is of short sequences."""
+    """Returns upper bounds of the numbers of tiles for a mask of this shape; None if short sequences have no list."""
     from fastbert_kernels import configs, launch, work_list
 
     arch = launch.arch(device)
@@ -136,7 +136,7 @@ def most_tiles(
 
 
 def short_tile(dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy) -> tuple[int, int]:
-    """Returns the rows of a tile of short sequences, and the most tokens of one; zeros where they have no list."""
+    """Returns the rows of a tile of short sequences, and their greatest length; zeros if they have no list."""
     from fastbert_kernels import configs, launch
 
     if not policy.batch_invariant:

@@ -1,6 +1,6 @@
-"""Kernels note what the host would otherwise wait to see: ids beyond their table, and weights that were written to.
+"""Kernels record ids beyond their table and changed weights in notes, so that the host does not wait for them.
 
-The runner of a batch sets the place with `noting`; the operations of the same thread get it from `current`.
+The runner of a batch sets the notes with `noting`. The operations of the same thread get them from `current`.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ _here = threading.local()
 
 
 def possible_on(device: torch.device) -> bool:
-    """Tells whether a look at the device's numbers waits for it, and its kernels can note them for the host instead."""
+    """Tells whether the host waits to read the device's numbers, and kernels can record notes instead."""
     return device.type == "cuda"
 
 
 def current() -> Notes | None:
-    """Returns where the kernels of this thread note ids beyond their table; None where ids were checked before."""
+    """Returns the notes for kernels of this thread, or None if the ids were checked before."""
     return getattr(_here, "notes", None)
 
 
 @contextmanager
 def noting(notes: Notes | None) -> Iterator[None]:
-    """Lets the kernels that are launched inside note what they see."""
+    """Lets the kernels that are launched inside this context record in the notes."""
     before = current()
     _here.notes = notes
     try:

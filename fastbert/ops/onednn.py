@@ -1,10 +1,10 @@
-"""Products with packed weights in oneDNN, for linear layers of the cpu backend.
+"""This module multiplies by packed weights in oneDNN, for linear layers of the cpu backend.
 
-The operations are `torch.ops.mkldnn`: names internal to PyTorch, so that `packing_obstacle` looks for them, and where
-they are missing the caller takes F.linear.
+The operations are in `torch.ops.mkldnn`. These names are internal to PyTorch, so `packing_obstacle` checks that they
+exist. If they are missing, the caller uses F.linear.
 
-oneDNN adds up a float32 product over all of K in one chain, whose rounding error grows with K and is about twice that
-of F.linear at K = 3072. Here K is cut into pieces, each added to the sum of those before it.
+oneDNN adds up a float32 product over all of K in one chain. Its rounding error grows with K, and is about twice that of
+F.linear at K = 3072. Here K is cut into pieces. Each piece is added to the sum of the earlier ones.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 
 import torch
 
-# float32: the longest chain of sums, so that the error stays within the numerical policy; a GELU passes more of it on.
+# float32: the longest chain of sums that keeps the error within the numerical policy. GELU passes more of the error on.
 PIECE, PIECE_BEFORE_GELU = 384, 256
 UNARY = {"none": ("none", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh"), "relu": ("relu", "")}
 
-# Packed slices of a weight along K, each with where it ends.
+# Packed slices of a weight along K, each with its end.
 Pieces = list[tuple[int, torch.Tensor]]
 
 
 @functools.cache
 def _operations_obstacle() -> str | None:
-    """Tells why this PyTorch has no such operations, or None."""
+    """Tells why this PyTorch does not have these operations, or returns None."""
     if not torch.backends.mkldnn.is_available():
         return "this PyTorch has no oneDNN"
     try:
@@ -39,7 +39,7 @@ def _operations_obstacle() -> str | None:
 
 
 def packing_obstacle(dtype: torch.dtype) -> str | None:
-    """Tells why oneDNN is not used for a dtype on this processor, or None."""
+    """Tells why oneDNN is not used for a dtype on this processor, or returns None."""
     if not torch._C._get_mkldnn_enabled():
         return "torch.backends.mkldnn is switched off"
     return _operations_obstacle() or _dtype_obstacle(dtype)
@@ -55,7 +55,7 @@ def _dtype_obstacle(dtype: torch.dtype) -> str | None:
 
 
 def pack(weight: torch.Tensor, longest: int) -> Pieces:
-    """(M, K) -> pieces, in float32 of at most `longest` of K."""
+    """Packs a weight: (M, K) -> pieces. In float32 a piece has at most `longest` of K."""
     k_size = weight.shape[1]
     cuts = _cuts(k_size, longest) if weight.dtype == torch.float32 else [(0, k_size)]
     reorder = torch.ops.mkldnn._reorder_linear_weight
@@ -69,7 +69,10 @@ def linear(
     activation: str = "none",
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """(T, K), pieces of (M, K), (M,) -> (T, M) in x's dtype. activation: a key of UNARY, "none" with a residual."""
+    """Multiplies: (T, K), pieces of (M, K), (M,) -> (T, M) in x's dtype.
+
+    activation: a key of UNARY, "none" with a residual.
+    """
     ops: Any = torch.ops.mkldnn
     start = pieces[0][0]
     if residual is not None:
@@ -87,10 +90,10 @@ def linear(
 
 
 def rows_for(n_rows: int) -> int:
-    """Returns the number of rows to compute n_rows in: steps of 8, above 64 an eighth of the power of two below.
+    """Returns the padded number of rows for n_rows: in steps of 8, above 64 of an eighth of the power of two below.
 
-    oneDNN makes a program for each number of rows, which takes a millisecond and 100 KB; of arbitrary token counts
-    there would be no end.
+    oneDNN compiles a program for each number of rows, which takes a millisecond and 100 KB. Padding limits the number
+    of programs.
     """
     step = max(8, (1 << (n_rows - 1).bit_length()) // 16)
     return -(-n_rows // step) * step

@@ -1,4 +1,4 @@
-"""A `PackedBatch` holds the positions of a batch's sequences, and data that operations derive from them."""
+"""This module holds `PackedBatch`: the positions of a batch's sequences, and data that operations derive from them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from fastbert_kernels import cpu
 class PackedBatch:
     """A `PackedBatch` describes B sequences of different lengths in T packed tokens.
 
-    cu_seqlens: (B + 1,) int32 on the tensors' device, starts at 0, ends at T; sequence b is rows cu_seqlens[b] to
-    cu_seqlens[b + 1]. cu_seqlens_cpu: the same on the host. position_ids: (T,) int64, the column of each token.
-    indices: (T,) int64, the index of each token in the flattened (B * S) batch, None if it never was padded.
-    valid: (B, S) bool, the mask of tokens in a batch that keeps the rows of padding (`in_place`); None in any other.
-    first_column: whether each sequence has a token in the first column, as without padding on the left. last_position:
-    the largest of position_ids, -1 without tokens; None if the host does not know it. counted: whether position_ids
-    count from 0 in each sequence. If not, host_columns are the columns on the host, if known, and host_indices are the
-    indices on the host. columns: (T,) int32, the column of each token, if a mask has zeros between tokens; None if the
-    tokens of each sequence are neighbours, or before `packing.find_holes`. n_layers_before: for a layer that runs
-    several times, the number of layers since its first run, for its dropout masks.
+    cu_seqlens: (B + 1,) int32 on the tensors' device. It starts at 0 and ends at T. Sequence b has the rows
+    cu_seqlens[b] to cu_seqlens[b + 1]. cu_seqlens_cpu: the same on the host. position_ids: (T,) int64, the column of
+    each token. indices: (T,) int64, the index of each token in the flattened (B * S) batch, None if the batch was never
+    padded. valid: (B, S) bool, the attention mask of a batch that keeps the rows of padding (`in_place`); None in any
+    other. first_column: whether each sequence has a token in the first column. last_position: the largest of
+    position_ids, -1 without tokens; None if the host does not know it. counted: whether position_ids count from 0 in
+    each sequence. If not, host_columns are the columns on the host, if known, and host_indices are the indices on the
+    host. columns: (T,) int32, the column of each token, if a mask has zeros between tokens; None if the tokens of each
+    sequence are neighbours, or before `packing.find_holes`. n_layers_before: for a layer that runs several times, the
+    number of layers since its first run, for its dropout masks.
 
-    mask: (B * S,), in a batch whose lengths stay on the device (`masked.batch_of`), where T is B * S; None in any
+    mask: (B * S,), for a batch whose lengths stay on the device (`masked.batch_of`); its T is B * S. None for any
     other. places: (B * S,) int32, the row of each element of the mask, -1 for padding. reads_columns: whether layers
     read the columns of such a batch.
 
-    If the host knows the lengths, tensors on the device are made at their first use (`later`), because a CUDA graph has
-    its own.
+    If the host knows the lengths, tensors on the device are made at their first use (`later`). A CUDA graph does not
+    need them: it has its own.
     """
 
     cu_seqlens: torch.Tensor
@@ -40,7 +40,7 @@ class PackedBatch:
     position_ids: torch.Tensor
     batch_size: int
     padded_length: int
-    indices: torch.Tensor | None = field(default_factory=lambda: None)  # no attribute of the class: see `later`
+    indices: torch.Tensor | None = field(default_factory=lambda: None)  # not a class attribute: see `later`
     valid: torch.Tensor | None = None
     first_column: bool = True
     last_position: int | None = None
@@ -70,7 +70,7 @@ class PackedBatch:
     def fields_later(
         make: dict[str, Callable[[PackedBatch], Any]], n_tokens: int, device: torch.device, **fields: Any
     ) -> dict[str, Any]:
-        """Returns what `of_fields` makes such a batch of, for many batches."""
+        """Returns the argument of `of_fields` for such a batch. It may serve many batches."""
         every = {**_FIELDS, "n_tokens": n_tokens, "device": device, "_make": make, **fields}
         if "indices" in make:
             del every["indices"]
@@ -78,7 +78,7 @@ class PackedBatch:
 
     @classmethod
     def of_fields(cls, fields: dict[str, Any]) -> PackedBatch:
-        """Returns a batch of what `fields_later` gives."""
+        """Returns a batch from the result of `fields_later`."""
         batch = cls.__new__(cls)
         own = batch.__dict__
         own.update(fields)
@@ -93,17 +93,18 @@ class PackedBatch:
         return value
 
     def in_rows(self, position_ids: torch.Tensor, plans: dict[Any, Any]) -> PackedBatch:
-        """Returns the same sequences, with other plans, in the rows of position_ids, the last of them empty."""
+        """Returns the same sequences in the rows of position_ids, with other plans. The last rows are empty."""
         return replace(self, position_ids=position_ids, counted=False, host_columns=None, _plans=plans)
 
     @property
     def seq_ids(self) -> torch.Tensor:
-        """(T,) int32: the sequence of each token."""
+        """Holds the sequence of each token, (T,) int32."""
         return self.plan("seq_ids", lambda: sequence_ids(self.cu_seqlens, self.n_tokens))
 
     @property
     def form(self) -> tuple[bytes, tuple[int, int] | None, bool]:
-        """The offsets as bytes, B and S where lengths stay on the device, and whether layers have the columns of rows.
+        """Holds the offsets as bytes, B and S if lengths stay on the device, and whether layers have the columns of
+        rows.
 
         The tiles of attention depend on nothing else of a batch.
         """
@@ -115,7 +116,7 @@ class PackedBatch:
         return offsets, padded, self.columns is not None or self.reads_columns
 
     def plan(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Returns data made from the lengths once a batch, for all layers: work lists, groups of equal length."""
+        """Returns data that is made from the lengths once for each batch, such as work lists."""
         if key not in self._plans:
             self._plans[key] = make()
         return self._plans[key]
@@ -144,13 +145,13 @@ _FIELDS: dict[str, Any] = {
 
 
 def sequence_ids(cu_seqlens: torch.Tensor, n_tokens: int) -> torch.Tensor:
-    """(T,) int32: the sequence of each token, from (B + 1,) offsets on the same device."""
+    """Returns the sequence of each token, (T,) int32, from (B + 1,) offsets on the same device."""
     sequences = torch.arange(cu_seqlens.shape[0] - 1, dtype=torch.int32, device=cu_seqlens.device)
     return torch.repeat_interleave(sequences, cu_seqlens.diff(), output_size=n_tokens)
 
 
 def within_sequences(rows: torch.Tensor, cu_seqlens: torch.Tensor, seq_ids: torch.Tensor) -> torch.Tensor:
-    """(T,) the position of each packed row in its sequence, in the dtype of the rows; all on one device."""
+    """Returns the position of each packed row in its sequence, (T,), in the dtype of `rows`. All are on one device."""
     return rows - cu_seqlens.index_select(0, seq_ids)
 
 
@@ -170,13 +171,13 @@ def count_positions(offsets: np.ndarray) -> np.ndarray:
 
 
 def counted_positions(batch: PackedBatch) -> torch.Tensor:
-    """(T,) int64: positions that count from 0 in each sequence, made on the batch's device."""
+    """Returns positions that count from 0 in each sequence, (T,) int64, made on the batch's device."""
     rows = torch.arange(batch.n_tokens, device=batch.device)
     return rows if batch.batch_size < 2 else within_sequences(rows, batch.cu_seqlens, batch.seq_ids)
 
 
 def longest_sequence(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
-    """Returns the length of the longest sequence, from offsets on the host. Raises ValueError where they are wrong."""
+    """Returns the length of the longest sequence, from offsets on the host. Raises ValueError if they are wrong."""
     if cpu.obstacle() is None and cu_seqlens.is_contiguous():
         longest = cpu.longest_of(cu_seqlens, n_tokens)
     else:
@@ -191,8 +192,8 @@ def longest_sequence(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
 
 
 def _longest(offsets: np.ndarray, n_tokens: int) -> int:
-    """Returns the length of the longest sequence, or -1 where the offsets are wrong."""
-    lengths = (offsets[1:] - offsets[:-1]).view(_UNSIGNED[offsets.itemsize])  # in which a negative one is very long
+    """Returns the length of the longest sequence, or -1 if the offsets are wrong."""
+    lengths = (offsets[1:] - offsets[:-1]).view(_UNSIGNED[offsets.itemsize])  # unsigned, a negative length is very long
     longest = int(_most(lengths)) if len(lengths) else 0
     return longest if offsets[0] == 0 and offsets[-1] == n_tokens and longest <= n_tokens else -1
 

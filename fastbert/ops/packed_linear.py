@@ -1,10 +1,10 @@
-"""Linear layers of the cpu backend, with each weight kept in the layout that the product reads.
+"""This module runs linear layers of the cpu backend, and keeps each weight in the layout that the product reads.
 
     out = activation(x @ weight^T + bias),    or    out = x @ weight^T + bias + residual
 
-PyTorch's F.linear lays the weight out anew on every call, or, in float32, takes MKL, which is slow on processors of
-other makers. The C++ kernel of `fastbert_kernels.cpu` is taken where it is there, but for bfloat16 where the processor
-has matrix units, and oneDNN else. What neither can do the caller gives to F.linear.
+PyTorch's F.linear converts the weight's layout on every call, or, in float32, uses MKL, which is slow on processors of
+other makers. The C++ kernel of `fastbert_kernels.cpu` runs if it is available, except for bfloat16 on processors with
+matrix units. Otherwise oneDNN runs. If neither supports the product, the caller uses F.linear.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from fastbert.ops.derived import on_rewrite
 from fastbert.ops.silent_writes import Writes
 from fastbert_kernels import cpu
 
-LEAST_ROWS = 4  # up to three rows F.linear has more than one chain for each sum, and is the more exact one
+LEAST_ROWS = 4  # for up to three rows F.linear adds each sum in several chains and is more exact
 ACTIVATIONS = tuple(onednn.UNARY)
 
-# Weight -> its state when packed, what it was written with, an alias that keeps its memory from being given to a
-# successor, the packed.
+# Weight -> its state when packed, its `Writes`, an alias that keeps its memory from being reused, and the packed
+# weight.
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def operands_obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
-    """Tells why these operands, of one dtype, on the cpu backend, have no product with a packed weight; or None."""
+    """Tells why these operands have no product with a packed weight on the cpu backend, or returns None."""
     obstacle = _tensors_obstacle(x, weight, others)
     if obstacle is not None:
         return obstacle
@@ -56,15 +56,15 @@ def _tensors_obstacle(x: torch.Tensor, weight: torch.Tensor, others: tuple[torch
 
 
 def invariant_obstacle(x: torch.Tensor, weight: torch.Tensor, *others: torch.Tensor | None) -> str | None:
-    """Tells why these operands have no product whose rows have the same bits beside any others, however many; or None.
+    """Tells why these operands have no batch-invariant product, or returns None.
 
-    That is the C++ kernel's: oneDNN and F.linear choose their code by the number of rows.
+    Only the C++ kernel's product is: oneDNN and F.linear choose their code by the number of rows.
     """
     return _tensors_obstacle(x, weight, others) or product_obstacle(x.dtype, weight.shape[1])
 
 
 def product_obstacle(dtype: torch.dtype, k_size: int) -> str | None:
-    """Tells why a weight (M, k_size) of this dtype has no such product on this processor, or None."""
+    """Tells why a weight (M, k_size) of this dtype has no such product on this processor, or returns None."""
     if not cpu.multiplies(dtype):
         obstacle = f"the C++ kernels ({cpu.instructions()}) do not multiply {dtype} on this processor"
         return cpu.obstacle() or obstacle
@@ -73,12 +73,12 @@ def product_obstacle(dtype: torch.dtype, k_size: int) -> str | None:
 
 
 def packing_obstacle(dtype: torch.dtype) -> str | None:
-    """Tells why no weight of this dtype is packed on this processor, or None."""
+    """Tells why no weight of this dtype is packed on this processor, or returns None."""
     return None if _native(dtype) else onednn.packing_obstacle(dtype)
 
 
 def kernel(dtype: torch.dtype, batch_invariant: bool = False) -> str | None:
-    """Names what multiplies by packed weights of this dtype; None where nothing does."""
+    """Returns the name of the code that multiplies by packed weights of this dtype, or None."""
     if batch_invariant or _native(dtype):
         return f"fastbert_kernels.cpu, {cpu.instructions()}, weights packed"
     return None if onednn.packing_obstacle(dtype) else "torch.ops.mkldnn._linear_pointwise, weights packed"
@@ -89,7 +89,7 @@ def _native(dtype: torch.dtype) -> bool:
 
 
 def rows_for(n_rows: int, dtype: torch.dtype) -> int:
-    """Returns the number of rows to compute n_rows in, padded where each number of rows costs oneDNN a program."""
+    """Returns the number of rows to compute for n_rows, padded if oneDNN compiles a program for each number of rows."""
     return n_rows if _native(dtype) or n_rows < LEAST_ROWS else onednn.rows_for(n_rows)
 
 
@@ -103,9 +103,11 @@ def linear(
     batch_invariant: bool = False,
     keep: bool = True,
 ) -> torch.Tensor:
-    """(T, K), (M, K), (M,) -> (T, M) in x's dtype. activation: one of ACTIVATIONS, "none" with a residual (T, M).
+    """Multiplies: (T, K), (M, K), (M,) -> (T, M) in x's dtype.
 
-    batch_invariant: by the C++ kernel, for operands that have no `invariant_obstacle`. keep: the packed weight.
+    activation: one of ACTIVATIONS, "none" with a residual (T, M).
+
+    batch_invariant: run the C++ kernel, for operands without an `invariant_obstacle`. keep: keep the packed weight.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     residual = residual if residual is None or residual.stride(-1) == 1 else residual.contiguous()
@@ -125,7 +127,7 @@ def packed_by_kernel(weight: torch.Tensor) -> torch.Tensor:
 
 
 def forget(weights: Iterable[torch.Tensor]) -> None:
-    """Packs these anew when they are next used: they may have been written to through `.data`, which nothing counts."""
+    """Drops the packed copies of weights that may have been written through `.data`. No counter shows such writes."""
     for weight in weights:
         _packed.pop(weight, None)
 

@@ -1,8 +1,8 @@
 """Packing converts padded (B, S, ...) batches to rows of T tokens, and back.
 
-A batch is unpadded once, at the input of the model. Every layer runs on (T, H). Outputs are padded once, if at all. The
-position is the column index, as in transformers, also for left-padded rows and for masks with zeros between tokens.
-RoBERTa's family counts in another way: `positions_after_padding`.
+A batch is unpadded once, at the input of the model. Every layer runs on (T, H). Outputs are padded at most once. The
+position is the column index, as in transformers, also for left-padded rows and for masks with zeros between tokens. The
+RoBERTa family counts positions in another way: `positions_after_padding`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     """Copies a tensor from the host to the device without waiting; returns a tensor on the device unchanged.
 
     A GPU copies asynchronously only from pinned memory. For other memory the driver waits until the stream is idle,
-    unless it is at most 64 kB.
+    unless the copy has at most 64 kB.
     """
     device = torch.device(device)
     if pins(device) and tensor.device.type == "cpu":
@@ -60,7 +60,7 @@ def wait_for(device: torch.device) -> None:
 
 @untraced
 def unpad(attention_mask: torch.Tensor, device: torch.device | None = None) -> PackedBatch:
-    """Returns the packing of a padded batch. attention_mask: (B, S), any numeric dtype, nonzero where a token is.
+    """Returns the packing of a padded batch. attention_mask: (B, S), any numeric dtype, nonzero for tokens.
 
     The mask may have zeros between tokens and on the left. A row without tokens becomes a sequence of length 0. device:
     the device of the batch, by default that of the mask. For a mask on a GPU the host waits once, because the number of
@@ -123,7 +123,7 @@ def _unpad_on_device(valid: torch.Tensor, lengths: np.ndarray, ends: np.ndarray,
     offsets = offsets_of(lengths)
     n_tokens = int(offsets[-1])
     flat = valid.flatten()
-    places = torch.where(flat, flat.cumsum(0) - 1, n_tokens)  # padding goes to one row more, which is cut off
+    places = torch.where(flat, flat.cumsum(0) - 1, n_tokens)  # padding goes to an extra row, which is cut off
     indices = torch.empty(n_tokens + 1, dtype=torch.int64, device=device)
     indices = indices.scatter_(0, places, torch.arange(n_rows, device=device))[:n_tokens]
     offsets_cpu = torch.from_numpy(offsets)
@@ -191,7 +191,7 @@ def in_place(like: torch.Tensor, attention_mask: torch.Tensor | None) -> PackedB
     positions = torch.arange(padded_length, device=device)
     return PackedBatch(
         cu_seqlens=offsets,
-        cu_seqlens_cpu=offsets,  # which nothing reads
+        cu_seqlens_cpu=offsets,  # nothing reads it
         position_ids=positions.expand(batch_size, padded_length).reshape(-1),
         batch_size=batch_size,
         padded_length=padded_length,
@@ -216,10 +216,10 @@ def from_cu_seqlens(cu_seqlens: torch.Tensor, n_tokens: int, device: torch.devic
     if isinstance(device, str):
         device = torch.device(device)
     if makes_later(device):
-        inference = torch.is_inference_mode_enabled()  # whose tensors nobody may use outside of it
+        inference = torch.is_inference_mode_enabled()  # inference tensors may not be used outside of it
         return PackedBatch.of_fields(_fields_of(on_cpu.numpy().tobytes(), on_cpu.dtype, n_tokens, device, inference))
     longest = longest_sequence(on_cpu, n_tokens)
-    return from_offsets(on_cpu.numpy().astype(np.int32), longest, device)  # a copy, which the caller does not change
+    return from_offsets(on_cpu.numpy().astype(np.int32), longest, device)  # a copy, which the caller cannot change
 
 
 def makes_later(device: torch.device) -> bool:
@@ -262,7 +262,7 @@ def find_holes(batch: PackedBatch) -> None:
         rows = torch.arange(batch.n_tokens, device=batch.device)
         starts = within_sequences(columns - rows, -batch.cu_seqlens.long(), batch.seq_ids)
         first = starts.index_select(0, batch.cu_seqlens.long().index_select(0, batch.seq_ids))
-        some = torch.compiler.is_exporting() or bool((starts != first).any())  # an exporter has no values to look at
+        some = torch.compiler.is_exporting() or bool((starts != first).any())  # an exporter has no values
         return columns.int() if some else None
 
     def has_gaps() -> bool:
@@ -333,13 +333,13 @@ _MADE_LATER: dict[str, Any] = {
 
 
 def positions_after_padding(input_ids: torch.Tensor, pad_id: int, batch: PackedBatch | None = None) -> torch.Tensor:
-    """RoBERTa's positions of ids, padded (B, S) or packed (T,) with their batch, in int64.
+    """Returns RoBERTa's positions of ids, int64. The ids are padded (B, S), or packed (T,) with their batch.
 
     In each sequence the ids that are not pad_id count from pad_id + 1. The position of pad_id is pad_id.
     """
     counted = input_ids != pad_id
     numbers = counted.cumsum(-1)
-    if batch is not None and batch.batch_size != 1:  # of one long row: what the sequences before have counted goes
+    if batch is not None and batch.batch_size != 1:  # subtracts the counts of earlier sequences
         here = on_host(input_ids.device)
         offsets = batch.cu_seqlens_cpu if here else batch.cu_seqlens
         sequences = sequence_ids(offsets, batch.n_tokens) if here else batch.seq_ids
@@ -358,7 +358,7 @@ def pad_rows(x: Any, n_rows: int) -> Any:
 
 
 def pack(x: torch.Tensor, batch: PackedBatch, fill: int = 0) -> torch.Tensor:
-    """(B, S, ...) -> (T, ...): the rows of tokens. fill: the value for rows of padding, in a batch that keeps them."""
+    """Packs (B, S, ...) -> (T, ...): the rows of tokens. fill: the value for padding, in a batch that keeps it."""
     if batch.mask is not None:
         return masked.pack(x, batch, fill)
     if batch.valid is not None:
@@ -372,7 +372,7 @@ def pack(x: torch.Tensor, batch: PackedBatch, fill: int = 0) -> torch.Tensor:
 
 
 def pad(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """(T, ...) -> (B, S, ...), zeros at the padding positions."""
+    """Pads (T, ...) -> (B, S, ...), with zeros at the padding positions."""
     if batch.mask is not None:
         return masked.pad(x, batch)
     shape = (batch.batch_size, batch.padded_length, *x.shape[1:])
@@ -386,15 +386,15 @@ def pad(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
 
 
 def first_rows(x: torch.Tensor, batch: PackedBatch) -> torch.Tensor:
-    """(T, H) -> (B, H): the row of each sequence's first token; in an `in_place` batch zeros without a token."""
+    """Returns the row of each sequence's first token, (T, H) -> (B, H); in an `in_place` batch zeros without one."""
     assert batch.valid is not None
     x = x.reshape(batch.batch_size, batch.padded_length, x.shape[-1])
-    is_first = batch.valid & (batch.valid.long().cumsum(1) == 1)  # in ONNX bools have no sum
+    is_first = batch.valid & (batch.valid.long().cumsum(1) == 1)  # ONNX cannot sum bools
     return x.masked_fill(~is_first[:, :, None], 0).sum(1)
 
 
 def _like(valid: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """(B, S) -> (B, S, 1, ...), with as many dimensions as x."""
+    """Reshapes (B, S) -> (B, S, 1, ...), with as many dimensions as x."""
     for _ in range(x.dim() - 2):
         valid = valid.unsqueeze(-1)
     return valid

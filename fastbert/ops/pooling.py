@@ -15,12 +15,12 @@ from fastbert_kernels import cpu
 KERNELS = {"triton": "fastbert_kernels.pooling", "torch": "sum or segment_reduce, index_select"}
 
 MEANS = ("mean", "mean_sqrt_len")
-EXACT = ("cls", "max", "last")  # which round nothing
+EXACT = ("cls", "max", "last")  # these modes round nothing
 MODES = ("cls", "mean", "max", "weighted_mean", "last", "mean_sqrt_len")
 
 
 def _sums(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """(T, H) -> (B, H): the sum over each sequence."""
+    """Returns the sum over each sequence, (T, H) -> (B, H)."""
     if (hidden.device.type == "cpu" and not torch.compiler.is_compiling()) or tracing.transformed(hidden) is not None:
         # On CPUs segment_reduce adds row after row, which loses bits over a long text; sum() adds in a cascade.
         # It has no rule for transforms either.
@@ -29,7 +29,7 @@ def _sums(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 
 def _maxima(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """(T, H) -> (B, H): the greatest of each column over each sequence; anything for an empty one.
+    """Returns the maximum of each column over each sequence, (T, H) -> (B, H); undefined for an empty one.
 
     The gradient goes to the first of equal rows, as in torch.max. In segment_reduce it goes to all of them, and a
     negative gradient is not divided.
@@ -43,7 +43,7 @@ def _maxima(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 
 def _first_maxima(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """(T, H) -> (B, H): the first row with the maximum of each column, or with NaN; T for an empty sequence."""
+    """Returns the first row with each column's maximum, or NaN, (T, H) -> (B, H); T for an empty sequence."""
     n_rows = hidden.shape[0]
     maxima = torch.segment_reduce(hidden, "max", offsets=offsets, axis=0)
     sequences = _sequences(offsets, n_rows)
@@ -54,7 +54,7 @@ def _first_maxima(hidden: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
 
 
 def _sequences(offsets: torch.Tensor, n_rows: int) -> torch.Tensor:
-    """(B + 1,) -> (T,): the sequence of each row."""
+    """Returns the sequence of each row, (B + 1,) -> (T,)."""
     return torch.repeat_interleave(offsets.diff(), output_size=n_rows)
 
 
@@ -66,7 +66,7 @@ def _eager(
     # Sums in float32 at least, as in the kernel: a long text in bf16 would lose its tail.
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     empty = (lengths == 0)[:, None]
-    if not torch.compiler.is_compiling() and hidden.shape[0] == 0:  # a tracer cannot ask, and has tokens
+    if not torch.compiler.is_compiling() and hidden.shape[0] == 0:  # a tracer cannot compare sizes, and has tokens
         pooled = hidden.new_zeros(lengths.shape[0], hidden.shape[1])
     elif mode in ("cls", "last"):
         rows = offsets[:-1] if mode == "cls" else offsets[1:] - 1
@@ -129,7 +129,7 @@ def _kernel_backward(
 def _backward(
     grad: torch.Tensor, hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool, *_: torch.dtype
 ) -> tuple[torch.Tensor | None, ...]:
-    # The operation has no derivative of its own; what it computes has, where one is wanted (create_graph=True).
+    # The registered operation has no derivative. The same computation in PyTorch has one, for create_graph=True.
     run = _eager_backward if torch.is_grad_enabled() else torch.ops.fastbert.pool_backward
     return run(grad, hidden, cu_seqlens, mode, normalize), None, None, None, None
 
@@ -160,19 +160,19 @@ register(
 
 
 def triton_obstacle(hidden_size: int, hidden: torch.Tensor) -> str | None:
-    """Tells why the triton backend cannot run this, or None."""
+    """Tells why the triton backend cannot run this call, or returns None."""
     return dispatch.dtype_obstacle(hidden) or dispatch.hidden_size_obstacle(hidden_size)
 
 
 def cpu_obstacle(dtype: torch.dtype) -> str | None:
-    """Tells why the cpu backend takes PyTorch's operations for means in float32, and not the C++ kernel, or None."""
+    """Tells why means in float32 run by PyTorch's operations and not by the C++ kernel, or returns None."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"there is no C++ kernel for {dtype}"
     return cpu.obstacle()
 
 
 def _compiled(hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, out_dtype: torch.dtype) -> bool:
-    """Tells whether the C++ kernel takes it: means in float32, without gradients or anyone who watches."""
+    """Tells whether the C++ kernel runs: for means in float32, without gradients or an observer of the operations."""
     if not dispatch.direct(hidden):
         return False
     dtypes = out_dtype == torch.float32 and cu_seqlens.dtype == torch.int32
@@ -182,7 +182,7 @@ def _compiled(hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, out_dty
 def _invariant(
     hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """Pools on a CPU with all sums in the C++ kernel: PyTorch's depend on the number of rows, and on the threads."""
+    """Pools on a CPU with all sums in the C++ kernel. PyTorch's sums depend on the numbers of rows and threads."""
     if mode in MEANS:
         return cpu.pool_forward(_rows(hidden), cu_seqlens, mode, normalize).to(out_dtype)
     if mode == "weighted_mean":
@@ -200,7 +200,7 @@ def _invariant(
 
 
 def invariant_obstacle(hidden: torch.Tensor, mode: str, normalize: bool) -> str | None:
-    """Tells why the cpu backend cannot pool each sequence to the same bits beside any others, or None."""
+    """Tells why the cpu backend has no batch-invariant pooling for this call, or returns None."""
     if mode in EXACT and not normalize:
         return None
     obstacle = cpu_obstacle(hidden.dtype)

@@ -1,8 +1,8 @@
-"""A bias on the scores of attention that depends on how far the key stands from the query, in plain PyTorch.
+"""This module adds a bias to attention scores by the distance between key and query, in plain PyTorch.
 
-It is a table, (N, 2R + 1). It holds, for each head, what is added to the score of a key that stands -R to R columns
-after the query. Farther keys have the number of the farthest. So no kernel needs (S, S) numbers. Buckets (T5, MPNet)
-are such a table, and so is a slope a head (ALiBi), with R as large as the longest text.
+The bias is a table, (N, 2R + 1). It holds, for each head, the number that is added to the score of a key -R to R
+columns after the query. Keys at greater distances have the number of R or -R. So no kernel needs (S, S) numbers. Such a
+table represents buckets (T5, MPNet) and slopes of heads (ALiBi), with R as large as the longest sequence.
 """
 
 from __future__ import annotations
@@ -14,23 +14,23 @@ from torch import Tensor
 
 
 def distances(table: Tensor, columns: Tensor) -> Tensor:
-    """Places in the table's rows for every query and key: columns (..., S) -> (..., S, S) int64."""
+    """Returns places in the table's rows for every query and key: columns (..., S) -> (..., S, S) int64."""
     radius = table.shape[1] // 2
     apart = columns[..., None, :] - columns[..., :, None]  # key minus query
     return apart.clamp(-radius, radius).long() + radius
 
 
 def expand(table: Tensor, columns: Tensor) -> Tensor:
-    """What is added to the scores: table (N, 2R + 1), columns (S,) or (B, S) -> (N, S, S) or (B, N, S, S)."""
+    """Returns the bias of the scores: table (N, 2R + 1), columns (S,) or (B, S) -> (N, S, S) or (B, N, S, S)."""
     places = distances(table, columns)
     expanded = table.index_select(1, places.flatten()).unflatten(1, places.shape)  # (N, ..., S, S)
     return expanded if columns.dim() == 1 else expanded.transpose(0, 1)
 
 
 def of_rows(table: Tensor, columns: Tensor | None, rows: Any, n_seqs: int, length: int) -> Tensor:
-    """The same for sequences of equal length, (1 or n_seqs, N, length, length).
+    """Returns the bias for sequences of equal length, (1 or n_seqs, N, length, length).
 
-    columns: of all tokens, or None where those of a sequence are neighbours. rows: those of the sequences.
+    columns: the columns of all tokens, or None if the tokens of a sequence are neighbours. rows: the sequences' rows.
     """
     if columns is None:
         return expand(table, torch.arange(length, device=table.device))[None]
@@ -38,7 +38,7 @@ def of_rows(table: Tensor, columns: Tensor | None, rows: Any, n_seqs: int, lengt
 
 
 def gradient(table: Tensor, d_scores: Tensor, columns: Tensor) -> Tensor:
-    """The gradient of the table, (N, 2R + 1) in d_scores' dtype, from that of the scores.
+    """Returns the gradient of the table, (N, 2R + 1) in d_scores' dtype, from the gradient of the scores.
 
     d_scores: (B, N, S, S). columns: (S,) or (B, S). The order of the sums does not depend on threads.
     """
@@ -51,7 +51,7 @@ def gradient(table: Tensor, d_scores: Tensor, columns: Tensor) -> Tensor:
 
 
 def for_kernel(table: Tensor | None, columns: Tensor | None) -> Any:
-    """Returns what the Triton kernels take for a bias, or None without one."""
+    """Returns the Triton kernels' argument for a bias, or None without one."""
     if table is None:
         return None
     from fastbert_kernels.attention_bias import PositionBias

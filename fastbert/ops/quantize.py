@@ -1,4 +1,4 @@
-"""Numbers in 8 bits with scales: quantising, dequantising, and the rotation that int8 wants."""
+"""This module quantises to 8 bits with scales, dequantises, and rotates rows for int8."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TINY = 1e-30  # rows whose largest magnitude is less count as zeros
 
 
 class Quantized(NamedTuple):
-    """data * scale: data (T, K) float8_e4m3fn or int8, scale (T, G) float32, `group` columns to a scale."""
+    """A `Quantized` is data * scale. data: (T, K) float8_e4m3fn or int8. scale: (T, G) float32, for `group` columns."""
 
     data: Tensor
     scale: Tensor
@@ -29,14 +29,17 @@ class Quantized(NamedTuple):
 
 
 def check_precision(precision: str | None) -> str | None:
-    """Returns the precision, or ValueError for one that is not known."""
+    """Returns the precision. Raises ValueError for an unknown one."""
     if precision is not None and precision not in PRECISIONS:
         raise ValueError(f"precision: expected one of {', '.join(map(repr, PRECISIONS))} or None, got {precision!r}")
     return precision
 
 
 def hadamard(n: int, device: torch.device | None = None) -> Tensor:
-    """(n, n) float32, n a power of two: H[i, j] = -1 where i & j has an odd number of bits, else 1; H H = n I."""
+    """Returns the Hadamard matrix, (n, n) float32, for a power of two n.
+
+    H[i, j] is -1 if i & j has an odd number of one bits, else 1. H H = n I.
+    """
     h = torch.ones(1, 1, dtype=torch.float32, device="cpu" if device is None else device)
     while h.shape[0] < n:
         h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)])
@@ -44,15 +47,17 @@ def hadamard(n: int, device: torch.device | None = None) -> Tensor:
 
 
 def rotate(x: Tensor) -> Tensor:
-    """x (T, K) times the Hadamard matrix in blocks of ROTATION columns, in float32."""
+    """Multiplies x, (T, K), by the Hadamard matrix in blocks of ROTATION columns, in float32."""
     return (x.float().unflatten(1, (-1, ROTATION)) @ hadamard(ROTATION, x.device)).flatten(1)
 
 
 def quantize(x: Tensor, precision: str, group: int | None = None, *, rotated: bool = False) -> Quantized:
-    """x (T, K) in 8 bits, `group` columns (all by default) to a scale: their largest magnitude over 448 or 127.
+    """Quantises x, (T, K), to 8 bits. A scale for `group` columns (default: all) is their greatest magnitude / 448 or
+    127.
 
-    float8 rounds to nearest, ties to even, int8 to nearest, ties up. rotated: of x times the Hadamard matrix in blocks
-    of 32 columns, for int8, whose steps one large column makes coarse for all; float8 gains nothing by it.
+    float8 rounds to nearest, ties to even (448); int8 rounds to nearest, ties up (127). rotated: quantise x times the
+    Hadamard matrix in blocks of 32 columns. In int8 one large column makes the steps of all columns coarse, and the
+    rotation prevents this. float8 does not need it.
     """
     n_rows, k = x.shape
     group = k if group is None else min(group, k)
@@ -63,15 +68,15 @@ def quantize(x: Tensor, precision: str, group: int | None = None, *, rotated: bo
     inverse = torch.full_like(largest, TOP[dtype]) / largest.clamp(min=TINY)
     scaled = x * torch.where(largest < TINY, 0.0, inverse)[:, :, None]
     if dtype == torch.int8:
-        scaled = (scaled + 0.5).floor().nan_to_num(0.0)  # a row that is not finite shows in its scale
+        scaled = (scaled + 0.5).floor().nan_to_num(0.0)  # the scale shows a row that is not finite
     return Quantized(scaled.to(dtype).flatten(1)[:, :k].contiguous(), largest * (1.0 / TOP[dtype]), group)
 
 
 def dequantize(q: Quantized) -> Tensor:
-    """(T, K) float32; of rotated rows, the rotated ones."""
+    """Returns (T, K) float32. Rotated rows stay rotated."""
     return q.data.float() * q.scale.repeat_interleave(q.group, 1)[:, : q.data.shape[1]]
 
 
 def quantize_weight(weight: Tensor, precision: str, *, rotated: bool = False) -> Quantized:
-    """(M, K) in 8 bits with a scale an output channel, for inputs that are rotated or not."""
+    """Quantises a weight, (M, K), with one scale for each output channel. rotated: whether the inputs are rotated."""
     return quantize(weight.detach().float() / (ROTATION if rotated else 1), precision, rotated=rotated)

@@ -1,10 +1,11 @@
-"""The operations on 8-bit operands, for inference: linear, and LayerNorm, embedding and attention that quantise.
+"""This module holds operations on 8-bit operands, for inference: linear, and quantising LayerNorm, embedding,
+attention.
 
-Each has a twin in plain PyTorch, which quantises alike and multiplies what it dequantised in float32. T tokens, K and M
-features, H hidden, N heads, D head size, G groups of columns that share a scale.
+Each has a twin in plain PyTorch, which quantises in the same way and multiplies dequantised operands in float32. T
+tokens, K and M features, H hidden, N heads, D head size, G groups of columns that share a scale.
 
-Which operand has which scales: LayerNorm's rows one each (int8: rotated before, see `quantize`), attention's rows one a
-head, GELU's rows one per 128 columns, weights one an output channel.
+The scales of operands: LayerNorm's rows have one each (int8: after a rotation, see `quantize`), attention's rows one
+for each head, GELU's rows one for 128 columns, weights one for each output channel.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ KERNELS = {"triton": "fastbert_kernels.quantized_linear", "torch": "quantised in
 
 def model_obstacle(hidden_size: int, intermediate_size: int, head_size: int, activation: str, dtype: torch.dtype,
              device: torch.device) -> str | None:  # fmt: skip
-    """Tells why a model of these sizes has no 8-bit kernels, on any GPU, or None."""
+    """Tells why a model of these sizes has no 8-bit kernels, on any GPU, or returns None."""
     for name, size in (("hidden size", hidden_size), ("intermediate size", intermediate_size)):
         if size % ROTATION:
             return f"{name} {size} is not a multiple of {ROTATION}"
@@ -66,10 +67,12 @@ def linear(
     *,
     policy: Policy = AUTO,
 ) -> Tensor:
-    """activation(x @ weight^T + bias) in dtype. x: (T, K), weight: (M, K) with a scale a row, bias: (M,) or None.
+    """Computes activation(x @ weight^T + bias) in dtype.
 
-    activation: "none", "gelu" (erf) or "gelu_tanh". Raises ValueError for what does not fit together, BackendError
-    under a strict policy. For inference: it has no gradient.
+    x: (T, K), weight: (M, K) with one scale for each row, bias: (M,) or None.
+
+    activation: "none", "gelu" (erf) or "gelu_tanh". Raises ValueError for operands that do not fit together,
+    BackendError under a strict policy. It has no gradient.
     """
     eight_bit.check_operands(x, weight, bias)
     arguments = x.data, x.scale, x.group, weight.data, weight.scale, bias, activation
@@ -80,7 +83,7 @@ def linear(
 def linear_quantized(
     x: Quantized, weight: Quantized, bias: Tensor | None, activation: str = "none", *, policy: Policy = AUTO
 ) -> Quantized:
-    """`linear`, with the result in x's 8 bits, a scale per 128 columns, as the next linear takes it."""
+    """Computes `linear`, and quantises its result as x is, with one scale for 128 columns, for the next linear."""
     eight_bit.check_operands(x, weight, bias)
     arguments = x.data, x.scale, x.group, weight.data, weight.scale, bias, activation
     obstacle = gelu.activation_obstacle(activation)
@@ -99,7 +102,7 @@ def bias_residual_layer_norm(
     *,
     policy: Policy = AUTO,
 ) -> tuple[Tensor, Quantized]:
-    """`ops.bias_residual_layer_norm`, and beside it the same rows in 8 bits, one scale a row (int8: rotated)."""
+    """Computes `ops.bias_residual_layer_norm`, and the same rows in 8 bits, one scale for each (int8: rotated)."""
     arguments = x, bias, residual, weight, ln_bias, eps, precision
     eight_bit.check_width(x.shape[-1], precision)
     obstacle = layer_norm.triton_obstacle(x.shape[-1], x, bias, residual, weight, ln_bias)
@@ -121,10 +124,10 @@ def embedding_layer_norm(
     *,
     policy: Policy = AUTO,
 ) -> tuple[Tensor, Quantized]:
-    """`ops.embedding_layer_norm`, and beside it the same rows in 8 bits, one scale a row (int8: rotated).
+    """Computes `ops.embedding_layer_norm`, and the same rows in 8 bits, one scale for each (int8: rotated).
 
-    Without input_ids, word is the embeddings themselves, (T, H); without token_type there are no segments, and without
-    position no positions.
+    If input_ids is None, word holds the embeddings themselves, (T, H). If token_type or position is None, there are no
+    segments or no positions.
     """
     tables = word, token_type, position, weight, ln_bias
     token_type_ids = None if token_type is None else token_type_ids
@@ -146,7 +149,10 @@ def varlen_attention(
     position_bias: Tensor | None = None,
     policy: Policy = AUTO,
 ) -> Quantized:
-    """`ops.varlen_attention` with its result in 8 bits, a scale a row and head. The products inside stay in 16 bits."""
+    """Computes `ops.varlen_attention` with its result in 8 bits, one scale for each row and head.
+
+    The products inside stay in 16 bits.
+    """
     if qkv.dim() != 2 or qkv.shape[1] % (3 * num_heads) or qkv.shape[0] != batch.n_tokens:
         expected = f"(T, 3 * N * D) with T = {batch.n_tokens} and N = {num_heads}"
         raise ValueError(f"qkv: expected shape {expected}, got {tuple(qkv.shape)}")
@@ -235,9 +241,9 @@ def _attention_kernel(
 
 
 def _attention_twin(*arguments: Any) -> tuple[Tensor, Tensor]:
-    # PyTorch leaves out the last arguments where they are the defaults.
+    # PyTorch leaves out the last arguments if they are the defaults.
     (qkv, _, cu_seqlens_cpu, _, _, num_heads, scale, precision), bias = arguments[:8], arguments[9:]
-    # An operation of its own, as a tracer cannot look at the lengths on the host.
+    # A registered operation, because a tracer cannot read the lengths on the host.
     out = torch.ops.fastbert.grouped_attention(qkv, cu_seqlens_cpu, num_heads, scale, *bias)
     q = quantize(out, precision, out.shape[1] // num_heads)
     return q.data, q.scale

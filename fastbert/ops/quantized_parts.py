@@ -1,7 +1,6 @@
-"""More operations on 8-bit operands, for layers of other forms than BERT's: gates, sums before norms, windows, rows.
+"""This module holds 8-bit operations for layers of other forms than BERT's: gates, sums before norms, windows, rows.
 
-Each has a twin in plain PyTorch, as those of `fastbert.ops.quantized`, whose letters, scales, errors and policies are
-theirs as well.
+Each has a twin in plain PyTorch. Letters, scales, errors and policies are as in `fastbert.ops.quantized`.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from fastbert.ops.quantize import DTYPES, OUT_GROUP, Quantized, dequantize, quan
 def rows(
     x: Tensor, precision: str, group: int | None = None, *, rotated: bool = False, policy: Policy = AUTO
 ) -> Quantized:
-    """x, (T, K), in 8 bits by a pass of its own, where nothing with a kernel has made it: see `quantized.quantize`.
+    """Quantises x, (T, K), in a separate pass, if no earlier kernel has done it: see `quantize.quantize`.
 
-    group: a divisor of K, by default K. rotated: of int8, whose group is then K.
+    group: a divisor of K, by default K. rotated: only for int8, with group K.
     """
     group = x.shape[1] if group is None else group
     if x.shape[1] % group:
@@ -41,9 +40,10 @@ def rows(
 def gated_linear(
     x: Quantized, weight: Quantized, bias: Tensor | None, activation: str = "gelu", *, policy: Policy = AUTO
 ) -> Quantized:
-    """activation(x @ up^T + up_bias) * (x @ gate^T + gate_bias) in x's 8 bits, a scale per 128 columns.
+    """Computes activation(x @ up^T + up_bias) * (x @ gate^T + gate_bias), quantised as x, one scale for 128 columns.
 
-    x: (T, K) with a scale a row. weight: (2 I, K), up above gate. bias: (2 I,) or None. Neither product is rounded.
+    x: (T, K) with one scale for each row. weight: (2 I, K), up above gate. bias: (2 I,) or None. Neither product is
+    rounded.
     """
     eight_bit.check_operands(x, weight, bias)
     if x.group < x.data.shape[1] or weight.data.shape[0] % 2:
@@ -64,7 +64,7 @@ def add_layer_norm(
     *,
     policy: Policy = AUTO,
 ) -> tuple[Tensor, Quantized]:
-    """x + residual, and the LayerNorm of it in 8 bits, one scale a row (int8: rotated). x, residual: (T, H)."""
+    """Returns x + residual, (T, H), and its LayerNorm in 8 bits, one scale for each row (int8: rotated)."""
     eight_bit.check_width(x.shape[-1], precision)
     obstacle = layer_norm.triton_obstacle(x.shape[-1], x, residual, weight, ln_bias)
     arguments = x, residual, weight, ln_bias, eps, precision
@@ -75,7 +75,7 @@ def add_layer_norm(
 def windowed_attention(
     qkv: Tensor, batch: PackedBatch, num_heads: int, window: int, precision: str, *, policy: Policy = AUTO
 ) -> Quantized:
-    """`ops.varlen_attention` within a window, with its result in 8 bits, a scale a row and head."""
+    """Computes `ops.varlen_attention` within a window, with its result in 8 bits, one scale for each row and head."""
     head_size = qkv.shape[1] // (3 * num_heads)
     obstacle = attention.triton_obstacle(head_size, qkv)
     plan: Any = attention_plan.NO_PLAN
@@ -159,7 +159,7 @@ def _windowed_kernel(
 
 
 def _windowed_twin(*arguments: Any) -> tuple[Tensor, Tensor]:
-    # PyTorch leaves out the last arguments where they are the defaults.
+    # PyTorch leaves out the last arguments if they are the defaults.
     qkv, _, cu_seqlens_cpu, _, _, num_heads, scale, precision, window, *rest = arguments
     columns = rest[1] if len(rest) > 1 else None
     out = torch.ops.fastbert.windowed_attention(qkv, cu_seqlens_cpu, num_heads, scale, window, columns)

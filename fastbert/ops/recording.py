@@ -1,12 +1,12 @@
-"""Operations record what they decide, for a caller who asks: `fastbert.explain`, and tests.
+"""This module records the decisions of operations, for `fastbert.explain` and for tests.
 
     with recording.recorded() as recorder:
         model(input_ids)
     recorder.records
 
-An operation that has decided what runs says so (`note`) if its thread has a recorder. In a dry run it then returns an
-empty result instead of computing one, and nothing that a decision else leads to happens: no log, no exception, no
-kernel. A dry run works on `StandIn` tensors, which have a shape and a dtype, and the device that is asked about.
+An operation calls `note` with its decision if its thread has a recorder. In a dry run it then returns an empty result
+instead of computing one. A dry run logs nothing, raises no BackendError, and launches no kernel. Its tensors are
+`StandIn` tensors, which have a shape, a dtype and the device of the recorder.
 
 Operations read `on` first, so that the recording costs nothing when it is off.
 """
@@ -25,18 +25,18 @@ from torch import Tensor
 
 Shape = tuple[int, ...]
 
-on = 0  # how many recorders the process has
+on = 0  # the number of recorders in the process
 _lock = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Record:
-    """A record says what an operation decided.
+    """A `Record` holds the decision of an operation.
 
-    reason: why the backend is not the one that was asked for, or why the operation is refused; `raises` says that
-    running it raises BackendError. before and after: the shapes of its input and output; before is None for ids.
-    facts: what else is decided, such as which matrix product runs, and arguments that choose a kernel. module: the name
-    of the module that it belongs to, in a dry run.
+    reason: why the backend is not the requested one, or why the operation is refused. raises: whether a call raises
+    BackendError. before and after: the shapes of its input and output; before is None for ids. facts: other decisions,
+    such as the selected matrix product, and arguments that select a kernel. module: the name of its module, in a dry
+    run.
     """
 
     op: str
@@ -52,10 +52,11 @@ class Record:
 
 @dataclass
 class Recorder:
-    """Collects the records of one thread.
+    """A `Recorder` collects the records of one thread.
 
-    dry: whether operations only decide. device: where they would run, in a dry run. arch: compute capability of a GPU
-    that need not be there. names: of modules and weights, by their id. place: the name of the module that is running.
+    dry: whether operations only decide. device: the device of a dry run. arch: the compute capability of its GPU, which
+    need not be present. names: the names of modules and weights, by their id. place: the name of the module that is
+    running.
     """
 
     dry: bool = False
@@ -88,14 +89,14 @@ class Recorder:
             self._reasons[op] = reason, True
 
     def called(self, module: Any, x: Tensor) -> Tensor | None:
-        """Records a call of a module, of which nothing is known, in a dry run."""
+        """Records a call of an unknown module, in a dry run."""
         return None
 
 
 class StandIn(Tensor):
-    """Stands for a tensor in a dry run: it has its shape and dtype, and is on the recorder's device."""
+    """A `StandIn` replaces a tensor in a dry run. It has a shape and a dtype, and is on the recorder's device."""
 
-    inference = False  # whether it stands for an inference tensor
+    inference = False  # whether it replaces an inference tensor
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -107,7 +108,7 @@ class StandIn(Tensor):
 
 
 def stand_in(shape: Shape, dtype: torch.dtype) -> StandIn:
-    """Returns a tensor of zeros that stands for one of this shape and dtype."""
+    """Returns a `StandIn` of zeros with this shape and dtype."""
     with torch.inference_mode(False), torch.no_grad():
         return torch.zeros(1, dtype=dtype, device="cpu").expand(shape).as_subclass(StandIn)
 
@@ -117,7 +118,7 @@ _current: ContextVar[Recorder | None] = ContextVar("fastbert recorder", default=
 
 @contextmanager
 def recorded(recorder: Recorder | None = None) -> Iterator[Recorder]:
-    """Lets the operations of this thread record what they decide, by default while they run as usual."""
+    """Lets the operations of this thread record their decisions. By default they also run as usual."""
     global on
     recorder = Recorder() if recorder is None else recorder
     token = _current.set(recorder)
@@ -140,7 +141,7 @@ def note(
     weight: Tensor | None = None,
     **facts: Any,
 ) -> bool:
-    """Records what an operation decided. Returns whether it must not compute: in a dry run."""
+    """Records the decision of an operation. Returns whether this is a dry run, in which it must not compute."""
     recorder = _current.get()
     if recorder is None:
         return False
@@ -149,7 +150,7 @@ def note(
 
 
 def note_reason(op: str, reason: str | None, raises: bool) -> bool:
-    """Records why an operation falls back, or that it does not. Returns whether it must not be logged or raised."""
+    """Records why an operation falls back, or None. Returns whether the fallback must not be logged or raised."""
     recorder = _current.get()
     if recorder is None:
         return False
@@ -158,7 +159,7 @@ def note_reason(op: str, reason: str | None, raises: bool) -> bool:
 
 
 def note_refusal(op: str, reason: str) -> bool:
-    """Records why an operation raises. Returns whether it must not, in a dry run."""
+    """Records why an operation raises. Returns whether this is a dry run, in which it must not raise."""
     recorder = _current.get()
     if recorder is None:
         return False
@@ -167,13 +168,13 @@ def note_refusal(op: str, reason: str) -> bool:
 
 
 def call(module: Any, x: Tensor) -> Tensor | None:
-    """Records that a module is called on x. Returns what stands for its output in a dry run, and else None."""
+    """Records a call of a module on x. Returns a stand-in for its output in a dry run, and otherwise None."""
     recorder = _current.get()
     return None if recorder is None else recorder.called(module, x)
 
 
 def enter(module: Any) -> None:
-    """Says that operations from here on belong to the module."""
+    """Assigns the following operations to the module."""
     recorder = _current.get()
     if recorder is not None:
         recorder.place = recorder.names.get(id(module), recorder.place)
@@ -191,6 +192,6 @@ def is_dry() -> bool:
 
 
 def assumed_arch() -> int | None:
-    """Returns the compute capability of the GPU that is asked about, which need not be there; None without one."""
+    """Returns the compute capability of the recorder's GPU, which need not be present, or None without one."""
     recorder = _current.get()
     return None if recorder is None else recorder.arch

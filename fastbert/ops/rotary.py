@@ -32,12 +32,12 @@ def inverse_frequencies(head_size: int, base: float, factor: float = 1.0) -> Ten
 @functools.cache
 def kept(head_size: int, base: float, factor: float, device: torch.device) -> Tensor:
     """Returns `inverse_frequencies` on a device, the same tensor at each call."""
-    with torch.inference_mode(False):  # or autograd could not keep it
+    with torch.inference_mode(False):  # autograd cannot keep inference tensors
         return inverse_frequencies(head_size, base, factor).to(device)
 
 
 def rotations(position_ids: Tensor, head_size: int, base: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The cosines and sines of the angles of rows, (T, D / 2) float32 each. position_ids: (T,) integers."""
+    """Returns the cosines and sines of the rows' angles, (T, D / 2) float32 each. position_ids: (T,) integers."""
     if recording.on and recording.is_dry():
         shape = position_ids.shape[0], head_size // 2
         return recording.stand_in(shape, torch.float32), recording.stand_in(shape, torch.float32)
@@ -56,7 +56,7 @@ def tables_of(position_ids: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor
 
 
 def rotate_rows(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """Does what `rotary` does, in plain PyTorch."""
+    """Does the same as `rotary`, in plain PyTorch."""
     rows = qkv.unflatten(-1, (3, num_heads, -1))  # (T, 3, N, D)
     dtype = torch.promote_types(qkv.dtype, torch.float32)
     first, second = rows[:, :2].to(dtype).chunk(2, dim=-1)
@@ -105,7 +105,7 @@ register(
 
 
 def cpu_obstacle(rows: Tensor) -> str | None:
-    """Tells why the cpu backend takes PyTorch's operations on rows and not a C++ kernel, or None."""
+    """Tells why the cpu backend takes PyTorch's operations on rows and not a C++ kernel, or returns None."""
     if rows.dtype not in (torch.float32, torch.bfloat16):
         return f"there is no C++ kernel for {rows.dtype}"
     return tracing.transformed(rows) or _kernels_obstacle()
@@ -149,5 +149,5 @@ def rotary(
         qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
         return cpu.rotary_forward(qkv, cos.contiguous(), sin.contiguous(), num_heads)
     if torch.is_grad_enabled() and qkv.requires_grad and tracing.transformed(qkv) is None:
-        return torch.ops.fastbert.rotary(qkv, cos, sin, num_heads)  # keeps angles alone for the backward pass
+        return torch.ops.fastbert.rotary(qkv, cos, sin, num_heads)  # keeps only angles for the backward pass
     return rotate_rows(qkv, cos, sin, num_heads)

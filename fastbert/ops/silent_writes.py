@@ -1,10 +1,10 @@
 """This module detects writes that PyTorch does not count: by fused optimizers, `.data`, NumPy, other processes.
 
-There are two ways. A hook that PyTorch calls after every step of an optimizer records its parameters. And a sample of
-the numbers of each tensor is compared with its earlier numbers. A pruned or averaged model has writes to many tensors,
-and some samples may miss them. So after one sample has shown a write, all earlier checks of other tensors are invalid.
-A write that no sample shows (such as one row of a matrix through `.data`) is not detected: `eval()` of the model makes
-all derived tensors again.
+There are two methods. A hook that PyTorch calls after every optimizer step records the optimizer's parameters. The
+second method compares a sample of the numbers of each tensor with its earlier numbers. Pruning or averaging a model
+writes to many tensors, and some samples may miss these writes. So after one sample has shown a write, all earlier
+checks of other tensors are invalid. A write that no sample shows (such as one row of a matrix through `.data`) is not
+detected: `eval()` of the model makes all derived tensors again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from fastbert.ops.packing import to_device
 from fastbert_kernels import cpu
 
-# Numbers looked at in one tensor. They leave out no sixteenth of the rows, columns or numbers, which a head may have.
+# The size of a sample of one tensor. It leaves out no sixteenth of the rows, columns or numbers, such as one head's.
 OF_MATRIX, OF_VECTOR = 21, 16
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
-_n_seen = 0  # how often a sample has shown a write
+_n_seen = 0  # the number of writes that samples have shown
 _n_steps = 0
 _stepped: dict[int, int] = {}  # id of a parameter -> the last step that wrote it; an id that is reused does no harm
 
@@ -58,7 +58,7 @@ def _last_step(parameters: Iterable[Tensor]) -> int:
 
 
 class Samples:
-    """A sample of the numbers of tensors, for `digest` to read again and again.
+    """A `Samples` is a sample of the numbers of tensors. `digest` reads it at each call.
 
     The tensors' memory must not move: the caller compares `data_ptr` before each digest. Tensors that are not dense or
     have no memory are left out.
@@ -68,7 +68,7 @@ class Samples:
         with torch.no_grad():
             words = [_words(tensor) for tensor in tensors if _is_dense(tensor)]
         on_host = [word for word in words if _on_host(word)]
-        # Addresses and how many, by the size of a word; the tensors keep the memory behind the addresses.
+        # Addresses by the size of a word. `_words` keeps the memory alive.
         self._addresses = [
             (np.concatenate(parts), size)
             for size in _WORDS
@@ -135,7 +135,7 @@ class LateSamples:
 
 
 def _addresses_of(views: Sequence[Tensor]) -> Tensor:
-    """(n,) int64 on the host: where the numbers of vectors lie."""
+    """Returns the addresses of the numbers of vectors, (n,) int64 on the host."""
     parts = [v.data_ptr() + np.arange(v.shape[0]) * v.stride(0) * v.element_size() for v in views]
     return torch.from_numpy(np.concatenate(parts))
 
@@ -180,7 +180,7 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    """Returns the same memory as whole numbers, which NumPy knows and of which each is equal to itself."""
+    """Returns the same memory as integers. NumPy supports them, and each is equal to itself (unlike NaN)."""
     tensor = tensor.detach()
     return torch.view_as_real(tensor).view(torch.int64) if tensor.is_complex() else tensor.view(_word_of(tensor))
 
@@ -190,9 +190,9 @@ def _word_of(tensor: Tensor) -> torch.dtype:
 
 
 def _step(tensor: Tensor) -> tuple[int, int, int]:
-    """Tells how many numbers are looked at, the first one, and how far apart they lie.
+    """Returns the size of the sample, its first number, and the distance between its numbers.
 
-    Rows and columns differ each time, and as much is left out before the first as after the last.
+    Each number has another row and column than the one before. As much is left out before the first as after the last.
     """
     n_samples, step = _distance(tensor)
     return n_samples, (tensor.numel() - 1 - (n_samples - 1) * step) // 2, step
@@ -212,13 +212,13 @@ def _distance(tensor: Tensor) -> tuple[int, int]:
 
 
 def _places(tensor: Tensor) -> np.ndarray:
-    """(n,) int64: which numbers are looked at, counted in the order of the tensor's rows."""
+    """Returns the places of the sample in the order of the tensor's rows, (n,) int64."""
     n_samples, first, step = _step(tensor)
     return first + np.arange(n_samples, dtype=np.int64) * step
 
 
 def _addresses(tensor: Tensor) -> np.ndarray:
-    """(n,) uint64: where the numbers lie that are looked at."""
+    """Returns the addresses of the sample, (n,) uint64."""
     places = np.unravel_index(_places(tensor), tuple(tensor.shape)) if tensor.dim() else ()
     offsets = sum(
         (place * stride for place, stride in zip(places, tensor.stride(), strict=True)), np.zeros(1, np.int64)
@@ -227,7 +227,7 @@ def _addresses(tensor: Tensor) -> np.ndarray:
 
 
 def _view(tensor: Tensor) -> Tensor:
-    """(n,): a view of the numbers that are looked at; of a tensor whose rows have gaps, of its first row alone."""
+    """Returns a view of the sample, (n,). If the rows have gaps, it is a sample of the first row only."""
     if not tensor.is_contiguous() and tensor.dim() == 2:
         tensor = tensor.t()
     while not tensor.is_contiguous() and tensor.dim() > 1:

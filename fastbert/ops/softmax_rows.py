@@ -1,7 +1,7 @@
-"""The cross entropy of rows of logits and its gradient, in place and in plain PyTorch.
+"""This module computes the cross entropy of rows of logits and its gradient, in place and in plain PyTorch.
 
-`fastbert_kernels.cross_entropy` has the formulas, and does the same on GPUs. Here rows are taken in blocks that stay in
-the processor's cache. Numbers are float32, or float64 where the logits are.
+`fastbert_kernels.cross_entropy` has the formulas, and does the same on GPUs. This module processes rows in blocks that
+stay in the processor's cache. Numbers are float32, or float64 if the logits are.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ BLOCK_BYTES = 4 << 20  # of a block in float32
 
 
 class Terms(NamedTuple):
-    """What the loss of a row has besides its cross entropy. z_loss: the weight of the squared log-sum-exp."""
+    """Holds terms of a row's loss besides its cross entropy. z_loss: the weight of the squared log-sum-exp."""
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
 
 class Statistics(NamedTuple):
-    """The greatest logit of each row, (T,), and the logarithm of the sum of exp(logit - peak)."""
+    """Holds the greatest logit of each row, (T,), and the logarithm of the sum of exp(logit - peak), (T,)."""
 
     peak: Tensor
     log_sum: Tensor
@@ -34,12 +34,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def n_rows_of_block(n_cols: int) -> int:
-    """Returns how many rows of logits are taken at a time."""
+    """Returns the number of rows of logits in a block."""
     return max(1, BLOCK_BYTES // (4 * max(n_cols, 1)))
 
 
 def forward(logits: Tensor, labels: Tensor, terms: Terms) -> tuple[Tensor, Statistics]:
-    """Returns the losses, (T,), and statistics of logits (T, V) with labels (T,), all of them classes."""
+    """Returns the losses, (T,), and statistics of logits (T, V) with labels (T,). Every label is a valid class."""
     step = n_rows_of_block(logits.shape[1])
     parts = [_forward(x, y, terms) for x, y in zip(logits.split(step), labels.split(step), strict=True)]
     losses, peak, log_sum = map(torch.cat, zip(*parts, strict=True))
@@ -76,7 +76,7 @@ def backward(
 
 
 def _gradient(x: Tensor, labels: Tensor, statistics: Statistics, scale: Tensor, terms: Terms) -> Tensor:
-    """The gradient in the place of x."""
+    """Writes the gradient in the place of x."""
     peak, log_sum = statistics
     smoothing, z_loss = terms
     above = 2.0 * z_loss * (peak + log_sum)  # what the z-loss adds to a row's probabilities

@@ -1,4 +1,4 @@
-"""This module lays the integers of attention out in static memory, and tells which kind of lists a batch takes."""
+"""This module lays out the integers of attention in static memory, and selects the kind of lists for a batch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from fastbert_kernels import cpu
 class Kind(NamedTuple):
     """A `Kind` of static lists serves a kind of batch.
 
-    small: of smaller tiles. dense: of three tiles in the rows of two full ones, and not of as many as there can be, so
-    that few programs of a graph find nothing to do. holes: with the column and the sequence of each row, for layers
-    that read them where masks have holes.
+    small: the lists have smaller tiles. dense: the lists have room for three tiles in the rows of two full ones, and
+    not for the greatest possible number, so that few programs of a CUDA graph are idle. holes: the column and the
+    sequence of each row are included, for layers that read them if masks have holes.
     """
 
     small: bool = False
@@ -87,7 +87,7 @@ class StaticPlan:
         starts = [sum(map(_aligned, sizes[:i])) for i in range(len(sizes) + 1)]
         self._parts = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
         self.n_integers = starts[-1]
-        self.columns = self._parts[-2]  # which differ between batches of the same lengths
+        self.columns = self._parts[-2]  # they differ between batches of the same lengths
         cut = cuttings(qkv_dtype, head_size, device, not policy.batch_invariant, kind.small)
         lists = [
             cpu.StaticList(cutting, start, room)
@@ -144,7 +144,7 @@ class StaticPlan:
 
 
 def kind_of(batch: PackedBatch, bucket: int, qkv_dtype: torch.dtype, head_size: int, policy: Policy) -> Kind:
-    """Returns the kind of static lists that the batch takes in the rows of a bucket."""
+    """Returns the kind of static lists for the batch in the rows of a bucket."""
     _, padded, holes = batch.form
     if policy.batch_invariant:
         return HOLES if holes else ANY_BATCH
@@ -160,7 +160,7 @@ def kind_of(batch: PackedBatch, bucket: int, qkv_dtype: torch.dtype, head_size: 
 
 @functools.lru_cache(1024)
 def _dense_room(n_tokens: int, block_q: int) -> int:
-    """Tells how many tiles a dense list for n_tokens tokens has room for."""
+    """Returns the number of tiles in a dense list for n_tokens tokens."""
     from fastbert_kernels import work_list
 
     return min(work_list.max_tiles(n_tokens, block_q), work_list.dense_tiles(n_tokens, block_q))
@@ -169,7 +169,7 @@ def _dense_room(n_tokens: int, block_q: int) -> int:
 def kinds(
     qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy, holes: bool = False
 ) -> list[Kind]:
-    """Lists every kind of static lists that batches may take. holes: whether layers read columns."""
+    """Returns every kind of static lists that batches may need. holes: whether layers read columns."""
     from fastbert_kernels import configs, launch
 
     whole = (False, True) if holes else (False,)
@@ -182,7 +182,7 @@ def kinds(
 def kinds_in(
     bucket: int, qkv_dtype: torch.dtype, head_size: int, device: torch.device, policy: Policy, holes: bool = False
 ) -> list[Kind]:
-    """Lists the kinds of static lists that batches of at most as many tokens as the bucket has rows may take there."""
+    """Returns the kinds of static lists that batches of at most `bucket` tokens may need."""
     from fastbert_kernels import launch
 
     every = kinds(qkv_dtype, head_size, device, policy, holes)

@@ -1,16 +1,16 @@
-"""This module knows who looks at the operations while they run: compilers, tracers, transforms, modes.
+"""This module detects observers of running operations: compilers, tracers, transforms, modes.
 
 It imports no compiler.
 
-Two questions are asked in the whole library before it leaves PyTorch's dispatcher, and both are answered here:
+Code that bypasses PyTorch's dispatcher must first ask one of two questions:
 
-`transformed`: tells whether the program runs on other objects than numbers, so that no value may be read on the host.
-A tracer would keep it for ever, a transform of torch.func has none. Our registered operations have no rule for these
-either. A model then takes plain operations of PyTorch on padded rows (`packing.in_place`).
+`transformed`: does the program run on other objects than numbers, so that no value may be read on the host? A tracer
+would treat a value as a constant. A transform of torch.func has no values. fastbert's registered operations have no
+rules for transforms. A model then runs plain operations of PyTorch on padded rows (`packing.in_place`).
 
-`observed`: must every operation go through the dispatcher? So it is in all of these cases, under torch.compile, and
-where a mode counts or changes operations. Then no C++ kernel runs past the dispatcher, and nothing made of weights is
-kept.
+`observed`: must every operation go through the dispatcher? The answer is yes in all of these cases, under
+torch.compile, and under a mode that counts or changes operations. Then no C++ kernel bypasses the dispatcher, and no
+tensor derived from weights is kept.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ logger = logging.getLogger("fastbert")
 
 Function = TypeVar("Function", bound=Callable)
 
-# The tensors whose numbers are where their address says, and what stands for one.
+# The types of tensors whose address holds their numbers, and the stand-in for a tensor.
 PLAIN = (torch.Tensor, torch.nn.Parameter, StandIn)
 _TRANSFORM = "a transform of torch.func (grad, jvp, vmap ...) is active"
-# The modes of PyTorch's own that run a program on something else than numbers.
+# PyTorch's internal modes that run a program on other objects than numbers.
 _INFRA = tuple(
     key
     for name in ("FAKE", "FUNCTIONAL", "PROXY")
@@ -42,7 +42,7 @@ _INFRA = tuple(
 
 
 def untraced(function: Function) -> Function:
-    """`torch.compiler.disable`, applied when a compiler first meets the function."""
+    """Applies `torch.compiler.disable` when a compiler first reaches the function."""
 
     @functools.wraps(function)
     def call(*args, **kwargs):
@@ -54,22 +54,22 @@ def untraced(function: Function) -> Function:
 
 
 def constant(function: Function) -> Function:
-    """`torch.compiler.assume_constant_result`: the call is made while tracing, and its result is part of the graph."""
+    """Does what `torch.compiler.assume_constant_result` does: the tracer calls the function and keeps its result."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @constant
 def _traced_transform() -> bool:
-    """Tells whether a compiler traces a transform of torch.func. It cannot look into the question itself."""
+    """Tells whether a compiler traces a transform of torch.func. The compiler cannot trace this call itself."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
 def transformed(*tensors: Any) -> str | None:
-    """Tells why no value may be read on the host, and no operation of ours may run; or None.
+    """Tells why no value may be read on the host and no operation of fastbert may run, or returns None.
 
-    tensors: inputs, whose kind counts too; what is no tensor among them is skipped. torch.compile and torch.export are
-    no reason: they pass through our operations, and leave what reads values alone.
+    tensors: inputs, whose types are checked too; other objects are skipped. torch.compile and torch.export are no
+    reason: they support fastbert's operations, and do not trace into code that reads values.
     """
     if torch.compiler.is_compiling():
         if _traced_transform():
@@ -79,7 +79,7 @@ def transformed(*tensors: Any) -> str | None:
 
 
 def observed(*tensors: Any) -> str | None:
-    """Tells why every operation must go through PyTorch's dispatcher, in which no kept tensor may take part; or None.
+    """Tells why every operation must go through PyTorch's dispatcher, without kept tensors, or returns None.
 
     tensors: as for `transformed`.
     """
@@ -89,33 +89,33 @@ def observed(*tensors: Any) -> str | None:
 
 
 def differentiated() -> bool:
-    """Tells whether a transform of torch.func or forward-mode AD is at work: fused attention has no rule for it."""
+    """Tells whether a transform of torch.func or forward-mode AD is active. Fused attention has no rule for it."""
     if torch.compiler.is_compiling():
         return _traced_transform()
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def has_sizes() -> bool:
-    """Tells whether sizes are numbers that can be compared. torch.jit.trace has tensors, which cannot be compared."""
+    """Tells whether sizes are numbers that can be compared. Under torch.jit.trace they are tensors."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is None
 
 
 def differ(shape: Any, expected: Any) -> bool:
-    """Tells whether a shape, or a size, is not the expected one, where sizes can be compared."""
+    """Tells whether a shape, or a size, is not the expected one. It returns False if sizes cannot be compared."""
     return has_sizes() and bool(shape != expected)
 
 
 def length_of(weight: torch.Tensor) -> int:
-    """Returns the size of a vector of parameters, an int also under torch.jit.trace, as the exporter to ONNX asks."""
+    """Returns the size of a vector of parameters, as an int even under torch.jit.trace, as ONNX export requires."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is None:
         return weight.shape[0]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # a weight's size stays
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)  # the size of a weight is constant
         return int(weight.shape[0])
 
 
 def recorded(*tensors: Any) -> bool:
-    """Tells whether a tracer writes the operations down for a later program: nothing may be counted or logged."""
+    """Tells whether a tracer records the operations for a later program, so that nothing may be counted or logged."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting() or _exports_to_onnx()
     if torch._C._get_tracing_state() is not None or _exports_to_onnx():
@@ -130,14 +130,14 @@ def _is_proxy(tensor: Any) -> bool:
 
 
 def _exports_to_onnx() -> bool:
-    # A compiler knows PyTorch's own question, and cannot look into another one.
+    # A compiler supports PyTorch's own function, and cannot trace another one.
     flags = None if torch.compiler.is_compiling() else _onnx_flags()
     if flags is None:
         return torch.onnx.is_in_onnx_export()
     return flags[0].in_onnx_export or flags[1]._is_onnx_exporting
 
 
-# The names in `torch.onnx.is_in_onnx_export`, whose two imports in each call take longer than all else here.
+# The names in `torch.onnx.is_in_onnx_export`. Its two imports in each call take longer than all other checks.
 _ONNX_FLAGS = {
     "torch.onnx._internal.exporter", "_flags", "_is_onnx_exporting",
     "torch.onnx._internal.torchscript_exporter._globals", "GLOBALS", "in_onnx_export",
@@ -146,7 +146,7 @@ _ONNX_FLAGS = {
 
 @functools.cache
 def _onnx_flags() -> tuple[Any, Any] | None:
-    """Returns what that function reads, or None where it reads something else."""
+    """Returns the flags that this function reads, or None if its code reads something else."""
     code = getattr(torch.onnx.is_in_onnx_export, "__code__", None)
     if code is None or set(code.co_names) != _ONNX_FLAGS:
         return None
@@ -157,7 +157,7 @@ def _onnx_flags() -> tuple[Any, Any] | None:
 
 
 def _reason(modes: bool, tensors: tuple[Any, ...]) -> str | None:
-    """Returns the reason in the thread's state or in a tensor. modes: whether modes that see real numbers count."""
+    """Returns the reason in the thread's state or in a tensor. modes: include modes that run on real numbers."""
     n_modes, n_function_modes = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack()
     quiet = (
         torch._C._get_tracing_state() is None
@@ -181,7 +181,7 @@ def _reason(modes: bool, tensors: tuple[Any, ...]) -> str | None:
 
 
 def _at_work(modes: bool, n_modes: int, n_function_modes: int) -> str | None:
-    """Returns the reason that lies in the thread's state."""
+    """Returns the reason in the thread's state."""
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records the operations"
     if torch._C._functorch.maybe_current_level() is not None:
@@ -210,7 +210,7 @@ def _infra_mode() -> str | None:
 
 
 def note(subject: str, reason: str) -> None:
-    """Logs once that `what` takes plain operations of PyTorch on padded rows."""
+    """Logs once that `subject` runs in plain operations of PyTorch on padded rows."""
     if not torch.compiler.is_compiling():
         _note_once(subject, reason)
 

@@ -1,8 +1,8 @@
-"""Attention within a window, whose cost grows with the window and not with the text's square, on every backend.
+"""This module holds attention within a window. Its cost grows with length times window, not with the squared length.
 
-In plain PyTorch the queries of a text go in blocks. A block sees the keys from `window` columns before its first query
-to `window` columns after its last one, and a mask takes away those that are too far from a query. No (S, S) numbers are
-made for texts longer than two blocks.
+It runs on every backend. In plain PyTorch the queries of a sequence are split into blocks. A block has the keys from
+`window` columns before its first query to `window` columns after its last one. A mask removes keys that are too far
+from a query. Sequences longer than two blocks need no (S, S) numbers.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from fastbert_kernels import cpu
 from fastbert_kernels.masks import Dropout
 
 BLOCK = 64  # the fewest queries in a block
-_FAR = 1 << 30  # the column of keys that are not there
+_FAR = 1 << 30  # the column of missing keys
 
 
 def reaches_all(qkv: Tensor, batch: PackedBatch, window: int, dropout: Drop, policy: Policy) -> bool:
-    """Tells whether the window is as wide as the longest text, so that attention without one may run.
+    """Tells whether the window covers the longest sequence, so that attention without a window may run.
 
-    Not under a batch-invariant policy: another kernel would depend on the other texts. Nor where the Triton kernel
-    runs, so that a CUDA graph, which is for any texts, has the bits of a plain launch.
+    The answer is no under a batch-invariant policy, because the choice would depend on the other sequences. It is also
+    no if the Triton kernel runs. Then a CUDA graph, which serves any lengths, has the same bits as a plain launch.
     """
-    if recording.on and recording.is_dry():  # which is not about texts of a length
+    if recording.on and recording.is_dry():  # a dry run has no particular lengths
         return False
-    if torch.compiler.is_compiling():  # a program is for texts of any length
+    if torch.compiler.is_compiling():  # a program serves sequences of any length
         return False
     if policy.batch_invariant or not tracing.has_sizes() or batch.padded_length - 1 > window:
         return False
@@ -51,14 +51,14 @@ def _with_gradients(qkv: Tensor) -> bool:
 
 
 def near(queries: Tensor, keys: Tensor, window: int) -> Tensor:
-    """Which keys are at most `window` columns from which queries: (..., Q) and (..., K) -> (..., Q, K) bool."""
+    """Tells which keys are within `window` columns of which queries: (..., Q) and (..., K) -> (..., Q, K) bool."""
     return (queries[..., :, None] - keys[..., None, :]).abs() <= window
 
 
 def attention(
     qkv: Tensor, batch: PackedBatch, num_heads: int, window: int, scale: float, dropout: Drop, policy: Policy
 ) -> Tensor:
-    """What `ops.varlen_attention` does within a window: it decides, records, and attends."""
+    """Runs `ops.varlen_attention` within a window: selects the backend, records the choice, and computes."""
     trained = choose.perhaps(dropout, torch.compiler.is_compiling()) and choose.wanted(policy, dropout, qkv)
     dropout_p = dropout if isinstance(dropout, float) else 0.0
     if trained or isinstance(dropout, Dropout):
@@ -97,14 +97,14 @@ def attention(
     if backend == "cpu" and obstacle is None and dispatch.direct(qkv):
         qkv = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
         return cpu.windowed_attention_forward(qkv, batch.cu_seqlens_cpu, num_heads, scale, window, batch.columns)
-    if torch.compiler.is_compiling() and dropout_p == 0.0:  # lengths are looked at when it runs
+    if torch.compiler.is_compiling() and dropout_p == 0.0:  # the program reads lengths when it runs
         return torch.ops.fastbert.windowed_attention(qkv, batch.cu_seqlens_cpu, num_heads, scale, window, batch.columns)
     groups = batch.plan("groups", lambda: group_by_length(batch.cu_seqlens_cpu, batch.device))
     return attend(qkv, groups, batch.columns, num_heads, window, scale, dropout_p)
 
 
 def _plan(qkv: Tensor, batch: PackedBatch, num_heads: int, policy: Policy) -> Any:
-    """Returns the batch's plan, or that of none for a tracer that finds none."""
+    """Returns the batch's plan, or NO_PLAN under a tracer if the batch has none."""
     head_size = qkv.shape[1] // (3 * num_heads)
     if torch.compiler.is_compiling() and not batch.has_plan(attention_plan.plan_key(qkv.dtype, head_size, policy)):
         if policy.batch_invariant:
@@ -114,7 +114,7 @@ def _plan(qkv: Tensor, batch: PackedBatch, num_heads: int, policy: Policy) -> An
 
 
 def triton_obstacle(qkv: Tensor, num_heads: int, dropout_p: float) -> str | None:
-    """Tells why the triton backend has no kernel within a window, or None."""
+    """Tells why the triton backend has no kernel within a window, or returns None."""
     head_size = qkv.shape[1] // (3 * num_heads)
     if not 16 <= head_size <= 128:
         return f"head size {head_size} is not from 16 to 128"
@@ -140,9 +140,9 @@ def attend(
     scale: float,
     dropout_p: float,
 ) -> Tensor:
-    """Attention of packed rows, (T, 3 * N * D) -> (T, N * D). grouped: what `group_by_length` gives.
+    """Computes attention of packed rows, (T, 3 * N * D) -> (T, N * D). grouped: the result of `group_by_length`.
 
-    all_columns: (T,), or None where the tokens of each sequence are neighbours.
+    all_columns: (T,), or None if the tokens of each sequence are neighbours.
     """
     hidden_size = qkv.shape[1] // 3
     groups, ungroup = grouped
@@ -229,7 +229,7 @@ register(
 def attend_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, columns: Tensor, window: int, scale: float | None, dropout_p: float = 0.0
 ) -> Tensor:
-    """Attention of texts of equal length, (B, N, S, D) each -> (B, N, S, D). columns: (1 or B, S), ascending."""
+    """Computes attention for sequences of equal length, (B, N, S, D) each. columns: (1 or B, S), ascending."""
     n_seqs, n_heads, length, head_size = q.shape
     block = max(window, BLOCK)
     if length <= 2 * block:
@@ -244,7 +244,7 @@ def attend_in_blocks(
     )  # each (B * blocks, N, width, D)
     queries = F.pad(columns, (0, tail), value=-1).unflatten(1, (n_blocks, block))
     keys = F.pad(columns, (window, window + tail), value=_FAR).unfold(1, width, block)
-    mask = near(queries, keys, window) | (queries < 0)[..., None]  # rows that are cut off below see anything
+    mask = near(queries, keys, window) | (queries < 0)[..., None]  # rows that are cut off below attend to any keys
     mask = mask.expand(n_seqs, -1, -1, -1).flatten(0, 1)[:, None]
     out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout_p, scale=scale)
     return out.unflatten(0, (n_seqs, n_blocks)).transpose(1, 2).flatten(2, 3)[:, :, :length]

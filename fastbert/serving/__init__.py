@@ -1,1 +1,1 @@
-"""Models of this package answer over HTTP: see README.md for the plan."""
+"""This package serves models over HTTP. README.md describes its parts."""

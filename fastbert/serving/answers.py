@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form, of the server and of Ray Serve alike."""
+"""This module writes answers in OpenAI's format, for the server and for Ray Serve."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ with suppress(ImportError):
 def dump(answer: Any) -> bytes:
     """Returns an answer as JSON in UTF-8. Its numbers are finite, and its arrays are those of `numbers`.
 
-    orjson writes the same numbers as Python's own module in a tenth of the time, and is taken where it is installed.
+    orjson writes the same numbers as Python's json module in a tenth of the time. It is used if it is installed.
     """
     if orjson is not None:
         return orjson.dumps(answer, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
@@ -28,29 +28,29 @@ def dump(answer: Any) -> bytes:
 
 
 def dump_in_pieces(answer: Any) -> bytes:
-    """Does what `dump` does, item by item: the event loop has to wait for an item, and not for all of them."""
+    """Does what `dump` does, item by item, so that the event loop waits only for one item at a time."""
     if isinstance(answer, dict):
         return b"{%b}" % b",".join(dump(str(key)) + b":" + dump_in_pieces(value) for key, value in answer.items())
     return b"[%b]" % b",".join(map(dump, answer)) if isinstance(answer, list) else dump(answer)
 
 
 def numbers(vector: np.ndarray) -> np.ndarray:
-    """Returns an array of which `dump` writes every number in full, as Python would: float64.
+    """Returns the vector as float64, so that `dump` writes every number in full, as Python does.
 
-    A reader that takes the numbers for float64 so has those of the model.
+    A client that reads float64 numbers then has the model's numbers.
     """
     return np.ascontiguousarray(vector, np.float64)
 
 
 def encoded(vector: np.ndarray) -> str:
-    """Returns a vector as base64 of its float32 numbers, the lowest byte first."""
+    """Returns a vector as base64 of its float32 numbers, in little-endian order."""
     return base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")
 
 
 def embeddings(
     model: str, vectors: Iterable[np.ndarray], n_tokens: int, n_truncated: int, as_base64: bool
 ) -> dict[str, Any]:
-    """Returns what `/v1/embeddings` answers, and how many texts were truncated. vectors: (dim,) float32 each."""
+    """Returns the answer of `/v1/embeddings`, with the number of truncated texts. vectors: (dim,) float32 each."""
     return {
         "object": "list",
         "data": [

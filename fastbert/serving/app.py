@@ -1,4 +1,4 @@
-"""The app is what an ASGI server runs: each request is checked, counted, answered and logged in one place."""
+"""This module holds the ASGI app. It checks, counts, answers and logs each request in one place."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from fastbert.serving.service import Service
 Handler = Callable[[Call], Awaitable[Any]]
 
 GONE = 499  # only for the log and the metrics
-FEW_TEXTS, FEW_TOKENS = 16, 512  # of which the answer takes less time to write than a thread does to begin
+FEW_TEXTS, FEW_TOKENS = 16, 512  # their answer is written faster than a thread starts
 _ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 _JSON = (b"content-type", b"application/json")
 
 
 class Endpoint(NamedTuple):
-    """An Endpoint is a route that asks for the API key. GET routes have no body."""
+    """An Endpoint is a route that requires the API key. GET routes have no body."""
 
     method: str
     path: str
@@ -63,9 +63,9 @@ ENDPOINTS = (
 
 
 def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) -> App:
-    """Returns the app of a service. Its models are loaded when the server starts, while /health answers already.
+    """Returns the app of a service. Its models are loaded when the server starts. /health answers during this time.
 
-    on_failure: is called where a model cannot be loaded; `service.error` has the reason.
+    on_failure: is called if a model cannot be loaded; `service.error` has the reason.
     """
 
     def load() -> None:
@@ -76,7 +76,7 @@ def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) ->
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        # Nobody waits for a daemon thread: a stop while a model is being loaded leaves it alone.
+        # Python does not wait for a daemon thread at exit, so a stop does not wait for a model that is being loaded.
         threading.Thread(target=load, name="fastbert-load", daemon=True).start()
         try:
             yield
@@ -99,18 +99,18 @@ def make_app(service: Service, on_failure: Callable[[], None] = lambda: None) ->
 
 
 def _health(service: Service) -> Response:
-    """Tells whether the process can go on: only a restart helps one that is not alive."""
+    """Tells whether the process can work. If it cannot, only a restart helps."""
     return JSONResponse({"status": "alive" if service.alive else "failed"}, 200 if service.alive else 503)
 
 
 def _ready(service: Service) -> Response:
-    """Tells whether requests should be sent here."""
+    """Tells whether clients should send requests to this server."""
     return JSONResponse({"status": service.state}, 200 if service.state == "ready" else 503)
 
 
 def _metrics(service: Service, request: Request) -> Response:
     try:
-        _authorize(service, request.headers.get("authorization", "").encode("latin-1"))  # the bytes that came
+        _authorize(service, request.headers.get("authorization", "").encode("latin-1"))  # the bytes of the header
     except ApiError as error:
         return _error_response(error)
     return Response(service.metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -131,7 +131,7 @@ def _authorize(service: Service, authorization: bytes) -> None:
 
 
 class Reply(NamedTuple):
-    """A Reply is an answer as it is sent. headers: without its length."""
+    """A Reply is an answer to send. headers: all but content-length."""
 
     status: int
     body: bytes
@@ -145,7 +145,7 @@ class Reply(NamedTuple):
 
 
 class Answering:
-    """An Answering is the ASGI app of an endpoint, without the objects of starlette: they take longer than it does."""
+    """An Answering is the ASGI app of an endpoint. It avoids starlette's objects because they are slow."""
 
     def __init__(self, service: Service, endpoint: Endpoint) -> None:
         self.service, self.endpoint = service, endpoint
@@ -164,17 +164,17 @@ class Answering:
         seconds, status = time.perf_counter() - call.started, reply.status
         try:
             await reply.send(send)
-        except (OSError, RuntimeError):  # asyncio's and uvloop's of a connection that is closed
+        except (OSError, RuntimeError):  # errors of asyncio and uvloop for a closed connection
             status = GONE
-        # Not here: uvloop writes an answer when the tasks that are ready have had their turn.
+        # The call is noted later, because uvloop writes an answer only after all ready tasks have run.
         service.later.add(_note, call, status, seconds, time.time())
         service.later.soon()
 
 
 class App(Starlette):
-    """An App finds an endpoint by its name, and asks starlette for all else.
+    """An App finds endpoints by path. starlette handles all other requests.
 
-    by_name: endpoints by method and path, of which starlette would try one after the other.
+    by_name: endpoints by method and path. starlette would try all routes one after the other.
     """
 
     by_name: Mapping[tuple[str, str], Answering]
@@ -210,7 +210,7 @@ async def _respond(call: Call, endpoint: Endpoint) -> Reply:
         headers += [(name.lower().encode(), value.encode()) for name, value in error.headers.items()]
     if call.n_truncated:
         headers.append((b"x-truncated", b"%d" % call.n_truncated))
-    # The rest of a body that is late or too large is not read.
+    # The server does not read the rest of a body that is late or too large.
     if service.state == "draining" or (status in (408, 413) and not is_read):
         headers.append((b"connection", b"close"))
     return Reply(status, body, headers)
@@ -227,7 +227,7 @@ def _error_response(error: ApiError) -> Response:
 
 
 def _note(call: Call, status: int, seconds: float, at: float) -> None:
-    """Counts and logs an answer. at: when it was sent, in seconds since 1970."""
+    """Counts and logs an answer. at: the time of sending, in seconds since 1970."""
     model = "" if call.model is None else call.model.name
     call.service.metrics.requests.labels(call.route, model, str(status)).inc()
     call.service.metrics.seconds.labels(call.route).observe(seconds)

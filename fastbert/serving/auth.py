@@ -1,4 +1,4 @@
-"""Requests need an API key if the server has keys."""
+"""This module checks API keys. Requests need one if the server has keys."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ VARIABLE = "FASTBERT_API_KEY"
 
 
 class Keys:
-    """Keys are those that callers may show; with none, everybody may call."""
+    """A Keys holds the valid API keys. If it is empty, requests need no key."""
 
     def __init__(self, keys: Iterable[str] = ()) -> None:
         self._digests = [_digest(key) for key in keys]
 
     @classmethod
     def read(cls, file: str | os.PathLike[str] | None = None) -> Keys:
-        """Reads the keys of a file, one a line, or the one in FASTBERT_API_KEY.
+        """Reads the keys of a file, one per line, or the key in FASTBERT_API_KEY.
 
-        Raises ValueError for a file without a key: a server that was meant to be closed would be open.
+        Raises ValueError for a file without a key, because the server would then accept every request.
         """
         if file is None:
             return cls([key] if (key := os.environ.get(VARIABLE, "").strip()) else [])
@@ -34,10 +34,10 @@ class Keys:
         return bool(self._digests)
 
     def allow(self, authorization: str) -> bool:
-        """Tells whether a header "Bearer KEY" has one of the keys. The time it takes does not depend on the keys."""
+        """Tells whether a header "Bearer KEY" has one of the keys, in a time that does not depend on the keys."""
         scheme, _, key = authorization.partition(" ")
         digest = _digest(key.strip())
-        matches = [hmac.compare_digest(digest, each) for each in self._digests]  # all of them, always
+        matches = [hmac.compare_digest(digest, each) for each in self._digests]  # always compares all keys
         return scheme.lower() == "bearer" and any(matches)
 
 

@@ -1,4 +1,4 @@
-"""A Batcher computes what many callers ask of one model, in packed batches across them."""
+"""A Batcher computes the requests of many callers to one model in shared packed batches."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from fastbert.serving.worker import Worker
 
 logger = logging.getLogger("fastbert.serving")
 
-HERE_SECONDS = 0.01  # of a batch that may be computed in the caller's thread, at most
+HERE_SECONDS = 0.01  # the longest batch that may run in the caller's thread
 
 Compute = Callable[[Lane, list[Item]], list[Any]]  # a result for each item
-Picked = list[tuple[Work, int]]  # works, and the places of their items
+Picked = list[tuple[Work, int]]  # works and indices of their items
 
 
 class Batcher:
-    """A Batcher has a queue that is bounded in tokens, from which a worker takes batches.
+    """A Batcher has a queue with a limit in tokens. A worker takes batches from it.
 
-    compute: gives a result for each item. token_budget: tokens in a batch, where one item has no more. capacity: tokens
-    that may wait and run at once. on_batch: is called with the number of items and tokens of each batch. compute_here:
-    computes as `compute` does where nothing is in the way of the calling thread, and returns None elsewhere. worker: is
-    shared with other batchers; by default there is one for this batcher.
+    compute: returns a result for each item. token_budget: the most tokens in a batch; a larger item is a batch by
+    itself. capacity: the most tokens that wait or run at once. on_batch: is called with the numbers of items and tokens
+    of each batch. compute_here: does the same as `compute` in the calling thread, or returns None if this is not
+    possible. worker: may be shared with other batchers; by default this batcher has its own.
 
-    Lanes take turns, and within a lane callers do: a batch takes an item of each caller, then one more of each. So a
-    caller of one text does not wait until a list of a thousand is done.
+    Lanes take turns, and callers take turns within a lane: a batch takes one item of each caller, then a second one of
+    each, and so on. So a caller with one text does not wait for another caller's thousand texts.
     """
 
     def __init__(
@@ -50,20 +50,20 @@ class Batcher:
         self._worker = worker or Worker()
         self._changed = self._worker.changed
         self._closing = False
-        self.n_tokens = 0  # waiting and running
-        self._seconds: dict[tuple[str, int], float] = {}  # of batches, by their task and the bits of n_tokens
-        self._tokens_per_second = 0.0  # of the batches so far, the last ones counting most
+        self.n_tokens = 0  # tokens that wait or run
+        self._seconds: dict[tuple[str, int], float] = {}  # times of batches, by task and bit length of n_tokens
+        self._tokens_per_second = 0.0  # a moving average over batches
         self._worker.add(self)
 
     @property
     def alive(self) -> bool:
-        """Tells whether the worker runs, which no exception of a batch ends."""
+        """Tells whether the worker runs. An exception of a batch does not end it."""
         return self._worker.alive
 
     def reserve(self, n_tokens: int) -> Work:
-        """Returns a work that has room for that many tokens, or for all there is room for at all.
+        """Returns a work with reserved room for n_tokens tokens, or for the whole capacity if n_tokens exceeds it.
 
-        Raises ApiError 429 where there is no room now. The room is free again when the work's future is done.
+        Raises ApiError 429 if there is no room now. The room is free again when the work's future is done.
         """
         n_tokens = min(n_tokens, self.capacity)
         with self._changed:
@@ -76,7 +76,7 @@ class Batcher:
         return work
 
     def submit(self, work: Work, lane: Lane, items: list[Item]) -> Future[list[Any]]:
-        """Puts a reserved work into the queue, now that its items are known, and returns its future."""
+        """Puts a reserved work with its items into the queue, and returns its future."""
         with self._changed:
             if work.future.done():
                 return work.future
@@ -96,10 +96,10 @@ class Batcher:
         work.lane, work.items, work.n_tokens, work.results = lane, items, n_tokens, [None] * len(items)
 
     def run_here(self, work: Work, lane: Lane, items: list[Item]) -> bool:
-        """Computes a reserved work in the calling thread, and tells whether it did; then its future is done.
+        """Computes a reserved work in the calling thread if possible. Returns whether it did; then the future is done.
 
-        It does where nothing else waits or runs, and where batches of that size have taken less than HERE_SECONDS: then
-        two changes of thread would take longer than what they leave free.
+        It does so if nothing else waits or runs, and if batches of that size have taken less than HERE_SECONDS. Two
+        switches of threads would then cost more than they gain.
         """
         if self._compute_here is None or not items:
             return False
@@ -124,15 +124,15 @@ class Batcher:
         return bool(self._lanes)
 
     def next_batch(self) -> Callable[[], None]:
-        """Returns what computes the next batch."""
+        """Returns a function that computes the next batch."""
         return partial(self._run, *self._pick())
 
     def stop(self) -> None:
-        """Takes no more work."""
+        """Accepts no more work."""
         self._closing = True
 
     def close(self, seconds: float = 60.0) -> None:
-        """Computes what is in the queue, and ends the worker."""
+        """Computes all queued items, and ends the worker."""
         self._worker.close(seconds)
 
     def _seconds_to_wait(self) -> int:
@@ -154,7 +154,7 @@ class Batcher:
         self._finish(picked, results, time.perf_counter() - started)
 
     def _finish(self, picked: Picked, results: list[Any], seconds: float) -> None:
-        """Hands the results of a batch over, and notes how long it took."""
+        """Passes on the results of a batch, and records its time."""
         n_tokens = sum(work.items[place].n_tokens for work, place in picked)
         rate, size = n_tokens / max(seconds, 1e-6), _size(picked[0][0].lane, n_tokens)
         self._tokens_per_second += (rate - self._tokens_per_second) * (0.1 if self._tokens_per_second else 1.0)
@@ -167,7 +167,7 @@ class Batcher:
                 _resolve(work)
 
     def _pick(self) -> tuple[Lane, Picked]:
-        """Takes the items of the next batch out of the queue."""
+        """Removes the items of the next batch from the queue."""
         lane, waiting = next(iter(self._lanes.items()))
         picked: Picked = []
         n_tokens = 0
@@ -188,7 +188,7 @@ class Batcher:
         return lane, picked
 
     def _results(self, lane: Lane, items: list[Item]) -> list[Any]:
-        """Returns a result or an exception for each item: one that cannot be computed fails alone."""
+        """Returns a result or an exception for each item. An item that cannot be computed fails alone."""
         results = self._try(self._compute, lane, items)
         assert results is not None
         return results
@@ -204,18 +204,18 @@ class Batcher:
 
 
 def _size(lane: Lane, n_tokens: int) -> tuple[str, int]:
-    """Returns what batches share that take about as long."""
+    """Returns a key that is equal for batches with similar times."""
     return lane.task, n_tokens.bit_length()
 
 
 def _resolve(work: Work) -> None:
-    """Passes the results on, unless no caller waits for them any more."""
+    """Passes the results on, unless the caller has cancelled."""
     if work.future.set_running_or_notify_cancel():
         work.future.set_result(work.results)
 
 
 def log_exception(event: str, error: BaseException, **fields: Any) -> None:
-    """Logs the type of an error and where it arose, without its message: that might hold a caller's text."""
+    """Logs the type and the place of an error, without its message, which could contain a caller's text."""
     frame, where = error.__traceback__, ""
     while frame is not None:
         where = f"{frame.tb_frame.f_code.co_filename}:{frame.tb_lineno}"

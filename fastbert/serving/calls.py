@@ -1,4 +1,4 @@
-"""A Call is one HTTP request on its way to an answer."""
+"""A Call is one HTTP request that the server is answering."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fastbert.serving.served import Served, ServedEncoder
 from fastbert.serving.service import Answer, Service
 from fastbert.serving.work import Lane
 
-UNWATCHED_SECONDS = 0.02  # until the first check that the caller is still there: most answers take less
+UNWATCHED_SECONDS = 0.02  # delay of the first check for a closed connection; most answers take less
 
 
 @dataclass
 class Call:
-    """A Call has the fields of a request, the model that answers, and what the log says of it.
+    """A Call has the fields of a request, the model that answers, and its entries for the log.
 
-    scope, receive: of ASGI. headers: the first of each name, in lower case. is_only: there is no other request at the
-    same time.
+    scope, receive: ASGI's. headers: the first header of each name, in lower case. is_only: whether there is no other
+    request at the same time.
     """
 
     scope: Scope
@@ -43,12 +43,12 @@ class Call:
     started: float = field(default_factory=time.perf_counter)
 
     def choose_model(self, *tasks: str) -> Served:
-        """Returns the model that the query or a header names, or the first that does one of the tasks."""
+        """Returns the model that the query or a header names, or the first model with one of the tasks."""
         self.model = self.service.model_for(frozenset(tasks), self._name())
         return self.model
 
     def any_model(self) -> Served:
-        """Returns the model that the query or a header names, or the first."""
+        """Returns the model that the query or a header names, or the first model."""
         name = self._name()
         self.model = next(iter(self.service.models.values())) if name is None else self.service.named(name)
         return self.model
@@ -59,7 +59,7 @@ class Call:
         return names[-1] if names else self.headers.get(b"x-model", b"").decode("utf-8", "replace") or None
 
     def lane(self, task: str, fields: Fields | None = None, **options: Any) -> Lane:
-        """Returns the lane of a task, with the prompt that the fields name, or the model's default."""
+        """Returns the lane of a task, with the prompt of the fields, or the model's default prompt."""
         fields = fields or self.fields
         assert self.model is not None
         options["side"] = fields.truncation_side()
@@ -74,7 +74,7 @@ class Call:
     async def compute(self, lane: Lane, texts: list[Any], truncate: bool | None) -> Answer:
         """Returns the results of texts, unless the caller goes away or the time is up."""
         assert self.model is not None
-        if texts and isinstance(texts[0], list):  # token ids, with which no prompt goes
+        if texts and isinstance(texts[0], list):  # token ids take no prompt
             lane = lane._replace(prompt="")
         seconds = self.service.settings.limits.seconds
         late = ApiError(504, "timeout", f"there was no answer within {seconds:g} seconds", retry_after=1)
@@ -83,7 +83,7 @@ class Call:
             interrupt.watch(UNWATCHED_SECONDS, self._disconnected, ClientGone())
             started = time.perf_counter()
             answer = await self.service.compute(self.model, lane, texts, truncate, self.is_only)
-        if time.perf_counter() - started > seconds:  # what runs here does not see its time pass
+        if time.perf_counter() - started > seconds:  # a timeout cannot interrupt code in this thread
             raise late
         self.n_texts += len(texts)
         self.n_tokens += answer.tokens.n_tokens

@@ -1,4 +1,4 @@
-"""A Connection is uvicorn's, bounded in the time and the memory that a slow client may take."""
+"""A Connection is uvicorn's with limits of time and memory for slow clients."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from fastbert.serving.answers import dump
 from fastbert.serving.errors import ApiError
 
-HEAD_BYTES = 2**16  # of a request's head, at most
+HEAD_BYTES = 2**16  # the largest head of a request
 
 
 def connection_class(seconds: float) -> Any:
-    """Returns the class of a server's connections. seconds: until the head of a request has arrived."""
+    """Returns the class of a server's connections. seconds: the time limit for the head of a request."""
     return type("BoundedConnection", (Connection,), {"seconds": seconds})
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
-    """A Connection refuses in OpenAI's form what is no HTTP, and a head that is late or too large.
+    """A Connection refuses data that are not HTTP, and a head that is late or too large, in OpenAI's format.
 
-    It is closed without a word where nothing came at all, and where the client reads nothing of an answer. seconds:
-    until a head has arrived, and in which a client reads something of what waits to be sent.
+    It closes without an answer if nothing arrived, or if the client does not read. seconds: the time limit for the
+    head, and for a client to read a part of the data that wait to be sent.
     """
 
     seconds = 30.0
@@ -44,7 +44,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
         last = self.cycle
         super().data_received(data)
         if self.transport.is_closing() or self.cycle is not last or not (last is None or last.response_complete):
-            self._end_head()  # it is complete, and this may be the body
+            self._end_head()  # the head is complete, and these data may be the body
             return
         self._n_head_bytes += len(data)
         if self._n_head_bytes > HEAD_BYTES:
@@ -69,7 +69,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[valid-type, misc]
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """Answers what is no HTTP, by uvicorn's name."""
+        """Answers data that are not HTTP. uvicorn calls this method."""
         self._refuse(ApiError(400, "invalid_http", "the request is not HTTP/1.1"))
 
     def _refuse(self, error: ApiError) -> None:

@@ -1,4 +1,4 @@
-"""An ApiError is an answer that is no success, in the form that OpenAI's clients read."""
+"""An ApiError is an error answer in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ INVALID, OVERLOADED, SERVER = "invalid_request_error", "overloaded_error", "serv
 
 
 class ApiError(Exception):
-    """An ApiError has an HTTP status and a message for the caller, which repeats no text of a request.
+    """An ApiError has an HTTP status and a message for the caller. The message contains no text of a request.
 
-    code: a word that programs compare. param: the name of the field that is wrong. retry_after: seconds.
+    code: an identifier for programs. param: the name of the wrong field. retry_after: seconds.
     """
 
     def __init__(
@@ -22,20 +22,20 @@ class ApiError(Exception):
 
     @property
     def kind(self) -> str:
-        """Names the type of the error: whose mistake it is."""
+        """Returns the type of the error: overload, a failure of the server, or an invalid request."""
         if self.status in (429, 503):
             return OVERLOADED
         return SERVER if self.status >= 500 else INVALID
 
     @property
     def body(self) -> dict[str, Any]:
-        """Returns the object that is sent."""
+        """Returns the object to send."""
         error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}
         return {"error": error}
 
     @property
     def headers(self) -> dict[str, str]:
-        """Returns the headers that belong to the status."""
+        """Returns the headers for the status."""
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         return {**headers, "WWW-Authenticate": "Bearer"} if self.status == 401 else headers
 
@@ -45,5 +45,5 @@ class ClientGone(Exception):
 
 
 def invalid(param: str, message: str) -> ApiError:
-    """Returns the error of a field whose value cannot be taken."""
+    """Returns the error of a field with an invalid value."""
     return ApiError(400, "invalid_value", f"{param}: {message}", param=param)

@@ -1,4 +1,4 @@
-"""An Interruption ends what a task waits for, without a task of its own: one request of one text notices each task."""
+"""An Interruption cancels the wait of a task. It creates no task, because each task slows a request of one text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 
 class Interruption:
-    """An Interruption is a block of a task. The first of its reasons that comes to pass is raised from it.
+    """An Interruption is a context of a task. It raises the first of its reasons that occurs.
 
-    What the task waits for in the block is cancelled. Nothing is left of an Interruption after its block.
+    The task's wait inside the context is cancelled. Nothing of an Interruption remains active after its context.
     """
 
     def __enter__(self) -> Interruption:
@@ -22,11 +22,11 @@ class Interruption:
         return self
 
     def later(self, seconds: float, reason: Exception) -> None:
-        """Raises the reason when the block takes longer than that."""
+        """Raises the reason when the context takes longer than `seconds`."""
         self._timers.append(self._loop.call_later(seconds, self._interrupt, reason))
 
     def watch(self, seconds: float, until: Callable[[], Awaitable[Any]], reason: Exception) -> None:
-        """Raises the reason when an awaitable is done, which is asked for when the block has taken that long."""
+        """Raises the reason when the awaitable of `until` is done. `until` is called after `seconds` in the context."""
         self._timers.append(self._loop.call_later(seconds, self._begin, until, reason))
 
     def _begin(self, until: Callable[[], Awaitable[Any]], reason: Exception) -> None:

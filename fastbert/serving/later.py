@@ -1,4 +1,4 @@
-"""What no caller waits for is done later: counting and logging an answer takes longer than writing it."""
+"""This module delays work that no caller waits for. To count and log an answer takes longer than to write it."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-SECONDS = 0.05  # until it is done, of many answers at once
+SECONDS = 0.05  # the delay, after which many answers are handled at once
 
 
 class Later:
-    """A `Later` is a list of calls that are made soon: by the event loop, or by a reader of their counts."""
+    """A `Later` is a list of delayed calls. The event loop makes them, or a reader of their counts."""
 
     def __init__(self) -> None:
         self._calls: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()
         self._is_due = False
 
     def add(self, function: Callable[..., None], *args: Any) -> None:
-        """Adds a call, in any thread."""
+        """Adds a call. Any thread may do this."""
         self._calls.append((function, args))
 
     def soon(self) -> None:
-        """Has the event loop of this thread make the calls within SECONDS."""
+        """Lets the event loop of this thread make the calls within SECONDS."""
         if not self._is_due:
             self._is_due = True
             asyncio.get_running_loop().call_later(SECONDS, self._at_last)
@@ -32,7 +32,7 @@ class Later:
         self.now()
 
     def now(self) -> None:
-        """Makes the calls that have been added, in any thread."""
+        """Makes the added calls. Any thread may do this."""
         while self._calls:
             try:
                 function, args = self._calls.popleft()

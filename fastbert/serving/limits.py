@@ -1,4 +1,4 @@
-"""Limits bound what one caller, and all of them together, may ask of the server."""
+"""Limits bound the requests of one caller, and of all callers together."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fastbert.serving.interruption import Interruption
 if TYPE_CHECKING:
     from starlette.types import Receive
 
-CHARACTERS = 16  # of a token, on average over a request, at most
-LARGE_BODY = 2**16  # bytes from which on a body is parsed in a thread, beside the event loop
+CHARACTERS = 16  # the most characters per token, on average over a request
+LARGE_BODY = 2**16  # a body of so many bytes is parsed in a thread, not in the event loop
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of a server. Raises ValueError for one that is not positive.
+    """A Limits holds the limits of a server. Raises ValueError for one that is not positive.
 
-    body_bytes: of one request. texts: of one request. tokens: of one request, special tokens included. numbers: in an
-    answer with vectors of tokens, or sparse ones. queue_tokens: waiting and running for one model; more are refused
-    with 429. body_seconds: until the headers have arrived, again until the body has, and in which a client reads
-    something of a long answer. seconds: from the body on until the answer.
+    body_bytes, texts: of one request. tokens: of one request, special tokens included. numbers: of an answer with token
+    vectors or sparse vectors. queue_tokens: of waiting and running requests to one model; further requests are refused
+    with 429. body_seconds: for the headers, for the body, and for a client to read a part of a long answer. seconds:
+    from the end of the body to the answer.
     """
 
     body_bytes: int = 16 * 2**20
@@ -44,7 +44,7 @@ class Limits:
             raise ValueError(f"tokens: got {self.tokens}, expected at most queue_tokens = {self.queue_tokens}")
 
     def check_characters(self, texts: Sequence[str]) -> None:
-        """Raises ApiError 413 for texts of which all tokens are needed, and which certainly have too many."""
+        """Raises ApiError 413 for texts that certainly have too many tokens, if all their tokens are needed."""
         if sum(map(len, texts)) > CHARACTERS * self.tokens:
             message = f"the texts have more than {CHARACTERS} times {self.tokens} characters"
             raise ApiError(413, "too_many_tokens", message)
@@ -95,7 +95,7 @@ def _too_large(limits: Limits) -> ApiError:
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """Returns the object in a body. Raises ApiError for a body that is no JSON in UTF-8, or no object."""
+    """Returns the object in a body. Raises ApiError if the body is not a JSON object in UTF-8."""
     body = _parse(data)
     if not isinstance(body, dict):
         raise invalid("body", f"expected a JSON object, got {type_name(body)}")
@@ -110,7 +110,7 @@ def _parse(data: bytes) -> Any:
     except json.JSONDecodeError as error:
         message = f"the body is not JSON: {error.msg} at character {error.pos}"
         raise ApiError(400, "invalid_json", message) from None
-    except (RecursionError, ValueError):  # nested too deeply, NaN, or a number of thousands of digits
+    except (RecursionError, ValueError):  # too deep nesting, NaN, or a number with thousands of digits
         message = "the body is not JSON that is read here: NaN, a very long number, or nested too deeply"
         raise ApiError(400, "invalid_json", message) from None
 
@@ -123,7 +123,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 
 def type_name(value: Any) -> str:
-    """Names the type of a value as JSON does."""
+    """Returns JSON's name for the type of a value."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else "a boolean"
     names: dict[type, str] = {int: "a number", float: "a number", str: "a string", list: "an array", dict: "an object"}

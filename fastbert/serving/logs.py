@@ -1,4 +1,4 @@
-"""Logs are lines of JSON. None holds a text of a request."""
+"""This module writes logs as lines of JSON. No line contains a text of a request."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ logger = logging.getLogger("fastbert.serving")
 
 
 class JsonLines(logging.Formatter):
-    """A JsonLines makes a line of JSON of a record: time, level, event, and the fields of `extra={"fields": ...}`."""
+    """A JsonLines formats a record as JSON: time, level, event, and the fields of `extra={"fields": ...}`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        at = getattr(record, "at", record.created)  # of what is logged a moment later
+        at = getattr(record, "at", record.created)  # the time of an event that is logged later
         time = datetime.fromtimestamp(at, timezone.utc).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {"time": time, "level": record.levelname.lower(), "event": record.getMessage()}
         line.update(getattr(record, "fields", {}))
@@ -25,7 +25,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_to(stream: TextIO = sys.stderr, level: int = logging.INFO) -> None:
-    """Sends the log of the server, and uvicorn's, to a stream, in the place of other handlers."""
+    """Sends the logs of the server and of uvicorn to a stream, and replaces other handlers."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonLines())
     for name in ("fastbert", "uvicorn"):

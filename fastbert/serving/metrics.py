@@ -1,4 +1,4 @@
-"""Metrics count what a server does, for Prometheus."""
+"""This module counts the work of a server, for Prometheus."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TOKENS = tuple(2**n for n in range(4, 18))
 
 
 class ModelMetrics(NamedTuple):
-    """The ModelMetrics are those with one label, which is looked up once and not for each request."""
+    """A ModelMetrics holds the metrics of one model. The label is looked up once and not for each request."""
 
     texts: Counter
     tokens: Counter
@@ -22,9 +22,9 @@ class ModelMetrics(NamedTuple):
 
 
 class Metrics:
-    """The Metrics of one server, in a registry of their own, so that one process may have several servers.
+    """A Metrics holds the metrics of one server in its own registry, so that a process may have several servers.
 
-    complete: is called before they are read.
+    complete: is called before the metrics are read.
     """
 
     def __init__(self, complete: Callable[[], None] = lambda: None) -> None:
@@ -53,13 +53,13 @@ class Metrics:
         self.ready = Gauge("fastbert_ready", "1 if the server is ready and no stop was requested.", registry=registry)
 
     def of(self, model: str) -> ModelMetrics:
-        """Returns the figures of one model."""
+        """Returns the metrics of one model."""
         return ModelMetrics(
             self.texts.labels(model), self.tokens.labels(model), self.truncated.labels(model),
             self.batch_texts.labels(model), self.batch_tokens.labels(model),
         )  # fmt: skip
 
     def page(self) -> bytes:
-        """Returns all figures in the text format of Prometheus."""
+        """Returns all metrics in the text format of Prometheus."""
         self._complete()
         return generate_latest(self.registry)

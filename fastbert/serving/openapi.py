@@ -1,4 +1,4 @@
-"""The OpenAPI document names all routes, what they take and what they answer; a page shows it without other files."""
+"""This module makes the OpenAPI document of all routes, and a page that shows it without other files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fastbert._version import __version__
 from fastbert.pipelines.entities import STRATEGIES
 
-MODEL = "MODEL"  # stands for a name of a model in the examples
+MODEL = "MODEL"  # placeholder for the name of a model in the examples
 
 _STRING, _FLAG, _NUMBER = {"type": "string"}, {"type": "boolean"}, {"type": "number"}
 _COUNT: dict[str, Any] = {"type": "integer", "minimum": 0}
@@ -167,7 +167,7 @@ _ERRORS = {
 
 
 def document(model: str = MODEL) -> dict[str, Any]:
-    """Returns the OpenAPI document, version 3.1. model: a name that the examples have."""
+    """Returns the OpenAPI document, version 3.1. model: the name of a model in the examples."""
     paths: dict[str, Any] = {}
     for (method, path), (summary, body, answer, example) in _ROUTES.items():
         if example is not None and "model" in example:
@@ -212,7 +212,7 @@ def _takes_model(path: str, body: Any) -> bool:
 
 
 def page(model: str = MODEL) -> str:
-    """Returns the page of the document: HTML with its own style and script, which loads nothing from elsewhere."""
+    """Returns the page of the document as HTML. It contains its style and script, and loads no other files."""
     sections = "\n".join(_section(*key, *value) for key, value in _ROUTES.items())
     sections = sections.replace(f'"&quot;{MODEL}&quot;"', f'"{html.escape(model)}"')
     sections = sections.replace(f"&quot;{MODEL}&quot;", html.escape(json.dumps(model, ensure_ascii=False)))

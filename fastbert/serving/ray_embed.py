@@ -1,7 +1,7 @@
-"""Blocks of a long input are encoded on a Ray cluster, by Ray Data: a pool of actors, each with a model.
+"""This module encodes blocks of a long input on a Ray cluster, by Ray Data. It uses actors with one model each.
 
-Ray Data deals out blocks, and starts an actor anew that was lost with its process or its node. Such an actor's block is
-made again. A block has one file, whatever happened to it, so that no row is lost and none is there twice.
+Ray Data distributes blocks, and restarts an actor that was lost with its process or its node. The block of a lost actor
+is encoded again. Each block has exactly one file, so no row is lost or repeated.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ logger = logging.getLogger("fastbert")
 
 
 def need_ray() -> None:
-    """Raises ImportError, with what to install, where there is no Ray."""
+    """Raises ImportError, which names the package to install, if Ray is missing."""
     if importlib.util.find_spec("ray") is None:
         raise ImportError("--ray needs Ray: pip install 'fastbert-engine[ray]'")
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Resources are what each actor takes of the cluster."""
+    """A Resources holds the cluster resources of each actor."""
 
     n_actors: int
     num_cpus: float
@@ -36,9 +36,10 @@ class Resources:
 
 
 def resources_of(nodes: Sequence[dict[str, Any]], n_actors: int | None) -> Resources:
-    """Returns one actor a GPU, or without GPUs one a node, with all processors of the smallest.
+    """Returns the resources for one actor per GPU. Without GPUs there is one actor per node.
 
-    nodes: what `ray.nodes()` says. n_actors: another number; without GPUs they share the processors of the nodes.
+    An actor per node gets as many processors as the smallest node has. nodes: the result of `ray.nodes()`. n_actors:
+    another number of actors; without GPUs they share the processors of the nodes.
     """
     alive = [node["Resources"] for node in nodes if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     n_gpus = int(sum(node.get("GPU", 0) for node in alive))
@@ -71,13 +72,13 @@ class BlockActor:
         self.encode = BlockEncoder(encoder, job)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[Any]]:
-        """Encodes the blocks of a batch, columns by name, and says for each what it counted, and in which process."""
+        """Encodes the blocks of a batch, which is columns by name. Returns the counts and the process of each block."""
         rows = [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
         records = [self._record(row) for row in rows]
         return {name: [record[name] for record in records] for name in records[0]}
 
     def _record(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Encodes a block. An error comes back as a value: Ray Data would send its text without its type."""
+        """Encodes a block. It returns an error as a value, because Ray Data would send its text without its type."""
         block = Block(int(row["index"]), str(row["path"]), int(row["start"]), int(row["end"]))
         counts, failure = Counts(), b""
         try:
@@ -98,11 +99,11 @@ def embed_blocks(
     n_threads: int | None = None,
     progress: Callable[[dict[str, Any]], Any] | None = None,
 ) -> Counts:
-    """Makes the files of blocks on a cluster, and returns what was counted.
+    """Writes the files of blocks on a cluster, and returns the counts.
 
-    address: as `ray.init` takes it; "" is RAY_ADDRESS or else a new cluster on this machine. model: a folder that all
-    nodes have. loading: arguments of `SentenceEncoder.from_pretrained`. progress: is called with the record of each
-    block. Raises ImportError without Ray, and the error of a block, for which no other attempt is made.
+    address: the argument of `ray.init`; "" means RAY_ADDRESS or else a new cluster on this machine. model: a folder
+    that exists on all nodes. loading: arguments of `SentenceEncoder.from_pretrained`. progress: is called with the
+    record of each block. Raises ImportError without Ray. Raises the error of a block without a second attempt.
     """
     need_ray()
     import ray
@@ -125,7 +126,7 @@ def embed_blocks(
             num_cpus=resources.num_cpus,
             num_gpus=resources.num_gpus,
         )
-        logging.getLogger("ray.data").setLevel(logging.WARNING)  # Ray Data sets it where it makes a dataset
+        logging.getLogger("ray.data").setLevel(logging.WARNING)  # Ray Data sets the level when it makes a dataset
         for record in records.iter_rows():
             if record["failure"]:
                 raise pickle.loads(record["failure"])
@@ -139,7 +140,7 @@ def embed_blocks(
 
 
 def _pickled(error: Exception) -> bytes:
-    """Returns the error, or one with its text where it cannot be sent."""
+    """Returns the pickled error. If it cannot be pickled, an error with its text replaces it."""
     try:
         pickle.loads(pickled := pickle.dumps(error))
     except Exception:

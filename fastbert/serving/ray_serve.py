@@ -1,4 +1,4 @@
-"""Ray Serve serves vectors of texts: requests of many callers share batches, whose size is counted in tokens.
+"""This module serves vectors of texts with Ray Serve. Many callers' requests share batches, counted in tokens.
 
     serve run fastbert.serving.ray_serve:app model=sentence-transformers/all-MiniLM-L6-v2
 
@@ -25,12 +25,13 @@ BOOLEANS = {"true": True, "false": False}
 
 @dataclass(frozen=True)
 class ServeArguments:
-    """ServeArguments are what `serve run` is given as NAME=VALUE.
+    """A ServeArguments holds the NAME=VALUE arguments of `serve run`.
 
-    model: folder or hub id. dtype, batch_invariant: as in `SentenceEncoder.from_pretrained`. max_length: most tokens of
-    a text. batch_tokens: most tokens of requests in one batch; a larger request is a batch by itself. wait_ms: how long
-    a batch waits for more requests. num_gpus, num_cpus: what each replica takes of the cluster, and its threads.
-    num_replicas: how many there are. normalize: whether vectors have length 1.
+    model: folder or hub id. dtype, batch_invariant: as in `SentenceEncoder.from_pretrained`. max_length: the most
+    tokens of a text. batch_tokens: the most tokens of requests in one batch; a larger request is a batch by itself.
+    wait_ms: the time for which a batch waits for more requests. num_gpus, num_cpus: the cluster resources of each
+    replica; num_cpus is also its number of threads. num_replicas: the number of replicas. normalize: whether vectors
+    have length 1.
     """
 
     model: str
@@ -46,7 +47,7 @@ class ServeArguments:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> ServeArguments:
-        """Reads arguments, which may be text. Raises ValueError for a name that there is not, and for a bad value."""
+        """Reads arguments, which may be strings. Raises ValueError for an unknown name or a bad value."""
         types = {each.name: str(each.type).split(" ")[0] for each in fields(cls)}
         unknown = sorted(set(arguments) - set(types))
         if unknown or not arguments.get("model"):
@@ -56,7 +57,7 @@ class ServeArguments:
 
 
 def _value(name: str, kind: str, value: Any) -> Any:
-    """Returns a value that came as text in its type."""
+    """Converts a value from a string to its type."""
     if not isinstance(value, str) or kind == "str":
         return value
     try:
@@ -67,28 +68,28 @@ def _value(name: str, kind: str, value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Texts:
-    """Texts are what one request brought, with the number of their tokens after truncation."""
+    """A Texts holds the texts of one request, with the number of their tokens after truncation."""
 
     texts: list[str]
     n_tokens: int
     n_truncated: int
-    limit: int  # of the tokens in a batch
+    limit: int  # the most tokens in a batch
 
     @property
     def size(self) -> int:
-        """Returns the tokens that they count for: no more than a batch may have, or Ray Serve would refuse them."""
+        """Returns the number of tokens, or a batch's limit if it is less, because Ray Serve refuses larger requests."""
         return min(self.n_tokens, self.limit)
 
 
 def tokens_in(items: Sequence[Texts]) -> int:
-    """Returns the size of a batch."""
+    """Returns the size of a batch in tokens."""
     return sum(item.size for item in items)
 
 
 def read_request(body: bytes) -> tuple[list[str], bool]:
-    """Returns the texts of a request, and whether vectors are to be sent in base64.
+    """Returns the texts of a request, and whether it asks for vectors in base64.
 
-    Raises ApiError as `/v1/embeddings` of `fastbert serve` does, whose limits hold here, too.
+    Raises ApiError as `/v1/embeddings` of `fastbert serve` does, with the same limits.
     """
     request = Fields(parse_object(body))
     texts, _ = text_or_texts("input", request.required("input"), Limits())
@@ -96,9 +97,9 @@ def read_request(body: bytes) -> tuple[list[str], bool]:
 
 
 def answer(model: str, vectors: np.ndarray, texts: Texts, as_base64: bool) -> dict[str, Any]:
-    """Returns what OpenAI's `/v1/embeddings` answers, and how many texts were truncated.
+    """Returns the answer of OpenAI's `/v1/embeddings`, with the number of truncated texts.
 
-    Raises ApiError where vectors have NaN or infinity, which JSON cannot hold.
+    Raises ApiError if vectors have NaN or infinity, which JSON does not support.
     """
     if not np.isfinite(vectors).all():
         raise ApiError(500, "not_finite", "the model gave NaN or infinity for a text of this request")
@@ -106,7 +107,7 @@ def answer(model: str, vectors: np.ndarray, texts: Texts, as_base64: bool) -> di
 
 
 class Embeddings:
-    """An Embeddings is a replica: one model, and a queue of requests that share its batches."""
+    """An Embeddings is a replica. It has one model, and a queue of requests that share its batches."""
 
     def __init__(self, arguments: ServeArguments) -> None:
         import torch
@@ -164,7 +165,7 @@ class Embeddings:
 
 
 def app(arguments: Mapping[str, Any]) -> Any:
-    """Returns the application that `serve run` starts. Raises ImportError without Ray Serve.
+    """Returns the application for `serve run`. Raises ImportError without Ray Serve.
 
     arguments: see `ServeArguments`.
     """

@@ -1,4 +1,7 @@
-"""Each route turns a call into its JSON answer, in the shapes of OpenAI and of text-embeddings-inference (TEI)."""
+"""This module holds the routes. Each turns a call into a JSON answer in the format of OpenAI or TEI.
+
+TEI is text-embeddings-inference.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from fastbert.serving.served import Served, ServedClassifier, ServedEncoder, Ser
 from fastbert.serving.service import TOKENIZERS
 from fastbert.text import offsets
 
-# What the Hub's client may ask to be made of logits; "" stands for what the model asks for, which is done already.
+# The functions of logits that the Hub's client may request. "" is the model's own function, which is applied already.
 FUNCTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "": lambda scores: scores,
     "none": lambda logits: logits,
@@ -110,7 +113,7 @@ async def similarity(call: Call) -> Any:
     lane = call.lane("embed", parameters)
     answer = await call.compute(lane, [source, *others], parameters.get("truncate", bool))
     first, *rest = (vector[None] for vector in answer.results)
-    # Each pair alone: then no other sentence of the request has a say in the bits.
+    # Each pair is computed alone, so that its bits do not depend on other sentences of the request.
     scores = [float(model.model.similarity_pairwise(first, vector)) for vector in rest]
     if not all(map(math.isfinite, scores)):
         raise ApiError(500, "not_finite", "the model gave NaN or infinity for a pair of this request")
@@ -153,7 +156,7 @@ async def predict(call: Call) -> Any:
         scores = FUNCTIONS[function](result).tolist()
         order = sorted(range(len(scores)), key=lambda label: -scores[label])
         predictions.append([{"label": labels[label], "score": scores[label]} for label in order[:top_k]])
-    # The Hub's client asks with `parameters`, and takes one list out of a list.
+    # The Hub's client sends `parameters`, and expects a list inside a list.
     return predictions[0] if single and "parameters" not in fields.body else predictions
 
 
@@ -227,7 +230,7 @@ async def info(call: Call) -> Any:
         "model_sha": None,
         "model_dtype": str(model.bert.dtype).removeprefix("torch."),
         "model_type": {model.kind: details},
-        "max_concurrent_requests": limits.queue_tokens,  # each has a token at least
+        "max_concurrent_requests": limits.queue_tokens,  # each request has at least one token
         "max_queue_tokens": limits.queue_tokens,
         "max_input_length": model.limit or model.model.max_length,
         "max_batch_tokens": model.token_budget,

@@ -1,4 +1,4 @@
-"""Requests are checked by hand, field by field, so that an error names the field and what was expected."""
+"""This module checks requests field by field, so that an error names the field and the expected value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T", str, bool, list, dict)
 
 @dataclass
 class Fields:
-    """The fields of a JSON object. A null stands for a field that is not there; unknown fields have no effect."""
+    """A Fields holds the fields of a JSON object. A null counts as a missing field. Unknown fields have no effect."""
 
     body: Mapping[str, Any]
     path: str = ""
@@ -37,7 +37,7 @@ class Fields:
         return bool(self.get(name, bool, default))
 
     def choice(self, name: str, default: str, *allowed: str) -> str:
-        """Returns one of the allowed strings, whose case does not count."""
+        """Returns one of the allowed strings. Upper and lower case are equal."""
         value = self.get(name, str, default)
         assert value is not None
         if value.lower() not in allowed:
@@ -45,7 +45,7 @@ class Fields:
         return value.lower()
 
     def whole(self, name: str, highest: int) -> int | None:
-        """Returns a whole number from 1 on, or None."""
+        """Returns an integer from 1 to highest, or None."""
         value = self.body.get(name)
         if value is None:
             return None
@@ -54,22 +54,22 @@ class Fields:
         return value
 
     def required(self, name: str) -> Any:
-        """Returns a field that must be there."""
+        """Returns a required field."""
         value = self.body.get(name)
         if value is None:
             raise ApiError(400, "missing_field", f"{self.path}{name}: expected a value", param=self.path + name)
         return value
 
     def object(self, name: str) -> Fields:
-        """Returns the fields of an object inside this one, none where it is not there."""
+        """Returns the fields of an object inside this one, or no fields if it is missing."""
         return Fields(self.get(name, dict) or {}, f"{self.path}{name}.")
 
     def as_base64(self) -> bool:
-        """Tells whether vectors are to be sent in base64, and not as numbers."""
+        """Tells whether the answer has vectors in base64, not as numbers."""
         return self.choice("encoding_format", "float", "float", "base64") == "base64"
 
     def truncation_side(self) -> str:
-        """Returns the end of a text that is cut, "" where nothing is said."""
+        """Returns the side on which texts are truncated, or "" if the request does not set it."""
         return self.choice("truncation_direction", "", "right", "left", "")
 
 
@@ -90,7 +90,7 @@ def texts(name: str, value: Any, limits: Limits) -> list[str]:
 
 
 def text_or_texts(name: str, value: Any, limits: Limits) -> tuple[list[str], bool]:
-    """Returns the strings that came, and whether a single one came that is in no list."""
+    """Returns the strings, and whether the value is a single string outside of a list."""
     if isinstance(value, str):
         return [text(name, value)], True
     if not isinstance(value, list):
@@ -111,7 +111,7 @@ def filled_list(name: str, value: Any, limits: Limits) -> list[Any]:
 
 
 def inputs(name: str, value: Any, limits: Limits, vocab_size: int) -> tuple[list[Any], bool]:
-    """Returns texts, or rows of token ids, and whether a single one came: a string, or an array of ids."""
+    """Returns texts or rows of token ids, and whether the value is a single string or a single array of ids."""
     if not isinstance(value, list):
         return text_or_texts(name, value, limits)
     items = value if _is_row(value) else filled_list(name, value, limits)
@@ -123,7 +123,7 @@ def inputs(name: str, value: Any, limits: Limits, vocab_size: int) -> tuple[list
 
 
 def rows(name: str, value: Any, limits: Limits, vocab_size: int) -> list[list[int]]:
-    """Returns rows of token ids: one, or several in a list, of at most `limits.tokens` in all."""
+    """Returns rows of token ids, from one row or a list of rows, with at most `limits.tokens` in all."""
     if isinstance(value, list) and not _is_row(value):
         items = filled_list(name, value, limits)
         row_list = [_row(f"{name}[{i}]", item, vocab_size, limits) for i, item in enumerate(items)]
@@ -152,7 +152,7 @@ def _row(name: str, value: Any, vocab_size: int, limits: Limits) -> list[int]:
 
 
 def sequences(name: str, value: Any, limits: Limits) -> tuple[list[str], bool]:
-    """Returns texts and pairs, and whether a single one came: "a", ["a", "b"] or [["a"], ["a", "b"], ...]."""
+    """Returns texts and pairs, and whether there is a single one. Forms: "a", ["a", "b"], [["a"], ["a", "b"], ...]."""
     if not isinstance(value, list):
         return text_or_texts(name, value, limits)
     items = filled_list(name, value, limits)
@@ -169,7 +169,7 @@ def _sequence(name: str, value: Any) -> str:
 
 
 def entity_options(fields: Fields) -> tuple[str | None, list[str] | None]:
-    """Returns the strategy and the labels that are left out, None where nothing is said, of the Hub's names."""
+    """Returns the strategy and the ignored labels from the Hub's fields, None for a missing field."""
     strategy = fields.choice("aggregation_strategy", "none", *STRATEGIES)
     ignored = fields.get("ignore_labels", list)
     labels = None if ignored is None else [text(f"{fields.path}ignore_labels", label) for label in ignored]

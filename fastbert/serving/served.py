@@ -1,4 +1,4 @@
-"""A Served is a model of this package behind one interface: texts become items, and items become results."""
+"""A Served is a model behind one interface, which turns texts into items, and items into results."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from fastbert.serving.work import Item, Lane, join, split
 from fastbert.text import offsets
 from fastbert.vectors import sparse
 
-# Models on a CPU take turns: each wants all cores.
+# Models on a CPU take turns, because each uses all cores.
 _CPU = threading.Lock()
 
 
 @dataclass
 class Tokens:
-    """Tokens are what the texts of a request became.
+    """A Tokens holds the tokenized texts of a request.
 
-    windowed: of texts that are read in windows.
+    windowed: the windows of texts, for a model that reads texts in windows.
     """
 
     items: list[Item]
@@ -48,33 +48,33 @@ class Tokens:
 
 
 def n_characters(text: Any) -> int:
-    """Returns the characters of a text or a pair, or the length of a list of ids."""
+    """Returns the number of characters of a text or a pair, or the length of a list of ids."""
     return len(text) + len(getattr(text, "second", ""))
 
 
 class Served:
-    """A Served has a name, a model and the tasks that it can do.
+    """A Served has a name, a model and the tasks of this model.
 
     model: a SentenceEncoder, a CrossEncoder or an EntityRecognizer. `encode` may run in several threads at once,
-    `compute` in one.
+    `compute` only in one.
     """
 
     kind = ""
     tasks: frozenset[str]
-    limit: int | None  # tokens of a text, None where longer texts are read in windows
+    limit: int | None  # the most tokens of a text, None if windows are used
 
     def __init__(self, name: str, model: Any) -> None:
         self.name, self.model, self.tokenizer = name, model, model.tokenizer
-        self.n_threads = 0  # of the C++ kernels and of PyTorch, in the thread that computes
+        self.n_threads = 0  # threads of C++ kernels and PyTorch, as the worker sees them
         self.bert = model.model if isinstance(model, SentenceEncoder) else model.model.bert
 
     @property
     def token_budget(self) -> int:
-        """Returns the number of tokens in a batch."""
+        """Returns the most tokens in a batch."""
         return self.model.token_budget or default_token_budget(self.bert.device)
 
     def encode(self, lane: Lane, texts: list[Any]) -> Tokens:
-        """Returns texts, pairs of texts (`Pair`) or lists of token ids as tokens."""
+        """Tokenizes texts and pairs of texts (`Pair`), or takes lists of token ids."""
         if texts and isinstance(texts[0], list):
             return self._of_ids(lane, texts)
         encoded = encode_texts(self._cutting(lane.side), texts, lane.prompt, self.limit_of(lane))
@@ -82,7 +82,7 @@ class Served:
         return Tokens(split(encoded), encoded.n_truncated, encoded.n_truncated_tokens)
 
     def _cutting(self, side: str) -> Any:
-        """Returns the tokenizer, or a copy that cuts texts at that side."""
+        """Returns the tokenizer, or a copy that truncates texts on this side."""
         if side in ("", self.tokenizer.truncation_side):
             return self.tokenizer
         tokenizer = copy.copy(self.tokenizer)
@@ -90,18 +90,18 @@ class Served:
         return tokenizer
 
     def limit_of(self, lane: Lane) -> int:
-        """Returns the most tokens of a text in a lane."""
+        """Returns the greatest number of tokens of a text in a lane."""
         assert self.limit is not None
         return self.limit
 
     def bound(self, lane: Lane, text: Any) -> int:
-        """Guesses the tokens of a text from above, by its characters, without tokenizing it."""
+        """Returns an upper bound of a text's tokens from its characters, without tokenizing it."""
         n_special = self.tokenizer.num_special_tokens(True)
         n_tokens = n_characters(text) + n_special + (0 if isinstance(text, list) else len(lane.prompt))
         return n_tokens if self.limit is None else min(n_tokens, self.limit_of(lane))
 
     def _of_ids(self, lane: Lane, rows: list[list[int]]) -> Tokens:
-        """Returns rows of token ids as tokens. Special tokens are put around a row that has none at its ends."""
+        """Returns rows of token ids as tokens. A row without special tokens at its ends gets them."""
         template = self.tokenizer.template(False)
         n_special, limit = offsets.n_special_tokens(template), self.limit_of(lane)
         n_before = offsets.n_special_tokens(template, 0)
@@ -119,15 +119,15 @@ class Served:
         return Tokens(split(offsets.pack(template, bare)), n_truncated, n_cut)
 
     def compute(self, lane: Lane, items: list[Item]) -> list[Any]:
-        """Returns a result for each item; a NotFinite for one that has NaN or infinity."""
+        """Returns a result for each item, and a NotFinite for a result with NaN or infinity."""
         self.n_threads = torch.get_num_threads()
         with _turn(self.bert.device):
             return _checked(self._compute(lane, items))
 
     def compute_here(self, lane: Lane, items: list[Item]) -> list[Any] | None:
-        """Returns what `compute` does, or None where it would wait for another model, or compute by several threads.
+        """Does the same as `compute`, or returns None if it would wait for another model or use several threads.
 
-        Threads that compute belong to the one that calls them: a second group would be in the way of the first.
+        OpenMP's threads belong to the thread that calls them. A second group would slow the first one down.
         """
         if self.bert.device.type != "cpu" or torch.get_num_threads() > 1 or not _CPU.acquire(blocking=False):
             return None
@@ -141,13 +141,13 @@ class Served:
 
 
 class NotFinite(ArithmeticError):
-    """A NotFinite stands for a result with NaN or infinity, which JSON cannot hold."""
+    """A NotFinite replaces a result with NaN or infinity, which JSON does not support."""
 
 
 class ServedEncoder(Served):
-    """A ServedEncoder makes vectors: the tasks are "embed", "embed_all" and "sparse".
+    """A ServedEncoder makes vectors. Its tasks are "embed", "embed_all" and "sparse".
 
-    Results are (dim,) float32, (tokens, dim) float32, and (ids, weights) of sparse vectors.
+    The results are (dim,) float32, (tokens, dim) float32, and (ids, weights) of sparse vectors.
     """
 
     kind = "embedding"
@@ -161,7 +161,7 @@ class ServedEncoder(Served):
 
     @property
     def pooling(self) -> str:
-        """Names what makes a vector of a text, as /info says it."""
+        """Returns the name of the pooling, for /info."""
         if self.model.has_dense:
             return "+".join(self.model.pooling.modes)
         return "splade" if "sparse" in self.tasks else "none"
@@ -191,9 +191,9 @@ class ServedEncoder(Served):
 
 
 class ServedClassifier(Served):
-    """A ServedClassifier scores texts and pairs: the tasks are "predict", and "rerank" with one label.
+    """A ServedClassifier scores texts and pairs. Its tasks are "predict", and "rerank" for one label.
 
-    Results are (labels,) float32: logits, or a sigmoid of one label and a softmax over several.
+    The results are (labels,) float32: logits, or the sigmoid of one label or the softmax over several.
     """
 
     kind = "classifier"
@@ -203,7 +203,7 @@ class ServedClassifier(Served):
         self.limit = model.max_seq_length
         self.tasks = frozenset({"predict", "rerank"} if model.num_labels == 1 else {"predict"})
         self.kind = "reranker" if model.num_labels == 1 else "classifier"
-        # Labels that do not exclude one another each have a probability of their own.
+        # In a multi-label model each label has its own probability.
         self._independent = model.num_labels == 1 or model.config.problem_type == "multi_label_classification"
 
     def _compute(self, lane: Lane, items: list[Item]) -> list[Any]:
@@ -217,9 +217,9 @@ class ServedClassifier(Served):
 
 
 class ServedTagger(Served):
-    """A ServedTagger finds entities: the task is "entities".
+    """A ServedTagger finds entities. Its task is "entities".
 
-    Results are (T, labels) float32 logits of all rows of a text, of which `entities` makes the entities.
+    The results are (T, labels) float32 logits of all rows of a text. `entities` makes the entities from them.
     """
 
     kind = "tagger"
@@ -241,7 +241,7 @@ class ServedTagger(Served):
         return np.split(of_tokens, ends[:-1])
 
     def entities(self, text: WindowedText, of_tokens: np.ndarray, strategy: str | None, ignore: Any) -> list[Entity]:
-        """Returns the entities of a text. strategy, ignore: None for the model's own."""
+        """Returns the entities of a text. strategy, ignore: None means the model's own."""
         recognizer = self.model
         if strategy is not None or ignore is not None:
             recognizer = copy.copy(recognizer)
@@ -251,7 +251,7 @@ class ServedTagger(Served):
 
 
 def serve_model(name: str, model: Any) -> Served:
-    """Returns a model behind the interface. Raises TypeError for another kind of model."""
+    """Returns the `Served` of a model. Raises TypeError for another kind of model."""
     kinds: dict[type, type[Served]] = {
         SentenceEncoder: ServedEncoder,
         CrossEncoder: ServedClassifier,

@@ -1,4 +1,4 @@
-"""`run` serves an app until it is told to stop, and then answers what it has taken."""
+"""`run` serves an app until it gets a signal to stop, and then answers all accepted requests."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fastbert.serving.logs import logger
 from fastbert.serving.service import Service
 
 BACKLOG = 1024
-KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep a connection, so that it is not closed as they use it
-ARRIVAL_SECONDS = 0.2  # in which the request of a connection that was accepted last can arrive
+KEEP_ALIVE_SECONDS = 75  # longer than load balancers keep idle connections, so that they close first
+ARRIVAL_SECONDS = 0.2  # the time for requests of the last accepted connections to arrive
 
 
 class Server(uvicorn.Server):
-    """A Server drains first when a signal tells it to stop: /ready says no, while requests are still answered.
+    """A Server drains after a signal to stop: /ready answers no, and other requests are still answered.
 
-    drain_seconds: how long, so that a load balancer sees it. After that no connection is accepted, and the process ends
-    when all requests have their answers. A second signal ends the draining.
+    drain_seconds: the time of draining, in which a load balancer can notice it. After that no connection is accepted,
+    and the process ends when all requests have their answers. A second signal ends the draining at once.
     """
 
     def __init__(self, service: Service, host: str, port: int, drain_seconds: float) -> None:
@@ -51,7 +51,7 @@ class Server(uvicorn.Server):
         logger.info("listening", extra={"fields": {"host": address[0], "port": address[1]}})
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for _ in range(3):  # the event loop accepts the connections that wait
+        for _ in range(3):  # the event loop accepts waiting connections
             await asyncio.sleep(0)
         for server in self.servers:
             server.close()
@@ -61,11 +61,11 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._loop is None:
             self.should_exit = True
-        else:  # not here: a signal may come while this thread holds a lock of the metrics
+        else:  # later, because this thread may hold a lock of the metrics
             self._loop.call_soon_threadsafe(self._stop_by, sig)
 
     def _stop_by(self, sig: int) -> None:
-        is_ready = self.service.state == "ready"  # else nobody has to see that it is so no longer
+        is_ready = self.service.state == "ready"  # otherwise no load balancer sends requests yet
         self.service.drain()
         if is_ready and self.drain_seconds and self._loop is not None:
             self._loop.call_later(self.drain_seconds, self.stop)
@@ -76,29 +76,29 @@ class Server(uvicorn.Server):
 
 
 def run(service: Service, host: str, port: int, drain_seconds: float = 0.0) -> None:
-    """Serves until SIGTERM or SIGINT. Raises what the loading of a model raised.
+    """Serves until SIGTERM or SIGINT. Raises the error of loading a model.
 
-    A stop while a model is being loaded does not wait for it: `service.abandoned` is true, and a thread still loads.
-    Raises OSError for an address that cannot be had, before a model is loaded.
+    A stop does not wait for a model that is being loaded: `service.abandoned` is true, and a thread still loads. Raises
+    OSError, before any model is loaded, if the server cannot listen on the address.
     """
     server = Server(service, host, port, drain_seconds)
     try:
         server.run([server.config.bind_socket()])
-    except (SystemExit, OverflowError) as error:  # uvicorn's and Python's ways to say that it cannot listen
+    except (SystemExit, OverflowError) as error:  # uvicorn's and Python's errors if the server cannot listen
         raise OSError(f"cannot listen on {host}:{port}") from error
     if service.error is not None:
         raise service.error
 
 
 class ServerThread:
-    """A ServerThread runs a server beside the calling thread, for tests and notebooks, on a port of its own choice."""
+    """A ServerThread runs a server in a thread, on a free port, for tests and notebooks."""
 
     def __init__(self, service: Service, host: str = "127.0.0.1", port: int = 0) -> None:
         self.server = Server(service, host, port, 0.0)
         self._thread = threading.Thread(target=self.server.run, name="fastbert-server", daemon=True)
 
     def start(self) -> ServerThread:
-        """Starts the server, and returns when it is ready. Raises RuntimeError where a model cannot be loaded."""
+        """Starts the server, and returns when it is ready. Raises RuntimeError if a model cannot be loaded."""
         self._thread.start()
         while not (self.server.started and self.server.service.state == "ready"):
             self._thread.join(0.02)
@@ -107,7 +107,7 @@ class ServerThread:
         return self
 
     def stop(self) -> None:
-        """Stops the server when all requests have their answers."""
+        """Stops the server after all requests have their answers."""
         self.server.stop()
         self._thread.join()
 

@@ -1,4 +1,4 @@
-"""A Service holds the models of a server: it loads them, says when they are ready, and computes for callers."""
+"""A Service holds the models of a server. It loads them, reports their state, and computes for callers."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from fastbert.serving.worker import Worker
 
 logger = logging.getLogger("fastbert.serving")
 
-TOKENIZERS = 2  # threads that tokenize, while a batch is computed
-# Texts and characters of a request that take less time to tokenize than a thread does to begin.
+TOKENIZERS = 2  # threads that tokenize during the computation of a batch
+# The most texts and characters of a request that is tokenized faster than a thread starts.
 FEW_TEXTS, FEW_CHARACTERS = 8, 1000
-ALONE_SECONDS = 0.1  # in which no other connection has asked, where a caller is the only one
+ALONE_SECONDS = 0.1  # a caller is alone if no other connection sent a request in this time
 _TEXT = "One text."
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The Settings of a server.
+    """A Settings holds the settings of a server.
 
-    batch_invariant: what the models were loaded with, which `/info` says. truncate: whether longer texts are cut where
-    a request says nothing.
+    batch_invariant: the models' setting, for `/info`. truncate: whether longer texts are truncated if a request does
+    not set it.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -59,9 +59,9 @@ class Answer:
 class Service:
     """A Service is "starting" until its models are loaded and warm, then "ready", and "draining" before it stops.
 
-    loaders: by the name of a model, what loads it. A state of "failed" has its reason in `error`. abandoned: it was
-    stopped while it was starting. later: what is counted and logged when an answer has been sent. in_flight: requests
-    without an answer.
+    loaders: functions that load the models, by name. If the state is "failed", `error` has the reason. abandoned:
+    whether it was stopped while it was starting. later: counts and log entries that follow after an answer. in_flight:
+    the number of requests without an answer.
     """
 
     def __init__(self, loaders: Mapping[str, Callable[[], Any]], settings: Settings | None = None) -> None:
@@ -79,18 +79,18 @@ class Service:
         self.abandoned = False
         self.started = int(time.time())
         self._pool = ThreadPoolExecutor(TOKENIZERS, "fastbert-tokenizer")
-        self._workers = [Worker("fastbert-cpu")]  # and one for each model on another device
+        self._workers = [Worker("fastbert-cpu")]  # each model on another device has its own worker
 
     error: BaseException | None
 
     def load(self) -> None:
-        """Loads and warms up all models; afterwards the service is ready, or failed. A stop ends it after a model."""
+        """Loads and warms up all models. Then the service is ready or failed. A stop takes effect after each model."""
         try:
             for name, load in self.loaders.items():
                 if self.state == "starting":
                     self._workers[0].call(partial(self._add, name, load))
         except BaseException as error:
-            if self.state == "starting":  # else nobody waits for the models any more
+            if self.state == "starting":  # otherwise the service was stopped
                 self.state, self.error = "failed", error
             raise
         if self.state == "starting":
@@ -99,7 +99,7 @@ class Service:
             logger.info("ready", extra={"fields": {"models": list(self.models)}})
 
     def _add(self, name: str, load: Callable[[], Any]) -> None:
-        torch.get_num_threads()  # which gives OpenMP this number of threads in this thread
+        torch.get_num_threads()  # this call sets OpenMP's number of threads in this thread
         model = serve_model(name, load())
         started = time.perf_counter()
         metrics = self.metrics_of[name] = self.metrics.of(name)
@@ -123,13 +123,13 @@ class Service:
         logger.info("warm", extra={"fields": {"model": name, "kind": model.kind, "seconds": seconds}})
 
     def drain(self) -> None:
-        """Says from now on that the service is not ready, while it goes on answering."""
+        """Reports from now on that the service is not ready. It still answers requests."""
         self.abandoned = self.abandoned or self.state == "starting"
         self.state = "failed" if self.state == "failed" else "draining"
         self.metrics.ready.set(0)
 
     def close(self) -> None:
-        """Computes what waits, and ends all threads but one that is loading a model."""
+        """Computes waiting requests, and ends all threads except one that is loading a model."""
         self.drain()
         for worker in self._workers:
             worker.close(0.0 if self.abandoned else self.settings.limits.seconds)
@@ -142,21 +142,21 @@ class Service:
         return self.state != "failed" and all(worker.alive for worker in self._workers)
 
     def check_serving(self) -> None:
-        """Raises ApiError 503 before the models are there."""
+        """Raises ApiError 503 before the models are loaded."""
         if len(self.models) < len(self.loaders):
             raise ApiError(503, "not_ready", "the models are being loaded", retry_after=1)
 
     def named(self, name: str) -> Served:
-        """Returns the model of a name. Raises ApiError 404 where there is none."""
+        """Returns the model with this name. Raises ApiError 404 if there is none."""
         if name not in self.models:
             message = f"there is no model of this name; there are {', '.join(self.models)}"
             raise ApiError(404, "model_not_found", message, param="model")
         return self.models[name]
 
     def model_for(self, tasks: frozenset[str], name: str | None) -> Served:
-        """Returns the model of a name, or the first that does one of the tasks.
+        """Returns the model with this name, or the first model with one of the tasks.
 
-        Raises ApiError 424 where it does none of them.
+        Raises ApiError 424 if it has none of them.
         """
         models = list(self.models.values()) if name is None else [self.named(name)]
         for model in models:
@@ -166,9 +166,9 @@ class Service:
         raise ApiError(424, "unsupported_task", f"none of the requested models supports {wanted}", param="model")
 
     def is_only_caller(self, address: Any) -> bool:
-        """Tells whether no other connection than that of this request has asked in the last ALONE_SECONDS.
+        """Tells whether only the connection of this request has sent requests in the last ALONE_SECONDS.
 
-        One connection has one request at a time: then no other request waits while it is computed.
+        A connection has one request at a time. So no other request waits during its computation.
         """
         now = time.perf_counter()
         last, at = self._last_caller
@@ -189,7 +189,7 @@ class Service:
         batcher, limits = self.batchers[model.name], self.settings.limits
         if model.limit is None:
             limits.check_characters(texts)
-        # The guess may exceed the limit of a request; other requests must not be refused because of it.
+        # The estimate may exceed the limit of a request. Other requests must not be refused because of it.
         work = batcher.reserve(min(sum(model.bound(lane, text) for text in texts), limits.tokens))
         try:
             if len(texts) <= FEW_TEXTS and sum(map(n_characters, texts)) <= FEW_CHARACTERS:
@@ -205,13 +205,13 @@ class Service:
             if tokens.n_tokens > limits.tokens:
                 message = f"the request has {tokens.n_tokens} tokens, expected at most {limits.tokens}"
                 raise ApiError(413, "too_many_tokens", message)
-            lane = lane._replace(side="")  # it need not part them any more
+            lane = lane._replace(side="")  # texts are truncated already, so the side may not separate them
             limits.check_numbers(tokens.n_tokens * model.bert.config.hidden_size if lane.task == "embed_all" else 0)
             if not (is_only and self.in_flight == 1 and batcher.run_here(work, lane, tokens.items)):
                 await _done(batcher.submit(work, lane, tokens.items))
             results = work.future.result()
         finally:
-            work.future.cancel()  # no effect on one that is done
+            work.future.cancel()  # has no effect on a finished future
         for result in results:
             if isinstance(result, Exception):
                 raise _failure(result)
@@ -236,7 +236,7 @@ async def _done(future: Future[Any]) -> None:
     loop, waiter = asyncio.get_running_loop(), asyncio.Future[None]()
 
     def wake(_: Future[Any]) -> None:
-        with suppress(RuntimeError):  # the loop has ended, and with it whoever waits
+        with suppress(RuntimeError):  # the event loop has ended, and the caller with it
             loop.call_soon_threadsafe(_set, waiter)
 
     future.add_done_callback(wake)

@@ -1,4 +1,4 @@
-"""Texts of many callers share a batch where their lanes are equal: these are the data that the parts pass on."""
+"""This module holds the data types of the queue. Texts of many callers share a batch if their lanes are equal."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastbert.text.encoding import PackedEncoding
 
 
 class Lane(NamedTuple):
-    """A Lane says what is computed for a text. Texts of equal lanes may share a batch.
+    """A Lane describes the computation for a text. Texts of equal lanes may share a batch.
 
-    task: one of the model's tasks. prompt: stands before the text. normalize: whether vectors get length 1. dimensions:
-    how many numbers of a vector are kept. raw: whether scores are logits. side: the end of longer texts that is cut, ""
-    for the tokenizer's choice; "" also when they have been.
+    task: one of the model's tasks. prompt: the prefix of the text. normalize: whether vectors get length 1. dimensions:
+    the number of kept elements of a vector. raw: whether scores are logits. side: the side on which longer texts are
+    truncated, "" for the tokenizer's choice, and after truncation.
     """
 
     task: str
@@ -31,9 +31,9 @@ class Lane(NamedTuple):
 
 
 class Item(NamedTuple):
-    """An Item is a text as tokens: one row, or several rows where it is read in windows.
+    """An Item is a tokenized text: one row, or several rows if it is read in windows.
 
-    input_ids, token_type_ids: (T,) int64 on the host. lengths: of the rows, which sum to T.
+    input_ids, token_type_ids: (T,) int64 on the host. lengths: the lengths of the rows, whose sum is T.
     """
 
     input_ids: Tensor
@@ -68,11 +68,11 @@ def join(items: Sequence[Item]) -> PackedEncoding:
 
 @dataclass(eq=False)
 class Work:
-    """A Work is what one caller waits for: the items of a request, each computed in one batch or another.
+    """A Work holds the items of one request. They may be computed in different batches.
 
-    n_tokens: what it takes of the queue's room, a bound until the items are known. future: resolves to the results, in
-    the order of the items, an exception in the place of an item that failed. Whoever cancels it takes the work out of
-    the queue.
+    n_tokens: its reserved room in the queue; an upper bound until the items are known. future: resolves to the results
+    in the order of the items, with an exception in the place of a failed item. Cancelling it removes the work from the
+    queue.
     """
 
     n_tokens: int

@@ -1,4 +1,4 @@
-"""A Worker is the thread that computes: for one model, or for all that share a processor."""
+"""A Worker is a thread that computes for one model, or for all models on the CPU."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ class Source(Protocol):
 
     @property
     def waits(self) -> bool:
-        """Tells whether there is a batch."""
+        """Tells whether there is a batch to compute."""
 
     def next_batch(self) -> Callable[[], None]:
-        """Returns what computes a batch, which leaves the queue by this. The caller has the worker's lock."""
+        """Removes a batch from the queue, and returns a function that computes it. The caller has the worker's lock."""
 
     def stop(self) -> None:
-        """Takes no more work. The caller has the worker's lock."""
+        """Accepts no more work. The caller has the worker's lock."""
 
 
 class Worker:
-    """A Worker computes a batch of one of its sources after the other. They take turns.
+    """A Worker computes the batches of its sources. The sources take turns.
 
-    OpenMP keeps a group of threads for each thread that computes. A second group, even one that never computes again,
-    makes both wait less eagerly, and a short batch take a fifth longer. So models that compute on the CPU share a
-    worker, and what loads them and warms them up runs there, too.
+    OpenMP keeps a group of threads for each thread that computes. If there is a second group, even an idle one, both
+    groups spin less while they wait, and a short batch takes a fifth longer. So models on the CPU share a worker. They
+    are also loaded and warmed up there.
 
-    changed: the lock of all that its sources have, and what wakes the thread.
+    changed: the condition that wakes the thread; its lock protects the state of all sources.
     """
 
     def __init__(self, name: str = "fastbert") -> None:
@@ -48,13 +48,13 @@ class Worker:
         return not self._is_started or self._thread.is_alive()
 
     def add(self, source: Source) -> None:
-        """Computes what a source has from now on."""
+        """Computes the batches of a source from now on."""
         with self.changed:
             self._sources.append(source)
             self._start()
 
     def call(self, function: Callable[[], Any]) -> Any:
-        """Returns what a function returns that runs in this thread. Raises what it raises."""
+        """Runs a function in the worker's thread. Returns its result, or raises its error."""
         future: Future[Any] = Future()
 
         def run() -> None:
@@ -70,9 +70,9 @@ class Worker:
         return future.result()
 
     def begin_here(self) -> bool:
-        """Tells whether another thread may compute in the place of this one, until it calls `end_here`.
+        """Tells whether the calling thread may compute in the place of the worker, until it calls `end_here`.
 
-        It may not where something is being computed, or waits for it.
+        It may not if a batch is running or waiting.
         """
         with self.changed:
             if self._is_busy or self._is_closing or self._is_due():
@@ -81,14 +81,14 @@ class Worker:
             return True
 
     def end_here(self) -> None:
-        """Lets this thread compute again."""
+        """Lets the worker's thread compute again."""
         with self.changed:
             self._is_busy = False
             if self._is_closing or self._is_due():
                 self.changed.notify()
 
     def close(self, seconds: float = 60.0) -> None:
-        """Computes what the sources have waiting, and ends the thread."""
+        """Computes the waiting batches of the sources, and ends the thread."""
         with self.changed:
             self._is_closing = True
             for source in self._sources:
@@ -121,7 +121,7 @@ class Worker:
     def _next(self) -> Callable[[], None]:
         if self._calls:
             return self._calls.popleft()
-        while True:  # to the next one that waits
+        while True:  # finds the next source that has a batch
             self._sources.rotate(-1)
             if self._sources[-1].waits:
                 return self._sources[-1].next_batch()

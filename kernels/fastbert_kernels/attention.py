@@ -7,22 +7,21 @@ probabilities are rounded to the input dtype for the second product. FLOPs: 4 * 
 least 4 * T * N * D elements.
 
 A tile of BLOCK_Q query rows holds either a slice of one long sequence or several whole short ones, masked
-block-diagonally. Which rows a tile holds is decided once a batch, in a list of tiles: see `work_list`. A program takes
-a tile and a head. Heads come first in the grid, so that tiles with the most keys start first in all heads, and rows
-that fill a list of fixed length up come when everything else has started.
+block-diagonally. A list of tiles, made once a batch, defines the rows of each tile: see `work_list`. A program computes
+one tile for one head. Heads come first in the grid. So tiles with the most keys start first in all heads, and the empty
+tiles at the end of a list of fixed length start last.
 
-A tile of several sequences multiplies all its rows by all its keys before masking, so a NaN or infinity in one text can
-reach the texts that share its tile.
+A tile of several sequences multiplies all its rows by all its keys before masking, so a NaN or infinity in one sequence
+can reach the sequences that share its tile.
 
-Where every sequence starts a tile of its own (`share=False` in the work list), a row's bits do not depend on the other
-sequences: it stands in the same place of its tile whatever the batch, its keys come in the same blocks, counted from
-the first of its sequence, and the same ones are masked. In a shared tile the blocks begin at the first key of another
-sequence, so sums are split elsewhere. Sequences that are much shorter than BLOCK_Q then go into a list of their own
-(`short_list`), in tiles of 16 rows and with all their keys in one block. Which list that is depends on a sequence's own
-length and nothing else.
+If no tile is shared (`share=False` in the work list), a row's bits do not depend on the other sequences. The row has
+the same place in its tile in any batch. Its keys are in the same blocks, counted from the first key of its sequence,
+with the same mask. In a shared tile the blocks begin at the first key of another sequence, so sums are split elsewhere.
+Without sharing, sequences much shorter than BLOCK_Q have a separate list (`short_list`), with tiles of 16 rows and all
+their keys in one block. Only a sequence's own length decides its list.
 
-Within a window (attention_window.py), a tile visits the keys that some of its queries reach, and each block has a mask.
-Blocks then begin `window` keys before the tile's first query, which is again a matter of the sequence alone.
+Within a window (attention_window.py), a tile reads the keys that some of its queries reach, and each block has a mask.
+Blocks then begin `window` keys before the tile's first query. This, too, depends only on the sequence.
 
 Source: Dao, "FlashAttention-2", 2023, arXiv:2307.08691; online softmax after Milakov and Gimelshein, arXiv:1805.02867.
 """
@@ -46,7 +45,7 @@ from fastbert_kernels.quantize import quantize_rows
 from fastbert_kernels.work_list import WorkList
 
 LN_2 = tl.constexpr(0.6931471805599453)
-MAX_TILES = 65_532  # Of a launch: 65,535 rounded down, so that each part of a list is as aligned as the first.
+MAX_TILES = 65_532  # The most of a launch: 65,535 rounded down, so that all parts of a list have the same alignment.
 
 
 @jit
@@ -320,19 +319,20 @@ def varlen_attention_forward(
 ) -> torch.Tensor:
     """Computes attention: (T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
 
-    quantized: buffers (T, N * D), float8_e4m3fn or int8, and (T, N) float32, both contiguous, to fill with the result
-    in 8 bits and a scale a row and head, as `quantize` says; then the first is returned, and nothing else written.
+    quantized: contiguous buffers (T, N * D), float8_e4m3fn or int8, and (T, N) float32, for the result in 8 bits and
+    one scale for each row and head, as in `quantize`. Then the first buffer is returned, and nothing else is written.
 
-    work_list: on qkv's device, built for the BLOCK_Q of `config`, which is by default what `configs.attention_config`
-    gives. Rows of it past its tiles cost nothing, and rows of qkv that no tile holds are left as they are. qkv needs
-    unit stride along its last axis.
+    work_list: on qkv's device, built for the BLOCK_Q of `config` (by default from `configs.attention_config`). Its
+    empty tiles cost nothing. Output rows outside of all tiles are not written. qkv needs unit stride along its last
+    axis.
 
-    short_list: more tiles, of sequences of at most BLOCK_K of `configs.short_attention_config` tokens, built for its
-    BLOCK_Q; a second launch, also of an empty list, so that no later batch is the first to compile it.
+    short_list: tiles of sequences of at most BLOCK_K tokens, with BLOCK_Q and BLOCK_K of
+    `configs.short_attention_config`. It is a second launch, even if it is empty, so that no later batch must compile
+    the kernel.
 
-    dropout: of the probabilities. lse: a buffer (N, T) float32 with unit stride along T, to fill with the natural
-    logarithm of each row's sum of exponentials, which the backward pass needs. bias: is added to the scaled scores.
-    window: which keys a query reaches, by default all of its sequence.
+    dropout: the dropout of the probabilities. lse: a buffer (N, T) float32 with unit stride along T, for the natural
+    logarithm of each row's sum of exponentials, which the backward pass needs. bias: added to the scaled scores.
+    window: the keys that a query reaches, by default all of its sequence.
     """
     n_rows, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     head_size = hidden_size // num_heads
@@ -341,7 +341,7 @@ def varlen_attention_forward(
         return out
     config = config or configs.attention_config(qkv.dtype, head_size, launch.arch(qkv.device)).block_sizes
     if bias is not None and lse is not None and launch.arch(qkv.device) < 90:
-        config = {**config, "num_warps": 8}  # which leaves registers to the bias
+        config = {**config, "num_warps": 8}  # leaves registers for the bias
     lists = [(work_list, config, False)]
     if config.get("WARP_SPECIALIZE"):
         plain = quantized is None and dropout is None and lse is None and bias is None and window is None
@@ -358,7 +358,7 @@ def varlen_attention_forward(
     table, columns, width = (None, None, 0) if bias is None else (*bias, bias.table.shape[1])
     size, ranges = (None, None) if window is None else window
     precision = launch.dot_precision(qkv.dtype)
-    # Grid: every head for every tile of a work list, as many at a time as a grid's second dimension holds.
+    # Grid: every head for every tile of a work list. A launch takes as many tiles as a grid's second dimension allows.
     for (tiles, row_spans), block_sizes, one_block in lists:
         for part in tiles.split(MAX_TILES) if tiles.shape[0] > MAX_TILES else (tiles,):
             grid, facts = (num_heads, part.shape[0]), None

@@ -7,18 +7,19 @@
 
 qkv, grad_qkv: (T, 3 * N * D), laid out [q | k | v]; dout, out: (T, N * D); fp32 / bf16 / fp16, D from 16 to 128. lse
 and delta: (N, T) float32. p, ds and all sums are float32; p and ds are rounded to the input dtype for the products that
-they enter. FLOPs: 14 * N * D * sum_b len_b^2, where one pass that adds dq atomically would need 10, and float32 has 4
-more. Bytes moved: 12 * T * N * D elements and 36 * T * N bytes at least.
+they enter. FLOPs: 14 * N * D * sum_b len_b^2, and 4 more in float32. One pass that adds dq atomically would need 10.
+Bytes moved: 12 * T * N * D elements and 36 * T * N bytes at least.
 
-The first pass, `attention_query_gradient`, has a program for each tile of queries, which goes over blocks of keys; the
-second, `attention_key_gradient`, one for each tile of keys, which goes over blocks of queries. Each sum is made by one
-program in a fixed order, so the bits do not vary. Tiles and work lists are as in the forward pass: `work_list`
-describes them, and what shares a tile.
+In the first pass, `attention_query_gradient`, each program has a tile of queries and loops over blocks of keys. In the
+second pass, `attention_key_gradient`, each program has a tile of keys and loops over blocks of queries. One program
+computes each sum in a fixed order, so the bits do not vary. Tiles and work lists are as in the forward pass: see
+`work_list`.
 
-Within a window (attention_window.py), a tile of queries visits the keys that one of them reaches, and a tile of keys
-the queries that reach one of them: BLOCK + 2 * window rows, however long the text.
+Within a window (attention_window.py), a tile of queries reads the keys that one of them reaches. A tile of keys reads
+the queries that reach one of them. This is BLOCK + 2 * window rows for any length of the sequence.
 
-With a position bias, p has it beside the scaled product, and a third pass, `attention_bias_gradient`, has its gradient.
+With a position bias, p contains it besides the scaled product. A third pass, `attention_bias_gradient`, computes its
+gradient.
 
 The factor keep_scale is taken out of the sums: delta is divided by it, and so is ds; the results are multiplied.
 
@@ -47,14 +48,14 @@ from fastbert_kernels.work_list import WorkList, build_work_list
 
 
 class Plan(NamedTuple):
-    """A `Plan` holds what the gradients need of a batch, on its device: the lists that `work_lists` made."""
+    """A `Plan` holds the work lists for a batch's gradients, made by `work_lists`, on its device."""
 
     queries: WorkList
     keys: WorkList
 
 
 def work_lists(cu_seqlens: Sequence[int], tiles: configs.AttentionBackward, share: bool = True) -> Plan:
-    """Lists the tiles of queries and those of keys as `build_work_list` does, on the CPU. Equal lists are one."""
+    """Lists the tiles of queries and of keys on the CPU, as `build_work_list` does. Equal lists are one object."""
     n_queries, n_keys = tiles.query["BLOCK_Q"], tiles.key["BLOCK_K"]
     queries = build_work_list(cu_seqlens, n_queries, share)
     return Plan(queries, queries if n_keys == n_queries else build_work_list(cu_seqlens, n_keys, share))
@@ -74,15 +75,14 @@ def varlen_attention_backward(
     want_bias: bool = True,
     window: Window | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Computes the gradient of qkv, (T, 3 * N * D), in its dtype, from that of the result, grad (T, N * D).
+    """Computes the gradient of qkv, (T, 3 * N * D), in its dtype, from grad, (T, N * D), the gradient of the result.
 
-    With a bias whose gradient is wanted, and whose rows must be neighbours then, it computes that of its table as well,
-    (N, 2R + 1) float32.
+    If the gradient of a bias is needed, it also computes that of its table, (N, 2R + 1) float32. The table's rows must
+    then be neighbours.
 
-    out (T, N * D) and lse (N, T) float32 are what `varlen_attention_forward` computed with the same scale, dropout and
-    window, which there is none of beside a bias.
-    Each needs unit stride along its last axis. Rows that no tile holds are left as they are: the caller sets them to
-    zero where the batch has some.
+    out (T, N * D) and lse (N, T) float32 are results of `varlen_attention_forward` with the same scale, dropout and
+    window. A bias excludes a window. Each tensor needs unit stride along its last axis. Rows outside of all tiles are
+    not written: the caller must set them to zero if there are any.
     """
     assert window is None or bias is None, "a window has no position bias"
     n_rows, hidden_size = grad.shape

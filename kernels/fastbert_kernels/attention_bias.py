@@ -1,8 +1,9 @@
 """This module adds a position bias to attention's scores.
 
-A bias is a table (N, 2R + 1): of each head, what is added to the score of a key that stands -R to R columns after the
-query. Farther keys have the number of the farthest. Kernels add it to q . k before that is multiplied by the softmax
-scale, so it is divided by the scale when it is loaded. Bytes moved: the table of a head stays in the L1 cache.
+A bias is a table (N, 2R + 1). It holds, for each head, the number that is added to the score of a key -R to R columns
+after the query. Keys at greater distances have the number of R or -R. Kernels add it to q . k before the multiplication
+by the softmax scale, so it is divided by the scale when it is loaded. Bytes moved: the table of a head stays in the L1
+cache.
 """
 
 from __future__ import annotations
@@ -20,21 +21,21 @@ DO_NOT_SPECIALIZE = ("bias_radius",)
 class PositionBias(NamedTuple):
     """A `PositionBias` is a table, (N, 2R + 1), contiguous, in any float dtype.
 
-    columns: (T,) int32, the column of each row; None where the rows of each sequence are neighbours.
+    columns: (T,) int32, the column of each row; None if the tokens of each sequence are neighbours.
     """
 
     table: torch.Tensor
     columns: torch.Tensor | None
 
 
-# The arguments of a kernel where there is no bias.
+# The arguments of a kernel without a bias.
 NONE: dict[str, Any] = {
     **dict.fromkeys(("bias_ptr", "columns_ptr", "bias_radius", "bias_scale")), "BIASED": False, "HOLES": False
 }  # fmt: skip
 
 
 def arguments(bias: PositionBias | None, scale: float) -> dict[str, Any]:
-    """Returns the arguments of a kernel for a bias, or for none. scale: of the softmax."""
+    """Returns the arguments of a kernel for a bias, or for none. scale: the scale of the softmax."""
     if bias is None:
         return NONE
     return {

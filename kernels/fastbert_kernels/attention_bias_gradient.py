@@ -1,14 +1,14 @@
-"""This kernel computes the gradient of attention's position bias, in which no two programs add to one number.
+"""This kernel computes the gradient of attention's position bias. No two programs add to the same number.
 
     dbias[n, w] = keep_scale * sum of ds[n, i, j] over the pairs of rows with w = min(max(j - i, -R), R)
 
-`attention_backward` has the formula of ds, and `attention_bias` says what a bias is. A program takes a tile of queries
-of one head, and goes over blocks of keys. It sums ds along the diagonals of a block, and adds them to a row of numbers
-of its own, (2R + 1,). These rows are added afterwards, so the bits do not vary. It reads q, k, v, dout and 16 bytes a
+`attention_backward` has the formula of ds, and `attention_bias` defines a bias. A program has a tile of queries of one
+head, and loops over blocks of keys. It sums ds along the diagonals of a block, and adds these sums to its own row of
+numbers, (2R + 1,). The rows are added afterwards, so the bits do not vary. It reads q, k, v, dout and 16 bytes for each
 query and head. FLOPs: 4 * N * D * sum_b len_b^2.
 
-Where masks have holes, distances are between the columns of rows, and no longer the same along a diagonal. But those of
-one key to the queries of its sequence differ from one another. So ds is added key by key.
+If masks have holes, distances are between the columns of rows, and differ along a diagonal. But the distances of one
+key to the queries of its sequence all differ. So ds is added key by key.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.work_list import WorkList
 
-BLOCK_K = 32  # Few keys: the diagonals of a block take twice its registers.
+BLOCK_K = 32  # Small, because the diagonals of a block take twice its registers.
 
 
 @jit
@@ -170,8 +170,8 @@ def bias_gradient(
 ) -> torch.Tensor:
     """Computes the gradient of a bias's table, (N, 2R + 1) float32, zeros without rows.
 
-    grad, qkv and dropout are those of `varlen_attention_backward`; statistics, (N, T, 4) float32, and the list of tiles
-    are those of its first pass, and sizes the blocks of that.
+    grad, qkv and dropout are as in `varlen_attention_backward`. statistics, (N, T, 4) float32, the list of tiles and
+    the block sizes are those of its first pass.
     """
     hidden_size = qkv.shape[1] // 3
     n_tiles = queries.tiles.shape[0]

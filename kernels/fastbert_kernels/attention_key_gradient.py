@@ -1,8 +1,8 @@
 """This kernel computes the gradients of attention's keys and values.
 
-`attention_backward` has the formulas. A program takes a tile of keys, and goes over blocks of queries. Scores stand
-transposed, (keys, queries), so that they are the left operand of the products that follow. It reads q, dout, k, v and
-16 bytes a query and head, and writes dk and dv: 6 * T * N * D elements at least. FLOPs: 8 * N * D * sum_b len_b^2.
+`attention_backward` has the formulas. A program has a tile of keys, and loops over blocks of queries. Scores are
+transposed, (keys, queries), so that they are the left operand of the following products. It reads q, dout, k, v and 16
+bytes for each query and head, and writes dk and dv: 6 * T * N * D elements at least. FLOPs: 8 * N * D * sum_b len_b^2.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""This kernel computes the gradient of attention's queries, and what the pass over keys needs of each query.
+"""This kernel computes the gradient of attention's queries, and statistics of queries for the pass over keys.
 
-`attention_backward` has the formulas. A program takes a tile of queries, and goes over blocks of keys. It reads q, k,
-v, dout and out, and writes dq: 6 * T * N * D elements at least. FLOPs: 6 * N * D * sum_b len_b^2.
+`attention_backward` has the formulas. A program has a tile of queries, and loops over blocks of keys. It reads q, k, v,
+dout and out, and writes dq: 6 * T * N * D elements at least. FLOPs: 6 * N * D * sum_b len_b^2.
 
-In 16 bits, delta comes from the rounded result. Float32 would show what lse and such a delta lose: the probabilities of
-a row add up to 1 only within |lse| * 2^-24, and where one of them is almost 1, dp and delta cancel. So float32 goes
-over the keys twice, the first time for the sum of p, and for delta from the same products that it is subtracted from.
+In 16 bits, delta comes from the rounded result. In float32 the errors of lse and such a delta would be visible: the
+probabilities of a row add up to 1 only within |lse| * 2^-24, and if one of them is almost 1, dp and delta cancel. So in
+float32 the kernel loops over the keys twice. The first loop computes the sum of p, and delta from the same products
+from which it is later subtracted.
 """
 
 from __future__ import annotations

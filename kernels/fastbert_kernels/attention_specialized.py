@@ -1,14 +1,14 @@
-"""This kernel computes attention with warps that only fetch keys, for Hopper. It has not run on a GPU yet.
+"""This kernel computes attention on Hopper with warps that only load keys. It has not run on a GPU yet.
 
-It takes the tiles of `attention`, and gives what that kernel gives to within rounding. Keys and values come by tensor
-descriptors that the program makes itself, of its own sequences, so that rows past them read as zeros. No other kind
-may stand in a loop that Triton specialises: a descriptor made on the host keeps its box when Triton splits the tile
-between two groups of warps, so that copies overrun their buffers (https://github.com/triton-lang/triton/issues/11587).
-So this kernel takes no descriptor. Nor does it load a mask, which such a loop cannot have: no tile may be of several
-sequences, and work lists for it have none (`fastbert.ops.attention_plan`).
+It has the tiles of `attention`, and the same result except for rounding. It loads keys and values by tensor descriptors
+of its own sequences, which the program makes itself, so that rows past them read as zeros. A loop that Triton
+specialises allows no other descriptors: a descriptor made on the host keeps its box when Triton splits the tile between
+two groups of warps, so that copies overrun their buffers (https://github.com/triton-lang/triton/issues/11587). So this
+kernel has no descriptor among its arguments. Such a loop also cannot load a mask. So no tile may have several
+sequences, and work lists for it have no such tiles (`fastbert.ops.attention_plan`).
 
-Triton specialises with 4 warps alone; the program then has 12. It is no default: a table names it by WARP_SPECIALIZE,
-which `fastbert tune` writes where it is right and the fastest.
+Triton specialises only with 4 warps; the program then has 12. The kernel is not a default: a table selects it by
+WARP_SPECIALIZE, which `fastbert tune` writes if its results are right and it is the fastest.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from fastbert_kernels.attention_tiles import LOG2_E, LOWEST, load_tile
 from fastbert_kernels.jit import jit
 from fastbert_kernels.work_list import WorkList
 
-ARCH = 90  # The architecture on which it compiles as it should.
-STEPS = (64, 128)  # Keys a step that are worth a try.
+ARCH = 90  # The only architecture on which it compiles correctly.
+STEPS = (64, 128)  # Numbers of keys a step to try.
 
 
 @jit
@@ -80,13 +80,13 @@ def _specialized_attention_kernel(
 
 
 def tiles() -> list[dict[str, int]]:
-    """Lists the tiles that are worth a try, without BLOCK_D."""
+    """Lists the tiles to try, without BLOCK_D."""
     fixed = {"BLOCK_Q": 128, "WARP_SPECIALIZE": 1, "num_warps": 4, "num_stages": 2}
     return [{**fixed, "BLOCK_K": keys} for keys in STEPS]
 
 
 def obstacle(qkv: torch.Tensor, work_list: WorkList, head_size: int, for_arch: int) -> str | None:
-    """Tells why the kernel cannot take this qkv, (T, 3 * N * D), and list, or None."""
+    """Tells why the kernel does not support this qkv, (T, 3 * N * D), and list, or returns None."""
     if for_arch != ARCH and not launch.interpreted():
         return f"it is for sm_{ARCH}"
     if qkv.dtype not in (torch.bfloat16, torch.float16):
@@ -99,17 +99,17 @@ def obstacle(qkv: torch.Tensor, work_list: WorkList, head_size: int, for_arch: i
 
 
 def fallback(config: dict[str, int]) -> dict[str, int]:
-    """Returns a tile of the kernel of `attention` that has the same work list as a specialised one."""
+    """Returns a tile of the kernel of `attention` with the same work list as a specialised tile."""
     return {"BLOCK_Q": config["BLOCK_Q"], "BLOCK_K": 64, "BLOCK_D": config["BLOCK_D"], "num_warps": 8, "num_stages": 3}
 
 
 def specialized_attention_forward(
     qkv: torch.Tensor, work_list: WorkList, num_heads: int, scale: float, config: dict[str, int], out: torch.Tensor
 ) -> None:
-    """Computes what `varlen_attention_forward` does, into out (T, N * D); tiles as it takes them.
+    """Computes the result of `varlen_attention_forward` into out, (T, N * D), with the same tiles.
 
     config: BLOCK_Q, BLOCK_K, BLOCK_D, WARP_SPECIALIZE, num_warps (4 where WARP_SPECIALIZE) and num_stages. Raises
-    ValueError for what does not compile as it should: `obstacle`.
+    ValueError if there is an `obstacle`.
     """
     reason = obstacle(qkv, work_list, config["BLOCK_D"], launch.arch(qkv.device))
     if reason is None and config["WARP_SPECIALIZE"] and config["num_warps"] != 4:
@@ -117,7 +117,7 @@ def specialized_attention_forward(
     if reason is not None:
         raise ValueError(f"warp-specialised attention: {reason}")
     hidden_size = qkv.shape[1] // 3
-    # The allocator is of this context alone: a user may have set another.
+    # The allocator is set only in this context, because a user may have set another one.
     contextvars.copy_context().run(
         _run_with_memory,
         _specialized_attention_kernel,
@@ -135,10 +135,10 @@ def specialized_attention_forward(
 
 
 def _run_with_memory(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments: Any) -> None:
-    """Launches a kernel that makes descriptors, for which Triton asks for global memory."""
+    """Launches a kernel that makes descriptors. Triton requests global memory for them."""
     triton.set_allocator(_allocate)
     launch.run(kernel, grid, config, **arguments)
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")  # on the current device, as the launch is
+    return torch.empty(size, dtype=torch.int8, device="cuda")  # on the current device, on which the launch is

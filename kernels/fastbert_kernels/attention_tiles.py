@@ -1,4 +1,4 @@
-"""This module holds what attention's kernels share: tiles of the list, their rows, and what is kept of a query."""
+"""This module holds shared functions of attention's kernels: for tiles of the list, their rows, and statistics."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastbert_kernels.jit import jit
 from fastbert_kernels.work_list import N_COLUMNS, SPAN_BITS
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Where the running maximum starts. Finite, so that a row that has met no key yet does not compute inf - inf.
+# The start of the running maximum. It is finite, so that a row without a key so far does not compute inf - inf.
 LOWEST = tl.constexpr(-1.0e38)
 COLUMNS = tl.constexpr(N_COLUMNS)
 SPAN_SHIFT, SPAN_MASK = tl.constexpr(SPAN_BITS), tl.constexpr((1 << SPAN_BITS) - 1)

@@ -1,10 +1,10 @@
-"""This module keeps attention within a window: a query reaches the keys that stand at most so many columns from it.
+"""This module limits attention to a window: a query reaches only keys within so many columns.
 
-A tile of BLOCK_Q queries visits the keys from `window` rows before its first query to `window` rows after its last one,
-BLOCK_Q + 2 * window of them, however long the text. A mask takes away those that are too far from a query. In one text
-columns ascend, so the keys in reach of a query are neighbours: each row has a first key and an end. Where masks have
-holes, these come from the host, and are no farther away than without holes. The same holds the other way round, for a
-tile of keys in the backward pass: the queries that reach a key are those that it would reach.
+A tile of BLOCK_Q queries reads the keys from `window` rows before its first query to `window` rows after its last one.
+These are BLOCK_Q + 2 * window keys for any length of the sequence. A mask removes keys that are too far from a query.
+Columns ascend in a sequence, so the keys in reach of a query are neighbours: each row has a first key and an end. If
+masks have holes, both come from the host, and are no farther away than without holes. In the backward pass a tile of
+keys works in the same way, because reach is symmetric.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from fastbert_kernels.dropout import GROUP
 from fastbert_kernels.jit import jit
 
 DO_NOT_SPECIALIZE = ("window",)
-WIDEST = 1 << 29  # beyond any text
+WIDEST = 1 << 29  # wider than any sequence
 
 
 class Window(NamedTuple):
-    """A `Window` says which keys a query reaches.
+    """A `Window` defines the keys that a query reaches.
 
     size: columns on either side, 0 or more. ranges: (T, 2) int32, contiguous, the first key and the end of the keys of
-    each row, where masks have holes; None where the rows of each sequence are neighbours.
+    each row, if masks have holes; None if the tokens of each sequence are neighbours.
     """
 
     size: int
     ranges: torch.Tensor | None = None
 
 
-# The arguments of a kernel where there is no window.
+# The arguments of a kernel without a window.
 NONE: dict[str, Any] = {"window": None, "ranges_ptr": None, "WINDOWED": False}
 
 

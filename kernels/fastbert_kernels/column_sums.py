@@ -2,13 +2,13 @@
 
     out = sum_p partials[p]
 
-partials: (P, M) float32; out: (M,) float32. In the first step, which belongs to another kernel, each of P programs adds
-the rows of the tiles that it takes, one tile after the other, and stores one row of partial sums:
+partials: (P, M) float32; out: (M,) float32. The first step is in another kernel. There each of P programs adds the rows
+of its tiles, one tile after the other, and stores one row of partial sums:
 
     program p    tile p * n | tile p * n + 1 | ... | tile p * n + n - 1    -> partials[p],    n = ceil(tiles / programs)
 
-P and n follow from the number of tiles alone, so that a sum has the same bits on every GPU and in every run. There are
-no atomics. Bytes moved: P * M elements read, which are in the L2 cache as a rule, and M written.
+P and n depend only on the number of tiles, so a sum has the same bits on every GPU and in every run. There are no
+atomics. Bytes moved: P * M elements read, usually from the L2 cache, and M written.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _column_sums_kernel(
 
 
 def shares(n_rows: int, block_rows: int, max_programs: int) -> tuple[int, int]:
-    """Returns how many programs share the tiles of n_rows rows, and how many tiles each takes at most."""
+    """Returns the number of programs for the tiles of n_rows rows, and the most tiles of one program."""
     n_tiles = launch.cdiv(n_rows, block_rows)
     tiles_each = max(1, launch.cdiv(n_tiles, max_programs))
     return launch.cdiv(n_tiles, tiles_each), tiles_each

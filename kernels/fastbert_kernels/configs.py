@@ -1,9 +1,9 @@
 """This module chooses block sizes, and the kernel of a matrix product.
 
-Block sizes of the matrix kernels, and the choice of GEMM, come from tables (tables.py): one JSON file per GPU
-architecture in `tuned/`, and before it the user's own. Block sizes of the row-wise kernels come from the formulas here.
-The number of tokens enters no choice here; `few_rows` has tiles for few of them, and
-`quantized_configs` those of 8-bit products.
+Block sizes of the matrix kernels, and the choice of GEMM, come from tables (tables.py): first the user's own, then one
+JSON file per GPU architecture in `tuned/`. Block sizes of the row-wise kernels come from the formulas here. No choice
+here depends on the number of tokens. `few_rows` has tiles for few tokens, and `quantized_configs` has those of 8-bit
+products.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Config:
     """A `Config` holds the block sizes, warps and stages of one kernel."""
 
     block_sizes: dict[str, int]
-    source: str  # Where they come from, in words.
+    source: str  # The source of the block sizes, as text.
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def elementwise_config(n_cols: int) -> dict[str, int]:
 def gated_config(n_cols: int) -> dict[str, int]:
     """Chooses the tile of gated activations: 2,048 elements, in the widest blocks that leave the fewest columns over.
 
-    Widths of such layers are no powers of two: 1,152 columns are 9 blocks of 128, or 1.1 of 1,024.
+    Widths of such layers are not powers of two: 1,152 columns are 9 blocks of 128, or 1.1 blocks of 1,024.
     """
     widest = min(1024, triton.next_power_of_2(n_cols))
     widths = [width for width in (1024, 512, 256, 128) if width <= widest] or [widest]
@@ -61,7 +61,7 @@ def gated_config(n_cols: int) -> dict[str, int]:
 
 @functools.cache
 def rotary_config(half: int, n_heads: int) -> dict[str, int]:
-    """Chooses the tile that turns heads: 1,024 pairs of elements, 8 a thread, in up to 8 heads at a time."""
+    """Chooses the tile that rotates heads: 1,024 pairs of elements, 8 a thread, in up to 8 heads at a time."""
     block_half = triton.next_power_of_2(half)
     block_heads = min(8, triton.next_power_of_2(n_heads))
     return {
@@ -95,10 +95,10 @@ def pieces_config(n_cols: int) -> dict[str, int]:
 
 @functools.cache
 def segments_config(n_rows: int, n_cols: int) -> dict[str, int]:
-    """Chooses the tile that adds the gradients of a table's row up.
+    """Chooses the tile that adds up the gradients of a table's row.
 
-    Most rows of a large table have few tokens or none: a program has 1,024 columns, and few tokens at a time. Those of
-    a small table have many.
+    Most rows of a large table have few tokens or none, so a program has 1,024 columns and few tokens at a time. The
+    rows of a small table have many tokens.
     """
     if n_rows <= 4096:
         return pieces_config(n_cols)
@@ -110,7 +110,7 @@ def segments_config(n_rows: int, n_cols: int) -> dict[str, int]:
 def pooling_config(n_cols: int) -> dict[str, int]:
     """Chooses the tile of pooling over rows: 4,096 elements, 32 a thread, in blocks of 128 columns.
 
-    UNROLL blocks are read at a time. With more columns a block, a few long texts would keep few multiprocessors busy.
+    UNROLL blocks are read at a time. With more columns in a block, a few long sequences would use few multiprocessors.
     """
     block_cols = min(128, triton.next_power_of_2(n_cols))
     return {
@@ -149,10 +149,10 @@ def one_row_pooling_config(n_cols: int) -> dict[str, int]:
 
 
 # Epilogues of a GEMM, and their names in table keys. Both GELUs cost the same; "pre" stores a second tile; "gated" is
-# what gated_linear.py does, whatever the activation.
+# the epilogue of gated_linear.py, for any activation.
 EPILOGUES = {"none": "none", "gelu": "gelu", "gelu_tanh": "gelu", "residual": "residual", "pre": "pre",
              "gated": "gated"}  # fmt: skip
-WARP_SPECIALIZED_ARCH = 90  # the one architecture for which the warp-specialised GEMMs are compiled
+WARP_SPECIALIZED_ARCH = 90  # the only architecture of the warp-specialised GEMMs
 
 
 def linear_config(
@@ -160,7 +160,7 @@ def linear_config(
 ) -> Config:
     """Returns the tile of the GEMM: BLOCK_ROWS x BLOCK_COLS outputs, BLOCK_K deep.
 
-    shape: (K, M), where the table may have an entry of its own for it.
+    shape: (K, M). The table may have a separate entry for it.
     """
     return required("linear", _gemm_keys(dtype, shape, epilogue), for_arch)
 
@@ -168,24 +168,24 @@ def linear_config(
 def linear_persistent_config(
     dtype: torch.dtype, for_arch: int, shape: tuple[int, int] | None = None, epilogue: str = "none"
 ) -> Config | None:
-    """Returns the tile of the persistent GEMM, or None where the architecture or the dtype has none."""
+    """Returns the tile of the persistent GEMM, or None if the architecture or the dtype has none."""
     return from_tables("linear_persistent", _gemm_keys(dtype, shape, epilogue), for_arch)
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """A `Gemm` says how to multiply for one shape."""
+    """A `Gemm` holds the kernels of a matrix product for one shape."""
 
-    choice: str | None  # The fastest kernel, one of GEMMS. None where no table knows the shape.
+    choice: str | None  # The fastest kernel, one of GEMMS. None if no table has the shape.
     choice_source: str | None
-    ours: str  # The faster of our own kernels, and its tile.
+    ours: str  # The fastest of fastbert's own kernels, and its tile.
     config: Config
 
 
 def gemm(dtype: torch.dtype, for_arch: int, shape: tuple[int, int], epilogue: str) -> Gemm:
-    """Looks x @ weight^T up in the tables, with weight (M, K) and shape = (K, M), for any number of rows.
+    """Looks up x @ weight^T in the tables, with weight (M, K) and shape = (K, M), for any number of rows.
 
-    Of the epilogue "gated", M counts both halves of the weight, as BLOCK_COLS of its tile does.
+    For the epilogue "gated", M counts both halves of the weight, and so does BLOCK_COLS of the tile.
     """
     return _gemm(dtype, for_arch, shape, epilogue, launch.recorded is not None, tables.generation)
 
@@ -196,7 +196,7 @@ def _gemm(
 ) -> Gemm:
     entry, source = tables.find("gemm", (gemm_key(dtype, shape, epilogue),), for_arch, shipped_only) or ({}, None)
     persistent = linear_persistent_config(dtype, for_arch, shape, epilogue)
-    # Tensor descriptors want rows of a multiple of 16 bytes. Of tensors that are views, linear_forward asks again.
+    # Tensor descriptors need rows of a multiple of 16 bytes. linear_forward checks views again.
     n_out = shape[1] // 2 if epilogue == "gated" else shape[1]
     if any(size * dtype.itemsize % 16 for size in (shape[0], n_out)):
         persistent = None
@@ -213,7 +213,7 @@ def _gemm(
 def attention_config(dtype: torch.dtype, head_size: int, for_arch: int, small: bool = False) -> Config:
     """Returns the tile of attention: BLOCK_Q query rows, BLOCK_K keys a step, the head size padded to BLOCK_D.
 
-    small: the tile of `small_attention_config`, which there must be.
+    small: return the tile of `small_attention_config`, which must exist.
     """
     if small:
         config = _small_attention(dtype, head_size, for_arch, launch.recorded is not None, tables.generation)
@@ -230,9 +230,9 @@ def _attention(dtype: torch.dtype, head_size: int, for_arch: int, shipped_only: 
 
 
 def small_attention_config(dtype: torch.dtype, head_size: int, for_arch: int) -> Config | None:
-    """Returns the tile of batches that are short, or of short texts; None where `attention_config`'s is no larger.
+    """Returns the tile for short batches or short sequences, or None if `attention_config`'s is not larger.
 
-    It is the table's entry "float16/64/small", else 64 rows by 64 keys. A table may have one of any size.
+    It is the table's entry, such as "float16/64/small", or otherwise 64 rows by 64 keys. The entry may have any size.
     """
     return _small_attention(dtype, head_size, for_arch, launch.recorded is not None, tables.generation)
 
@@ -244,7 +244,7 @@ def _small_attention(
     whole = _attention(dtype, head_size, for_arch, shipped_only, generation)
     config = from_tables("attention", (f"{attention_key(dtype, head_size)}/small",), for_arch)
     if config is None:
-        if dtype == torch.float32 or whole.block_sizes["BLOCK_D"] > 64:  # It would spill.
+        if dtype == torch.float32 or whole.block_sizes["BLOCK_D"] > 64:  # the tile would spill registers
             return None
         config = Config(small_tile(for_arch), "formula of fastbert_kernels.configs.small_attention_config")
     if config.block_sizes["BLOCK_Q"] >= whole.block_sizes["BLOCK_Q"]:
@@ -253,7 +253,7 @@ def _small_attention(
 
 
 def small_tile(for_arch: int) -> dict[str, int]:
-    """Returns the tile of short batches where no table has one. sm_120 spills a register in a block of 64 keys."""
+    """Returns the tile of short batches if no table has one. sm_120 spills a register in a block of 64 keys."""
     return {"BLOCK_Q": 64, "BLOCK_K": 32 if for_arch >= 120 else 64, "num_warps": 4, "num_stages": 3}
 
 
@@ -262,10 +262,10 @@ MAX_SHORT = 64  # The most keys in one block.
 
 
 def short_attention_config(dtype: torch.dtype, head_size: int, for_arch: int) -> Config | None:
-    """Returns the tile of a short sequence that shares no tile with others: 16 query rows, all keys in one block.
+    """Returns the tile of short sequences that share no tile: 16 query rows, all keys in one block.
 
     A sequence is short if it has at most BLOCK_K tokens, which is half of `attention_config`'s BLOCK_Q. Up to this
-    length, tiles of 16 rows have fewer unused rows. Returns None where BLOCK_Q is too small for that.
+    length, tiles of 16 rows have fewer unused rows. Returns None if BLOCK_Q is too small for that.
     """
     return _short_attention(dtype, head_size, for_arch, launch.recorded is not None, tables.generation)
 
@@ -279,8 +279,8 @@ def _short_attention(
     block_k = min(MAX_SHORT, block_q // 2)
     if block_k < SHORT_BLOCK_Q:
         return None
-    # The fewest warps that hold the tile without spills (offline report): a program is too short to gain by more. IEEE
-    # float32, whose products are multiply-adds, holds all operands in registers.
+    # The fewest warps that hold the tile without spills (offline report). The program is too short to gain from more.
+    # In IEEE float32 products are multiply-adds, and all operands are in registers.
     num_warps = max(1, block_d // 32 if dtype == torch.float32 else block_k * block_d // 4096)
     if for_arch >= 120 and block_d == 128:
         num_warps *= 2
@@ -303,23 +303,23 @@ def attention_backward_configs(
 ) -> AttentionBackward:
     """Chooses the tiles of attention's gradients: BLOCK_Q x BLOCK_K scores at a time, the head padded to BLOCK_D.
 
-    They are the largest ones without spills in the offline report, with dropout. A tile of 128 rows and 8 warps has all
-    registers of a multiprocessor; 64 rows and 4 warps would have as many, and read the other operands twice as often.
-    biased: with a position bias, which takes registers. windowed: within a window, whose masks take registers as well;
-    and a smaller tile has fewer scores beyond the window.
+    They are the largest ones without spills in the offline report, with dropout. A tile of 128 rows and 8 warps uses
+    all registers of a multiprocessor. Two tiles of 64 rows and 4 warps would use as many, and read the other operands
+    twice as often. biased: with a position bias, which takes registers. windowed: within a window, whose masks take
+    registers; a smaller tile also has fewer scores outside of the window.
     """
     block_d = max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))
-    if dtype == torch.float32:  # Its products are multiply-adds, whose operands are in registers.
+    if dtype == torch.float32:  # The operands of multiply-adds are in registers.
         query, key = (32, 32, max(4, block_d // 8), 1), (32, 32, 4 if block_d <= 64 else 8, 1)
     elif block_d <= 64:
-        # Blackwell: 100 keeps sums outside of the registers, but others there; 120 has the least to spare, 86 and 89
-        # spill one register in a block of 64 queries.
+        # Blackwell: sm_100 keeps sums outside of the registers, but other values in them. sm_120 has the fewest free
+        # registers. sm_86 and sm_89 spill one register in a block of 64 queries.
         query, key = (128, 32 if for_arch == 100 else 64, 8, 3), (128, 32 if for_arch >= 120 else 64, 8, 3)
         if block_d == 64 and for_arch in (86, 89):
             key = (64, 32, 4, 3)
     elif for_arch in (90, 100):
         query, key = (128, 32 if for_arch == 100 else 64, 8, 2), (128, 32, 8, 2)
-    else:  # Operands of products pass through the registers.
+    else:  # The operands of products pass through registers.
         query, key = (128, 32, 8, 2), (32, 32, 4, 2)
     if biased and dtype != torch.float32 and for_arch != 90:
         query, key = (64, 32, 4, 2), (32, 32, 4, 2)
@@ -332,7 +332,7 @@ def attention_backward_configs(
 
 
 def attention_key(dtype: torch.dtype, head_size: int) -> str:
-    """Returns the key of attention in a table, as "float16/64". Head sizes that are padded to one tile share it."""
+    """Returns the key of attention in a table, such as "float16/64". Head sizes with the same padded size share it."""
     return f"{dtype_class(dtype)}/{max(MIN_HEAD_SIZE, triton.next_power_of_2(head_size))}"
 
 
@@ -342,7 +342,7 @@ def dtype_class(dtype: torch.dtype) -> str:
 
 
 def gemm_key(dtype: torch.dtype, shape: tuple[int, int], epilogue: str) -> str:
-    """Returns the key of one GEMM in a table, as "float16/768x3072/gelu"."""
+    """Returns the key of one GEMM in a table, such as "float16/768x3072/gelu"."""
     return f"{dtype_class(dtype)}/{shape[0]}x{shape[1]}/{EPILOGUES[epilogue]}"
 
 
@@ -352,14 +352,14 @@ def _gemm_keys(dtype: torch.dtype, shape: tuple[int, int] | None, epilogue: str)
 
 
 def from_tables(op: str, keys: tuple[str, ...], for_arch: int) -> Config | None:
-    """Returns what the tables say of the first of the keys that they have, or None."""
-    # Kernels compiled for a GPU that is not there must not depend on one that is.
+    """Returns the tables' entry of the first key that they have, or None."""
+    # Kernels compiled for an absent GPU must not depend on a GPU of this machine.
     entry = tables.find(op, keys, for_arch, launch.recorded is not None)
     return None if entry is None else Config(*entry)
 
 
 def required(op: str, keys: tuple[str, ...], for_arch: int) -> Config:
-    """Does what `from_tables` does. Raises ValueError where no table has any of the keys."""
+    """Does the same as `from_tables`, but raises ValueError if no table has any of the keys."""
     config = from_tables(op, keys, for_arch)
     if config is None:
         raise ValueError(f"{tables.shipped_table(for_arch)[0]}: no entry {op!r} -> {keys[-1]!r}")

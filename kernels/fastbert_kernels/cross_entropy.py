@@ -6,14 +6,15 @@
     dl_j   = scale (p_j (1 + 2 z lse) - (1 - e) [j = y] - e / V),    p_j = exp(l_j - peak - log_sum)
 
 logits: (T, W), fp32 / bf16 / fp16; bias: (W,) or None; labels y: (T,) int64; e: label smoothing; z: z-loss; scale: (T,)
-float32, the gradient of each row's loss. V, the number of classes, is at most W. Columns from V on may hold anything,
-and get the gradient 0. With W a multiple of 16 there are loads and stores of 16 bytes for any V. A row whose label is
-ignore_index has loss and gradient 0. Labels are not checked here; a caller checks them on the host before.
+float32, the gradient of each row's loss. V, the number of classes, is at most W. Columns from V on may have any values,
+and get the gradient 0. If W is a multiple of 16, loads and stores have 16 bytes for any V. A row whose label is
+ignore_index has loss and gradient 0. The caller must have checked the labels on the host.
 
-peak and log_sum are kept apart: where a row is sure of its label, the loss is far smaller than one ulp of their sum.
+peak and log_sum are kept apart, because the loss of a row with a very probable label is far smaller than one ulp of
+their sum.
 
-The forward kernel reads a row once: peak and sum are online, and the sum is scaled anew where a block raises the peak.
-Arithmetic in float32; sums have a fixed order, and nothing is atomic. Bytes moved: T * V elements read in the forward
+The forward kernel reads a row once: peak and sum are online, and the sum is rescaled if a block raises the peak.
+Arithmetic is in float32. Sums have a fixed order, without atomics. Bytes moved: T * V elements read in the forward
 kernel, T * V read and written in the backward one.
 
 Source: Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, arXiv:1805.02867; the gradient in the
@@ -29,7 +30,7 @@ import triton.language as tl
 from fastbert_kernels import configs, launch
 from fastbert_kernels.jit import jit
 
-# These begin anywhere in what the caller has for all chunks: no kernel of its own for a start at 16 bytes.
+# These pointers begin anywhere in the caller's memory for all chunks, so there is no kernel specialised on alignment.
 ROWS = ("labels_ptr", "losses_ptr", "peak_ptr", "log_sum_ptr", "scale_ptr")
 
 
@@ -172,7 +173,7 @@ def cross_entropy_backward(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> None:
-    """Writes the gradient of sum_t scale_t loss_t over the logits, whose statistics the forward pass gave."""
+    """Writes the gradient of sum_t scale_t loss_t over the logits. The statistics come from the forward pass."""
     n_rows, width = logits.shape
     if n_rows == 0:
         return

@@ -1,15 +1,15 @@
-"""Dependent launches let a kernel start while the one before it on the stream still runs, on compute capability 9.0 on.
+"""Dependent launches let a kernel start while the one before it on the stream still runs (compute capability >= 9.0).
 
-A kernel launched so (`launch_pdl`) waits inside, before it reads or writes anything that another kernel may touch, and
-then allows its successor to start. What overlaps is the launch and the start of its programs, about a microsecond a
-kernel. Three rules make it safe:
+Such a kernel (`launch_pdl`) waits inside, before it reads or writes any memory that another kernel may use, and then
+lets the next kernel start. The launch and the start of its programs overlap, about a microsecond for each kernel. Three
+rules make it safe:
 
-- Every program of such a kernel waits. Its end thus says that all kernels before it have ended, too.
+- Every program of such a kernel waits. So when it ends, all kernels before it have ended, too.
 - Nothing in global memory is read or written before the wait, not even a weight, which a kernel may just have made.
-- Where the option is off, under the interpreter and on older architectures nothing of it is compiled.
+- If the option is off, under the interpreter, and on older architectures, no such code is compiled.
 
-CUDA graphs keep these edges when they capture such launches. The option is off until a GPU has shown that it pays: a
-table says so ("dependent_launch"), or `use`.
+CUDA graphs keep these edges when they capture such launches. The option is off unless a table ("dependent_launch") or
+`use` turns it on, because a GPU must first show that it is faster.
 
 Source: NVIDIA, "CUDA C++ Programming Guide", section "Programmatic dependent launch and synchronization"; PTX ISA,
 `griddepcontrol`.
@@ -26,7 +26,7 @@ from fastbert_kernels import launch, tables
 from fastbert_kernels.jit import jit
 
 MIN_ARCH = 90
-_chosen: bool | None = None  # The argument of use.
+_chosen: bool | None = None  # The argument of `use`.
 
 
 @jit
@@ -38,13 +38,13 @@ def wait_for_predecessor(PDL: tl.constexpr):
 
 
 def use(on: bool | None) -> None:
-    """Launches the kernels of linears and LayerNorm dependently, or not; None goes back to what tables say.
+    """Turns dependent launches of linears and LayerNorm on or off. None restores the choice of the tables.
 
-    A CUDA graph keeps what was on when it was captured.
+    A CUDA graph keeps the setting from its capture.
     """
     global _chosen
     _chosen = on
-    tables.forget()  # which calls _remind
+    tables.forget()  # calls _remind
 
 
 def _remind() -> None:
@@ -55,9 +55,9 @@ tables.on_forget(_remind)
 
 
 def options(config: dict[str, int], arch: int) -> dict[str, Any]:
-    """Returns the config of a launch on the architecture, with the two options of a dependent one where that is on.
+    """Returns the config of a launch on the architecture, with the options of a dependent launch if it is on.
 
-    Launchers ask only if `tables.some_dependent`, so that the question costs nothing otherwise.
+    Launchers call it only if `tables.some_dependent`, so that it costs nothing otherwise.
     """
     on = tables.dependent_launch(arch, launch.recorded is not None) if _chosen is None else _chosen
     if not on or arch < MIN_ARCH or launch.interpreted():

@@ -1,16 +1,16 @@
-"""This module launches a kernel again without Triton's own way to a launch, which takes the host twice as long.
+"""This module launches a kernel again without Triton's own launch code, which takes the host twice as long.
 
 At each launch Triton finds the compiled kernel by a description of all arguments and by the text of all options, reads
-its knobs, and calls launch hooks that nobody has set. `Direct` describes arguments with the same function of Triton's
+its knobs, and calls launch hooks even if there are none. `Direct` describes arguments with the same function of Triton
 (dtype, whether an address or an integer is a multiple of 16, whether an integer is 1), and finds the compiled kernel by
-that description and the options. The first launch of each kind goes through Triton, which compiles it; `remember` keeps
-what Triton compiled.
+this description and the options. The first launch of each kind goes through Triton, which compiles the kernel;
+`remember` keeps it.
 
-A launcher that says what its arguments follow from has them described once: `repeat` launches a kernel with the tensors
-of now and all else as it was, where dtypes, sizes and the config are what they were (`launch.again`).
+A launcher may give facts that determine its arguments. Then these are described only once: `repeat` launches the kernel
+with new tensors and otherwise the same arguments, if dtypes, sizes and config are the same (`launch.again`).
 
-Every launch goes through Triton while somebody debugs, instruments or inspects (`Direct.watched`), and in a Triton that
-works otherwise (`direct`). Launch hooks are called as Triton calls them.
+Every launch goes through Triton while a debugger, an instrumentation or a hook is active (`Direct.watched`), and with a
+Triton that works in another way (`direct`). Launch hooks are called as Triton calls them.
 
 Source: `JITFunction.run` and `create_function_from_signature` of Triton 3.6 to 3.9.
 """
@@ -25,15 +25,15 @@ import triton
 from triton import knobs
 from triton.runtime import driver
 
-LIMIT = 512  # The most compiled kernels that are kept of one function.
-_FIRST, _LAST = (3, 6), (3, 9)  # The versions of Triton whose launches were read.
+LIMIT = 512  # The most compiled kernels that are kept for one function.
+_FIRST, _LAST = (3, 6), (3, 9)  # The first and the last version of Triton whose launch code was checked.
 
 # (device, *arguments by name, **options) -> a description of them, and the arguments in the order of the signature
 Reader = Callable[..., tuple[tuple[Any, ...], tuple[Any, ...]]]
 
 
 class _Repeat(NamedTuple):
-    """A `_Repeat` is a launch without the arguments that differ."""
+    """A `_Repeat` is a launch without the arguments that may change."""
 
     config: dict[str, int]
     compiled: Any  # a value of `Direct.compiled`
@@ -41,7 +41,7 @@ class _Repeat(NamedTuple):
 
 
 class Direct:
-    """The compiled kernels of one function, by a description of the arguments. Threads may share it."""
+    """A `Direct` holds the compiled kernels of one function by a description of the arguments. Threads may share it."""
 
     def __init__(self, kernel: Any, read: Reader) -> None:
         self.kernel, self.read = kernel, read
@@ -62,7 +62,7 @@ class Direct:
     def launch_again(
         self, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]
     ) -> tuple[Any, ...] | None:
-        """Launches a kernel that was launched before. Returns None if it did, else the key for `remember`."""
+        """Launches a kernel that was launched before. Returns None if it did, otherwise the key for `remember`."""
         active = driver.active
         device = active.get_current_device()
         key, values = self.read(device, **arguments, **config)
@@ -72,7 +72,7 @@ class Direct:
         run, function, metadata, compiled = known
         stream = active.get_current_stream(device)
         enter, leave, told = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # A chain of none is as good as none.
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # An empty chain has no hook.
             told = compiled.launch_metadata(grid, stream, *values)
         else:
             enter = leave = None
@@ -81,9 +81,9 @@ class Direct:
         return None
 
     def repeat(self, facts: Any, config: dict[str, int], grid: tuple[int, ...], first: torch.Tensor, head: Any) -> bool:
-        """Launches the kernel as it was launched when `keep` got these facts, with other first arguments, if it was.
+        """Launches the kernel as `keep` recorded it for these facts, with other first arguments.
 
-        first: a tensor on the device of all.
+        first: a tensor on the device of all tensors. Returns whether it launched.
         """
         active, runtime = driver.active, knobs.runtime
         device = active.get_current_device()
@@ -99,7 +99,7 @@ class Direct:
         return True
 
     def keep(self, facts: Any, config: dict[str, int], n_head: int, arguments: dict[str, Any]) -> None:
-        """Keeps what `repeat` needs of a launch that was made. n_head: how many arguments come first, and differ."""
+        """Keeps the data of a launch for `repeat`. n_head: the number of first arguments, which may change."""
         device = driver.active.get_current_device()
         key, values = self.read(device, **arguments, **config)
         known, rest = self.compiled.get(key), values[n_head:]
@@ -110,7 +110,7 @@ class Direct:
         self.repeats[device, facts] = _Repeat(config, known, rest)
 
     def remember(self, key: tuple[Any, ...], compiled: Any) -> None:
-        """Keeps the kernel that Triton has just launched under a key that `launch_again` gave."""
+        """Keeps the kernel that Triton has just launched, under a key from `launch_again`."""
         if getattr(compiled, "module", None) is None:  # A hook kept Triton from compiling.
             return
         if len(self.compiled) >= LIMIT:
@@ -119,7 +119,7 @@ class Direct:
 
 
 def direct(kernel: Any) -> Direct | None:
-    """Makes the direct launches of a kernel; None where they might differ from Triton's."""
+    """Returns the `Direct` of a kernel, or None if its launches might differ from Triton's."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if not _FIRST <= version <= _LAST:
         return None
@@ -133,7 +133,7 @@ def direct(kernel: Any) -> Direct | None:
 
 
 def _reader(kernel: Any, specialize: Callable[..., Any], backend: Any) -> Reader:
-    """Makes a function of the kernel's signature, as Triton does, so that arguments are bound in one call."""
+    """Makes a function with the kernel's signature, as Triton does, so that one call binds all arguments."""
     names, described = [param.name for param in kernel.params], []
     defaults = {f"{param.name}_default": param.default for param in kernel.params if param.has_default}
     taken = [f"{name}={name}_default" if f"{name}_default" in defaults else name for name in names]

@@ -1,18 +1,18 @@
-"""This module computes disentangled attention over packed sequences, without numbers for all pairs in memory.
+"""This module computes disentangled attention over packed sequences. It stores no numbers for all pairs of tokens.
 
     out[i] = sum_j softmax_j(scale * (q[i] . k[j] + q[i] . pk[b(i - j)] + k[j] . pq[b(i - j)])) v[j]
 
-q, k, v, out: (T, N, D), fp32 / bf16 / fp16, D from 16 to 128. pk, pq: (2R, N, D), one of them may be missing. b gives
-each distance in columns a row of pk and pq: `rows_of`, (2M + 1,) int32, of the distances from -M to M.
+q, k, v, out: (T, N, D), fp32 / bf16 / fp16, D from 16 to 128. pk, pq: (2R, N, D); one of them may be missing. b maps
+each distance in columns to a row of pk and pq: `rows_of`, (2M + 1,) int32, for the distances from -M to M.
 
-First a product of each head gives q . pk and k . pq, (T, N, W) each, of the W rows that distances in the longest text
-need. A CUDA graph has room for those of the longest text that may come, and multiplies those that the batch needs by
-blocks. Then attention reads, for each pair of a tile, one number of the query's row and one of the key's. For one query
-the numbers of neighbouring keys are neighbours, and the other way round, so that they come from the L1 cache.
-FLOPs: 4 * N * D * sum_b len_b^2 + 4 * T * N * W * D. Bytes moved at least: 4 * T * N * D + 4 * T * N * W elements.
+First a product for each head gives q . pk and k . pq, (T, N, W) each, for the W rows that the distances in the longest
+sequence need. A CUDA graph has room for the longest possible sequence, and multiplies only blocks of rows that the
+batch needs. Then attention reads, for each pair of a tile, one number of the query's row and one of the key's row. For
+one query the numbers of neighbouring keys are neighbours, and vice versa, so that they come from the L1 cache. FLOPs: 4
+* N * D * sum_b len_b^2 + 4 * T * N * W * D. Bytes moved at least: 4 * T * N * D + 4 * T * N * W elements.
 
-A row's bits do not depend on the other sequences where tiles are not shared (`share=False` in the work list).
-Sources: He et al., "DeBERTa", 2020, arXiv:2006.03654; Dao, "FlashAttention-2", 2023, arXiv:2307.08691.
+A row's bits do not depend on the other sequences if tiles are not shared (`share=False` in the work list). Sources: He
+et al., "DeBERTa", 2020, arXiv:2006.03654; Dao, "FlashAttention-2", 2023, arXiv:2307.08691.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from fastbert_kernels.dropout import spread_columns
 from fastbert_kernels.jit import jit
 from fastbert_kernels.work_list import WorkList
 
-BLOCK_Q = 64  # query rows of a tile, for which the work list is built
+BLOCK_Q = 64  # query rows of a tile; the work list is built for it
 MAX_TILES = 65_532  # of a launch
 
 
@@ -186,7 +186,7 @@ def _disentangled_attention_kernel(
 @functools.cache
 def tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
     """Chooses the tile of attention: BLOCK_Q query rows, BLOCK_K keys a step, the head size padded to BLOCK_D."""
-    exact, narrow = dtype == torch.float32, head_size <= 16  # which spills with 64 keys on sm_120
+    exact, narrow = dtype == torch.float32, head_size <= 16  # spills with 64 keys on sm_120
     wide = head_size > 64 or exact
     return {
         "BLOCK_Q": BLOCK_Q, "BLOCK_K": 32 if wide or narrow else 64,
@@ -209,9 +209,9 @@ def product_tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
 
 
 def products(x: torch.Tensor, y: torch.Tensor, distances: Distances, num_heads: int) -> torch.Tensor:
-    """x . y of each head, (T, N, W), in the dtype of x. x: (T, N * D). y: (2R, N * D).
+    """Computes x . y for each head, (T, N, W), in the dtype of x. x: (T, N * D). y: (2R, N * D).
 
-    Numbers of rows that no distance needs (`Distances.needed`) are undefined, by whole blocks of BLOCK_W.
+    Whole blocks of BLOCK_W rows that no distance needs (`Distances.needed`) are undefined.
     """
     n_tokens, head_size = x.shape[0], x.shape[1] // num_heads
     out = launch.empty((n_tokens, num_heads, distances.n_rows), like=x)
@@ -245,7 +245,7 @@ def products(x: torch.Tensor, y: torch.Tensor, distances: Distances, num_heads: 
 
 
 def terms(qkv: torch.Tensor, num_heads: int, distances: Distances) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Returns the products of queries and of keys with distances, (T, N, W) each; None for one that is not there."""
+    """Returns the products of queries and of keys with distances, (T, N, W) each, or None for a missing one."""
     size, (keys, queries) = qkv.shape[1] // 3, distances[:2]
     of_queries = None if keys is None else products(qkv[:, :size], keys, distances, num_heads)
     of_keys = None if queries is None else products(qkv[:, size : 2 * size], queries, distances, num_heads)
@@ -261,7 +261,7 @@ def attention_arguments(
     of_queries: torch.Tensor | None,
     of_keys: torch.Tensor | None,
 ) -> dict[str, Any]:
-    """Returns what a kernel of the forward pass takes beside its tiles. of_queries, of_keys: what `terms` gave."""
+    """Returns the arguments of a forward kernel except its tiles. of_queries, of_keys: the results of `terms`."""
     hidden_size = out.shape[1]
     return {
         "q_ptr": qkv,
@@ -291,7 +291,7 @@ def disentangled_attention_forward(
 ) -> torch.Tensor:
     """Computes attention: (T, 3 * N * D), laid out [q | k | v], -> (T, N * D) in the same dtype.
 
-    work_list: on qkv's device, built for BLOCK_Q. Rows of qkv that no tile holds are left as they are. qkv needs unit
+    work_list: on qkv's device, built for BLOCK_Q. Output rows outside of all tiles are not written. qkv needs unit
     stride along its last axis.
     """
     n_tokens, hidden_size = qkv.shape[0], qkv.shape[1] // 3
@@ -302,7 +302,8 @@ def disentangled_attention_forward(
     config, precision, (lists, row_spans) = tile(qkv.dtype, head_size), launch.dot_precision(qkv.dtype), work_list
     of_queries, of_keys = terms(qkv, num_heads, distances)
     operands = of_queries, of_keys, distances.rows_of, distances.columns
-    # Grid: every head for every tile of the work list, as many at a time as a grid's second dimension holds.
+    # Grid: every head for every tile of the work list. A launch takes as many tiles as a grid's second dimension
+    # allows.
     for tiles in lists.split(MAX_TILES) if lists.shape[0] > MAX_TILES else (lists,):
         grid, facts = (num_heads, tiles.shape[0]), None
         if n_tokens > 1 and (dtypes := launch.alike(qkv, out, *operands, tiles, row_spans)):

@@ -9,14 +9,14 @@
     dv[j] = keep_scale * sum_i keep[i, j] p[i, j] dout[i]              grad_scale = keep_scale * scale
 
 qkv, grad_qkv: (T, 3 * N * D); dout, out: (T, N * D); pk, pq, dpk, dpq: (2R, N, D); fp32 / bf16 / fp16, D from 16 to
-128. lse: (N, T) float32; c, e: (T, N, W) float32, of the W rows that the longest text needs; `disentangled` says more.
+128. lse: (N, T) float32; c, e: (T, N, W) float32, for the W rows that the longest sequence needs (see `disentangled`).
 
-The first pass, `disentangled_query_gradient`, has a program for each tile of queries, and the second,
-`disentangled_key_gradient`, one for each tile of keys. A program adds ds to its own rows of c or e, one number to a sum
-at a time. The third pass multiplies c and e by q and k: a program adds the products of a share of the tokens, in their
-order, and `column_sums` adds the shares. So the bits do not vary.
-FLOPs: 14 * N * D * sum_b len_b^2 + 12 * T * N * W * D. Bytes moved: 4 * T * N * W for each time that c and e, and half
-as much in 16 bits for q . pk and k . pq, are written, read or added to: about 10 times each.
+The first pass, `disentangled_query_gradient`, has a program for each tile of queries. The second,
+`disentangled_key_gradient`, has one for each tile of keys. A program adds ds to its own rows of c or e, one number to a
+sum at a time. The third pass multiplies c and e by q and k. There a program adds the products of a share of the tokens
+in their order, and `column_sums` adds the shares. So the bits do not vary. FLOPs: 14 * N * D * sum_b len_b^2 + 12 * T *
+N * W * D. Bytes moved: 4 * T * N * W for each access to c and e (write, read or addition), and half as much in 16 bits
+for each access to q . pk and k . pq: about 10 accesses each.
 
 Sources: He et al., "DeBERTa", 2020, arXiv:2006.03654; Dao, "FlashAttention-2", 2023, arXiv:2307.08691, section 3.1.2.
 """
@@ -39,7 +39,7 @@ from fastbert_kernels.jit import jit
 from fastbert_kernels.masks import Dropout
 from fastbert_kernels.work_list import WorkList
 
-SHARES = 16  # of the tokens, in the third pass
+SHARES = 16  # the number of shares of the tokens in the third pass
 
 
 @jit(do_not_specialize=["n_tokens", "n_rows", "tiles_each"])
@@ -79,7 +79,7 @@ def _distance_gradient_kernel(
 
 
 def tile_rows(dtype: torch.dtype, head_size: int) -> int:
-    """Tells how many rows the tiles of the first two passes have: the work list is built for them."""
+    """Returns the number of rows in the tiles of the first two passes. The work list is built for it."""
     if dtype == torch.float32 and head_size > 32:
         return 16
     return 32 if dtype == torch.float32 or head_size > 64 else 64
@@ -114,7 +114,7 @@ def table_tile(dtype: torch.dtype, head_size: int) -> dict[str, int]:
 def _table_gradient(
     sums: torch.Tensor, x: torch.Tensor, table: torch.Tensor, distances: Distances, n_tokens: int, grad_scale: float
 ) -> torch.Tensor:
-    """The gradient of pk or pq, like the table. sums: c or e, (T, N, W). x: q or k, (T, N * D)."""
+    """Computes the gradient of pk or pq, like the table. sums: c or e, (T, N, W). x: q or k, (T, N * D)."""
     n_heads, n_rows, head_size = sums.shape[1], sums.shape[2], x.shape[1] // sums.shape[1]
     config = table_tile(x.dtype, head_size)
     n_shares, tiles_each = shares(n_tokens, config["BLOCK_T"], SHARES)
@@ -155,10 +155,10 @@ def disentangled_attention_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Computes the gradients of qkv, (T, 3 * N * D), and of distances.keys and queries, or None; each in its dtype.
 
-    work_list: on qkv's device, built for `tile_rows`.
-    grad: that of the result, (T, N * D), contiguous. out and lse are what `disentangled_training_forward` computed of
-    the other arguments. runs_of: (2M + 1,) int32, of each distance how many before it have the same row. n_tokens: of
-    all sequences; the gradient is zero in rows beyond.
+    work_list: on qkv's device, built for `tile_rows`. grad: the gradient of the result, (T, N * D), contiguous. out and
+    lse: results of `disentangled_training_forward` for the other arguments. runs_of: (2M + 1,) int32, for each distance
+    the number of earlier ones with the same row. n_tokens: the number of tokens of all sequences; the gradient is zero
+    in later rows.
     """
     n_rows, hidden_size = grad.shape
     grad_qkv = launch.empty((n_rows, 3 * hidden_size), like=qkv)
@@ -206,7 +206,8 @@ def disentangled_attention_backward(
         "INPUT_PRECISION": launch.dot_precision(qkv.dtype),
     }
     of_heads = qkv.dtype, hidden_size // num_heads
-    # Grids: every head for every tile of the work list, as many at a time as a grid's second dimension holds.
+    # Grids: every head for every tile of the work list. A launch takes as many tiles as a grid's second dimension
+    # allows.
     for tiles in work_list.tiles.split(MAX_TILES):
         launch.run(
             disentangled_query_gradient_kernel,

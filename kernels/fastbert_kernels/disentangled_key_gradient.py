@@ -1,8 +1,7 @@
 """This kernel computes the gradients of keys and values of disentangled attention, and sums ds by rows of distances.
 
-`disentangled_backward` has the formulas. A program takes a tile of keys of one head, and goes over blocks of queries.
-Scores stand transposed, (keys, queries). It adds ds to rows of sums that are its own, and multiplies these by pq at the
-end.
+`disentangled_backward` has the formulas. A program has a tile of keys of one head, and loops over blocks of queries.
+Scores are transposed, (keys, queries). It adds ds to its own rows of sums, and multiplies these by pq at the end.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """This kernel computes the gradient of the queries of disentangled attention, and sums ds by the rows of distances.
 
-`disentangled_backward` has the formulas. A program takes a tile of queries of one head, and goes over blocks of keys.
-It adds ds to rows of sums that are its own, and multiplies these by pk at the end. Float32 goes over the keys twice,
-for the reason in `attention_query_gradient`.
+`disentangled_backward` has the formulas. A program has a tile of queries of one head, and loops over blocks of keys. It
+adds ds to its own rows of sums, and multiplies these by pk at the end. In float32 it loops over the keys twice, for the
+reason in `attention_query_gradient`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""This module holds what the kernels of disentangled attention share: rows of distances, and what these add to scores.
+"""This module holds shared functions of the kernels of disentangled attention: rows of distances and their terms.
 
 `disentangled` has the formula of attention, and `disentangled_backward` those of its gradients.
 """
@@ -14,12 +14,12 @@ from fastbert_kernels.jit import jit
 
 
 class Distances(NamedTuple):
-    """`Distances` are what a layer has for distances in columns.
+    """A `Distances` holds a layer's tensors for distances in columns.
 
     keys, queries: (2R, N * D) in the dtype of qkv, contiguous, or None. rows_of: (2M + 1,) int32. low, n_rows: the
-    first of the rows that the batch needs, and how many they are. columns: (T,) int32, or None where the tokens of each
-    sequence are neighbours. needed: (2,) int32 on the device, the first and the last of the n_rows that a batch needs
-    whose lengths the host does not know; or None where it needs all.
+    first row that the batch needs, and the number of rows. columns: (T,) int32, or None if the tokens of each sequence
+    are neighbours. needed: (2,) int32 on the device, the first and the last of the n_rows that the batch needs, if the
+    host does not know its lengths; None if it needs all.
     """
 
     keys: torch.Tensor | None

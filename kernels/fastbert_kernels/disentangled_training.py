@@ -1,4 +1,4 @@
-"""This module computes disentangled attention for training: with dropout, and with what the gradients need.
+"""This module computes disentangled attention for training: with dropout, and with lse for the gradients.
 
 `disentangled` has the formula. lse, (N, T) float32, is the natural logarithm of each query's sum of exponentials.
 """
@@ -91,7 +91,7 @@ def disentangled_training_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes attention with dropout, (T, 3 * N * D) -> (T, N * D) in the same dtype, and lse, (N, T) float32.
 
-    Arguments are those of `disentangled_attention_forward`.
+    The arguments are those of `disentangled_attention_forward`.
     """
     n_tokens, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     out = launch.empty((n_tokens, hidden_size), like=qkv)
@@ -103,7 +103,8 @@ def disentangled_training_forward(
     if config["BLOCK_D"] > (32 if exact else 64):  # the masks take registers
         config = {**config, "num_stages": 1, "BLOCK_K": 16 if exact else config["BLOCK_K"]}
     arguments = attention_arguments(qkv, out, num_heads, scale, distances, *terms(qkv, num_heads, distances))
-    # Grid: every head for every tile of the work list, as many at a time as a grid's second dimension holds.
+    # Grid: every head for every tile of the work list. A launch takes as many tiles as a grid's second dimension
+    # allows.
     for tiles in work_list.tiles.split(MAX_TILES):
         launch.run(
             _disentangled_training_kernel,

@@ -1,9 +1,9 @@
-"""This module finds another place for compiled kernels where Triton's cache on disk cannot be used.
+"""This module finds another folder for compiled kernels if Triton's cache on disk cannot be used.
 
 Triton keeps every kernel it compiles in TRITON_CACHE_DIR (by default ~/.triton/cache), under a hash of the kernel's
-source, specialisation and options, Triton's own version, ptxas' and the GPU's architecture, so that a second process
-only loads it. Nothing of ours enters that key that differs between processes. Where the folder cannot be written (a
-full or read-only disk, no home), Triton raises OSError: this process then goes on with a folder of its own.
+source, specialisation and options, the versions of Triton and ptxas, and the GPU's architecture. So a second process
+only loads the kernel. Nothing of fastbert in this key differs between processes. If the folder cannot be written (a
+full or read-only disk, no home), Triton raises OSError, and this process continues with its own folder.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ import triton
 
 logger = logging.getLogger("fastbert")
 
-# Errors of the operating system for a place that cannot be written, or not any more.
+# Errors of the operating system for a folder that cannot be written, or no longer.
 _UNUSABLE = frozenset(
     getattr(errno, name)
     for name in ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST", "ENOENT", "EIO", "ELOOP")
     if hasattr(errno, name)
 )
 _lock = threading.Lock()
-_own: str | None = None  # The folder of this process, once it needed one.
+_own: str | None = None  # The folder of this process, if it needed one.
 
 
 def replace(error: OSError) -> None:
     """Moves Triton's cache to a temporary folder after an error, and logs the error.
 
-    Raises the error if it is not of the cache, or if Triton already uses that folder.
+    Raises the error if it does not concern the cache, or if Triton already uses this folder.
     """
     global _own
     with _lock:
@@ -60,7 +60,7 @@ def replace(error: OSError) -> None:
 
 
 def _concerns(error: OSError, place: str | None) -> bool:
-    """Says whether an error is of the cache: it names a path in it or above it, or, as a failed write does, none."""
+    """Tells whether an error concerns the cache. It names a path in or above the cache, or none (a failed write)."""
     if error.filename is None or place is None:
         return True
     path, folder = Path(os.fsdecode(error.filename)), Path(place)

@@ -1,17 +1,17 @@
 """This module checks that the package `fastbert` is the one of the distribution fastbert-engine.
 
-On PyPI the distribution `fastbert` is another project. It installs a package `fastbert` too, so pip lets the two
-overwrite each other's files without a word. The check lies in this package, because the other project has none of this
+On PyPI the distribution `fastbert` is another project. It also installs a package `fastbert`, so the two overwrite each
+other's files, and pip gives no warning. The check is in this package, because the other project has no package of this
 name.
 
-The states, and what each leads to:
+The states and their results:
 
-- Both lie in one folder: an error at `import fastbert`, whichever came last. If the other one came last, its
-  `fastbert/__init__.py` is what Python runs; it imports `fastbert.fastbert`, where ours asks this module.
-- The other one lies earlier on the path, which hides ours (an editable installation is always later than
-  site-packages): nothing of ours runs at `import fastbert`. An error at the first import of `fastbert_kernels`.
-- The other one lies later on the path, as beside a checkout on PYTHONPATH: ours works, and a warning is logged.
-- An installation of ours from the time when the distribution was named `fastbert`: nothing.
+- Both are in one folder: an error at `import fastbert`, in either order of installation. If the other one is the later,
+  Python runs its `fastbert/__init__.py`, which imports `fastbert.fastbert`, where this project calls this module.
+- The other one is earlier on the path and hides this project (an editable installation is always later than
+  site-packages): its code does not run at `import fastbert`. An error at the first import of `fastbert_kernels`.
+- The other one is later on the path, as with a checkout on PYTHONPATH: this project works, and a warning is logged.
+- There is an installation of this project under its old name `fastbert`: no error and no warning.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CURE = f"Run `pip uninstall fastbert`, then install {NAME} again with `pip insta
 def check_imported() -> None:
     """Raises ImportError if `fastbert` was imported and is not the package of fastbert-engine."""
     package = sys.modules.get("fastbert")
-    # Ours sets its version before it imports anything else, and the other project's package has none.
+    # fastbert-engine's package sets its version before it imports anything else. The other package has no version.
     if package is not None and not hasattr(package, "__version__"):
         origin = getattr(package, "__file__", None)
         folders = ", ".join(map(str, getattr(package, "__path__", ())))
@@ -42,7 +42,7 @@ def check_imported() -> None:
 
 
 def check_installed(package_folder: str) -> None:
-    """Raises ImportError if the other project is installed into the folder that holds ours, and warns of it elsewhere.
+    """Raises ImportError if the other project is in the same folder as this one. Logs a warning if it is elsewhere.
 
     package_folder: the folder of the package `fastbert` that is imported.
     """
@@ -57,7 +57,7 @@ def check_installed(package_folder: str) -> None:
 
 
 def _installations_of_the_other() -> Iterator[tuple[str, Path]]:
-    """Gives the version and the folder of each distribution on the path that is named `fastbert` and is not ours."""
+    """Yields version and folder of each distribution on the path that is named `fastbert` and is the other project."""
     for installed in importlib.metadata.distributions(name="fastbert"):
         names = (installed.read_text(file) or "" for file in ("top_level.txt", "entry_points.txt"))
         if not any("fastbert_kernels" in text or "fastbert.cli" in text for text in names):

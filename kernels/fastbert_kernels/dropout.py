@@ -1,10 +1,10 @@
-"""This module draws dropout masks inside kernels: those of `fastbert_kernels.masks`, which says how they are defined.
+"""This module draws dropout masks inside kernels. `fastbert_kernels.masks` defines the masks.
 
-One call of Philox4x32-7 gives the numbers of eight neighbouring columns. What depends on a row or a column alone stays
-(R, 1) or (1, G) until it meets the other, which leaves 9 of the 14 multiplications to each call.
+One call of Philox4x32-7 gives the numbers of eight neighbouring columns. Values that depend only on a row or only on a
+column stay (R, 1) or (1, G) as long as possible. So each call has 9 of the 14 multiplications.
 
-A kernel takes `key_low, key_high, site, threshold, keep_scale`, which `arguments` gives; its decorator names the first
-four in `do_not_specialize`, so that no step compiles anew.
+A kernel has the arguments `key_low, key_high, site, threshold, keep_scale` from `arguments`. Its decorator names the
+first four in `do_not_specialize`, so that no training step compiles it again.
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011, doi:10.1145/2063384.2063405.
 """
@@ -155,12 +155,12 @@ def spread_rows(bits):
     return tl.reshape(keep, (bits.shape[0] * GROUP, N_WORDS * GROUP))
 
 
-# The arguments of a kernel where nothing is dropped.
+# The arguments of a kernel without dropout.
 NONE: dict[str, Any] = dict.fromkeys((*DO_NOT_SPECIALIZE, "keep_scale"))
 
 
 def arguments(dropout: Dropout | None) -> dict[str, Any]:
-    """Returns what a kernel takes to draw the masks of a dropout; NONE where nothing is dropped."""
+    """Returns the arguments with which a kernel draws the masks of a dropout; NONE without dropout."""
     if dropout is None:
         return NONE
     values = (*dropout.key, dropout.site, dropout.threshold, dropout.scale)

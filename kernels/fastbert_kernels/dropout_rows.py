@@ -1,4 +1,4 @@
-"""This kernel applies dropout to rows, where no other kernel does it on its way. It is its own backward pass.
+"""This kernel applies dropout to rows, if no other kernel includes it. It is its own backward pass.
 
     out = keep * x / (1 - p)
 

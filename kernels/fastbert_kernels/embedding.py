@@ -1,24 +1,23 @@
 """This module has kernels that sum token, position and segment embeddings, then apply LayerNorm, in one pass.
 
     out[t] = LayerNorm(word[input_ids[t]] + token_type[token_type_ids[t]] + position[position_ids[t]])
-    for training: dropout of that
+    for training: dropout of the result
 
-Ids: (T,), int32 or int64. Tables: word (V, H), position (P, H), token_type (2, H); weight, ln_bias (H,);
-fp32 / bf16 / fp16; out (T, H). Without input_ids the word rows are given directly as word = inputs_embeds (T, H);
-without a token_type table (DistilBERT has none) its term and its ids are left out, and so with a position table
-(ModernBERT, Nomic and GTE turn queries and keys instead). ln_bias may be None.
-Arithmetic in float32, one rounding. Bytes moved: T * H elements read (the small tables stay in cache), T * H written.
-A row's bits do not depend on the batch, as in layer_norm.py: its sum is elementwise, and its LayerNorm that of a whole
-row.
+Ids: (T,), int32 or int64. Tables: word (V, H), position (P, H), token_type (2, H); weight, ln_bias (H,); fp32 / bf16 /
+fp16; out (T, H). Without input_ids, word = inputs_embeds, (T, H), holds the rows directly. Without a token_type table
+(as in DistilBERT) its term and its ids are left out. The same holds without a position table (ModernBERT, Nomic and GTE
+rotate queries and keys instead). ln_bias may be None. Arithmetic in float32, one rounding. Bytes moved: T * H elements
+read (the small tables stay in cache), T * H written. A row's bits do not depend on the batch, as in layer_norm.py: its
+sum is elementwise, and its LayerNorm is over a whole row.
 
-A caller checks ids on the host before; or it gives `Notes`, and the kernel reads the nearest row of the table in the
-place of an id beyond it, and writes down what came. A word of the notes, int64, is 0, or holds the number of a batch in
-its upper 32 bits and in its lower ones an id of it that was outside, cut to int32. There is one word for input_ids, one
-for token_type_ids and one for position_ids. They lie where the host reads them without waiting: in pinned memory.
+Either the caller checks ids on the host before, or it passes `Notes`. With notes, the kernel replaces an id outside of
+the table by the nearest row, and records the id. A word of the notes, int64, is 0, or holds the number of a batch in
+its upper 32 bits and an outside id, cut to int32, in its lower ones. There is one word for input_ids, one for
+token_type_ids and one for position_ids. They are in pinned memory, which the host reads without waiting.
 
-For training, a kernel of its own saves what the backward pass needs, as in layer_norm.py: the sum, rounded to the dtype
-C of products, and the mean and 1 / sqrt(var + eps) of each row. Where the tables are float32 and C is not, out can be
-had in both dtypes. The backward pass is that of layer_norm_backward.py, then embedding_backward.py.
+For training, a separate kernel saves the data of the backward pass, as in layer_norm.py: the sum, rounded to the dtype
+C of products, and the mean and 1 / sqrt(var + eps) of each row. If the tables are float32 and C is not, it can return
+out in both dtypes. The backward pass is that of layer_norm_backward.py, then embedding_backward.py.
 
 Source: Devlin et al., "BERT", 2018, arXiv:1810.04805, figure 2.
 """
@@ -36,17 +35,17 @@ from fastbert_kernels.jit import jit
 from fastbert_kernels.layer_norm import drop_columns, load_bias, normalize_rows, quantize_normalized
 from fastbert_kernels.masks import Dropout
 
-# A caller's ids may start anywhere in memory: no kernel of its own for those that start at a multiple of 16 bytes.
+# A caller's ids may start anywhere in memory, so there is no kernel specialised on their alignment.
 IDS = ("input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr")
 
 
 @dataclass(frozen=True)
 class Notes:
-    """`Notes` say where a kernel writes down ids beyond their table, and in which batch.
+    """A `Notes` holds the memory in which a kernel records ids outside of their table, and the number of the batch.
 
-    words: (4,) int64, which the kernel and the host both see; the fourth is `samples.py`'s. batch: (2,) int64 on the
-    device: a number that is added to `number`, and how many rows the batch has; ids of later rows are not looked at,
-    and taken as 0. number: of the batch, from 1 on.
+    words: (4,) int64, visible to the kernel and the host; `samples.py` uses the fourth. batch: (2,) int64 on the
+    device: a number that is added to `number`, and the number of rows of the batch; ids of later rows are not read, and
+    count as 0. number: the number of the batch, from 1 on.
     """
 
     words: torch.Tensor
@@ -256,11 +255,11 @@ def embedding_layer_norm_forward(
     quantized: tuple[torch.Tensor, torch.Tensor] | None = None,
     notes: Notes | None = None,
 ) -> torch.Tensor:
-    """Embeds (T,) ids to (T, H) in the tables' dtype. Without input_ids, word is (T, H) and taken row by row.
+    """Embeds (T,) ids to (T, H) in the tables' dtype. Without input_ids, word is (T, H) and is read row by row.
 
-    token_type None: no segments, whatever token_type_ids says; and so with positions. ln_bias None: zeros. quantized:
-    buffers to fill with the same rows in 8 bits, as for `bias_residual_layer_norm_forward`. notes: where ids beyond
-    their table are noted; without them, the caller has checked the ids.
+    token_type None: no segments, for any token_type_ids; position None: no positions. ln_bias None: zeros. quantized:
+    buffers for the same rows in 8 bits, as in `bias_residual_layer_norm_forward`. notes: the memory for ids outside of
+    their table; without notes, the caller has checked the ids.
     """
     n_rows, n_cols = (word if input_ids is None else input_ids).shape[0], word.shape[1]
     out = launch.empty((n_rows, n_cols), like=word)
@@ -320,11 +319,11 @@ def embedding_norm_forward(
     dtype: torch.dtype,
     low: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Computes y = dropout(`embedding_layer_norm_forward`), and what its backward pass needs.
+    """Computes y = dropout(`embedding_layer_norm_forward`), and the data for its backward pass.
 
-    Inputs are those of `embedding_layer_norm_forward`, with tables in S; dtype is C. Returns y in S; y rounded to C
-    where `low` and C is not S, else None; the sum before the norm, rounded to C; and of each row of that sum, before it
-    is rounded, the mean and 1 / sqrt(variance + eps), (T,) float32.
+    Inputs are those of `embedding_layer_norm_forward`, with tables in S; dtype is C. Returns y in S; y rounded to C if
+    `low` and C is not S, else None; the sum before the norm, rounded to C; and the mean and 1 / sqrt(variance + eps) of
+    each row of the unrounded sum, (T,) float32.
     """
     n_rows, n_cols = (word if input_ids is None else input_ids).shape[0], word.shape[1]
     y, total = (launch.empty((n_rows, n_cols), like=word, dtype=d) for d in (word.dtype, dtype))

@@ -2,10 +2,10 @@
 
     out[v] = sum of grad[t] over the tokens t with ids[t] = v, in the order of t;    0 for padding_idx
 
-grad: (T, E), fp32 / bf16 / fp16; ids: (T,); out: (V, E), float32 or the table's dtype. Sums in float32.
-The tokens are sorted by id, stably, once a batch (`segments_of`): the tokens of one id are then a segment, which may be
-empty, and may have thousands of rows: those of [CLS] and [SEP], of a segment's id, of position 0. Such segments are
-added in two steps. Sorted tokens are cut in pieces of 64:
+grad: (T, E), fp32 / bf16 / fp16; ids: (T,); out: (V, E), float32 or the table's dtype. Sums in float32. The tokens are
+sorted by id, stably, once a batch (`segments_of`). The tokens of one id are then a segment. It may be empty, or have
+thousands of rows, such as those of [CLS] and [SEP], of a token type, or of position 0. Such segments are added in two
+steps. Sorted tokens are cut into pieces of 64:
 
     sorted ids    0 0 0 0 | 0 0 0 0 | 0 0 1 1 | 4 4 4 4
     pieces        added   | added   |         | added          each piece of one id, by a program of its own
@@ -29,7 +29,7 @@ PIECE_ROWS = tl.constexpr(PIECE)
 
 
 class Segments(NamedTuple):
-    """The tokens of each id: those of v are order[offsets[v] : offsets[v + 1]], in ascending order."""
+    """A `Segments` holds the tokens of each id: order[offsets[v] : offsets[v + 1]] for v, in ascending order."""
 
     order: torch.Tensor  # (T,) int64
     offsets: torch.Tensor  # (V + 1,) int64
@@ -37,8 +37,8 @@ class Segments(NamedTuple):
 
 
 def segments_of(ids: torch.Tensor, n_ids: int) -> Segments:
-    """Sorts the ids (T,), integers from 0 to n_ids - 1, without a look at them on the host."""
-    # A sort by radix takes a pass for each byte of the numbers.
+    """Sorts the ids (T,), integers from 0 to n_ids - 1. The host does not read them."""
+    # A radix sort takes a pass for each byte of the numbers.
     narrow = ids.to(torch.int16 if n_ids <= torch.iinfo(torch.int16).max else torch.int32)
     sorted_ids, order = torch.sort(narrow, stable=True)
     bounds = torch.arange(n_ids + 1, dtype=narrow.dtype, device=ids.device)
@@ -117,9 +117,9 @@ def _segments_kernel(
 def embedding_backward(
     grad: torch.Tensor, segments: Segments, dtype: torch.dtype, padding_idx: int | None = None
 ) -> torch.Tensor:
-    """Adds (T, E) gradients of tokens to (V, E) of the table, in dtype. grad needs unit stride along E.
+    """Adds gradients of tokens, (T, E), to the table's, (V, E), in dtype. grad needs unit stride along E.
 
-    segments: those of the tokens' ids. padding_idx: an id whose row gets no gradient.
+    segments: the segments of the tokens' ids. padding_idx: an id whose row gets no gradient.
     """
     n_rows, n_cols = segments.offsets.shape[0] - 1, grad.shape[1]
     out = launch.empty((n_rows, n_cols), like=grad, dtype=dtype)

@@ -1,8 +1,7 @@
 """This module counts events that make a launch stall: kernels compiled or loaded from disk, and tunings.
 
-Triton tells its compilation listener (triton.knobs.compilation.listener) of every kernel that it compiles, or finds
-in its cache on disk, when a specialisation is launched for the first time in a process. Only kernels of this package
-count.
+When a specialisation is launched for the first time in a process, Triton compiles it or finds it in its cache on disk,
+and calls its compilation listener (triton.knobs.compilation.listener). Only kernels of this package count.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ def counts() -> dict[str, int]:
 
 
 class _Listener:
-    """A `_Listener` counts, and calls the listener before it."""
+    """A `_Listener` counts, and calls the earlier listener."""
 
     def __init__(self, other: Any) -> None:
         self.other = other

@@ -1,13 +1,13 @@
-"""This module chooses how a 16-bit linear is multiplied for few rows, up to FEW, outside of batch-invariant mode.
+"""This module chooses the kernel of 16-bit linears for few rows, up to FEW, outside of batch-invariant mode.
 
-A GPU has some 132 multiprocessors, and 128 rows of a linear with 3,072 columns are 24 tiles of 128 x 128: with smaller
-tiles, or with K shared by programs, more of them work. The number of rows is known on the host, and enters in BUCKETS,
-so that a handful of kernels serves all lengths.
+A GPU has some 132 multiprocessors, and 128 rows of a linear with 3,072 columns are 24 tiles of 128 x 128. Smaller
+tiles, or a K that is split among programs, use more multiprocessors. The host knows the number of rows, and rounds it
+up to one of BUCKETS, so that a few kernels serve all lengths.
 
-A table's `few_rows` goes first, by shape, epilogue and bucket. Else there is a heuristic, for the architecture whose
-clocks were counted (`benchmarks/gemm_clocks.py`): of TILES the one with the most programs, as long as each has a
-multiprocessor to itself. Below that count a smaller tile is faster because it reads less; above it a second round of
-programs, or the L2 cache, takes longer than the larger tile.
+A table's entry in `few_rows`, by shape, epilogue and bucket, has priority. Otherwise there is a heuristic for the
+architecture whose clocks were counted (`benchmarks/gemm_clocks.py`). It selects from TILES the tile with the most
+programs, if there are no more programs than multiprocessors. Below this count a smaller tile is faster because it reads
+less. Above it a second round of programs, or the L2 cache, takes longer than the larger tile.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TILES: tuple[dict[str, int], ...] = tuple(
 
 
 def key_of(dtype: torch.dtype, shape: tuple[int, int], epilogue: str, bucket: int) -> str:
-    """Returns the key of one linear in a table, as "float16/768x3072/gelu/128". shape: (K, M)."""
+    """Returns the key of one linear in a table, such as "float16/768x3072/gelu/128". shape: (K, M)."""
     return f"{configs.gemm_key(dtype, shape, epilogue)}/{bucket}"
 
 
@@ -39,7 +39,7 @@ def bucket_of(n_rows: int) -> int | None:
 
 
 def tile(dtype: torch.dtype, arch: int, shape: tuple[int, int], epilogue: str, n_rows: int) -> dict[str, int] | None:
-    """Returns the tile of the kernel on pointers for so many rows, or None where the one for any number is taken."""
+    """Returns the tile of the pointer kernel for n_rows rows, or None if the tile for any number of rows is used."""
     bucket = bucket_of(n_rows)
     if bucket is None or dtype == torch.float32 or epilogue == "pre":
         return None
@@ -63,7 +63,7 @@ def _tile(
 
 
 def heuristic_tile(n_cols: int, n_rows: int) -> dict[str, int] | None:
-    """Returns the tile of TILES with the most programs of at most MULTIPROCESSORS, or None where each has more."""
+    """Returns the tile of TILES with the most programs of at most MULTIPROCESSORS, or None if each has more."""
     for sizes in TILES:
         n_programs = launch.cdiv(n_rows, sizes["BLOCK_ROWS"]) * launch.cdiv(n_cols, sizes["BLOCK_COLS"])
         if n_programs <= MULTIPROCESSORS:
@@ -73,14 +73,14 @@ def heuristic_tile(n_cols: int, n_rows: int) -> dict[str, int] | None:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """A `Split` holds the tile of a linear before LayerNorm, and how many programs share the K of each tile."""
+    """A `Split` holds the tile of a linear before LayerNorm, and the number of programs that share each tile's K."""
 
     tile: dict[str, int]
     splits: int
 
 
 def split(dtype: torch.dtype, arch: int, shape: tuple[int, int], n_rows: int) -> Split | None:
-    """Returns how a linear before LayerNorm splits for so many rows, where a table says that it does."""
+    """Returns the split of a linear before LayerNorm for n_rows rows, or None if no table has one."""
     bucket = bucket_of(n_rows)
     if bucket is None or dtype == torch.float32:
         return None
@@ -88,7 +88,7 @@ def split(dtype: torch.dtype, arch: int, shape: tuple[int, int], n_rows: int) ->
 
 
 def splits(dtype: torch.dtype, arch: int, shape: tuple[int, int]) -> bool:
-    """Says whether a table splits the linear for some number of rows."""
+    """Tells whether a table splits the linear for some number of rows."""
     return any(split(dtype, arch, shape, bucket) is not None for bucket in BUCKETS)
 
 
@@ -103,5 +103,5 @@ def _split(
 
 
 def split_of(entry: dict[str, int]) -> Split:
-    """Parts a tile with SPLITS, as tables and candidates of `fastbert tune` have it."""
+    """Converts an entry with SPLITS, from tables or candidates of `fastbert tune`, to a `Split`."""
     return Split({name: size for name, size in entry.items() if name not in ("kernel", "SPLITS")}, entry["SPLITS"])

@@ -1,12 +1,12 @@
-"""Two kernels gate an activation in one pass, and go back.
+"""This module has two kernels: for a gated activation in one pass, and for its gradient.
 
     out = activation(first) * second,    x = [first | second]
     d_first = grad * second * activation'(first),    d_second = grad * activation(first)
     silu:  x * s,    silu'(x) = s + x s (1 - s),    s = sigmoid(x); the others are those of gelu.py
 
 x, d_x: (T, 2 I); out, grad: (T, I); fp32 / bf16 / fp16. Arithmetic in float32, one rounding. Bytes moved: 3 * T * I
-elements, and 5 * T * I in the backward pass, which computes the activation again, and 6 * T * I where it writes out
-again as well. Elementwise, so a row's bits do not depend on the batch.
+elements. The backward pass computes the activation again, and moves 5 * T * I elements, or 6 * T * I if it also writes
+out again. All is elementwise, so a row's bits do not depend on the batch.
 
 Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
 """
@@ -101,7 +101,7 @@ def _gated_backward_kernel(
 
 
 def gated_forward(x: torch.Tensor, activation: str) -> torch.Tensor:
-    """Computes (T, 2 I) -> (T, I) in x's dtype, which needs unit stride along its rows. activation: of ACTIVATIONS."""
+    """Computes (T, 2 I) -> (T, I) in x's dtype. x needs unit stride along its rows. activation: of ACTIVATIONS."""
     n_rows, n_cols = x.shape[0], x.shape[1] // 2
     out = launch.empty((n_rows, n_cols), like=x)
     if n_rows == 0:
@@ -132,9 +132,9 @@ def gated_forward(x: torch.Tensor, activation: str) -> torch.Tensor:
 def gated_backward(
     grad: torch.Tensor, x: torch.Tensor, activation: str, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Computes the gradient of x, (T, 2 I), from that of `gated_forward`'s result, (T, I) in x's dtype.
+    """Computes the gradient of x, (T, 2 I), from grad, that of `gated_forward`'s result, (T, I) in x's dtype.
 
-    Both need unit stride along their rows. out: a buffer like grad, contiguous, to fill with that result again.
+    Both need unit stride along their rows. out: a contiguous buffer like grad, in which the result is computed again.
     """
     n_rows, n_cols = grad.shape
     d_x = launch.empty((n_rows, 2 * n_cols), like=x)

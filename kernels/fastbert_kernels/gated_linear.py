@@ -1,23 +1,24 @@
-"""This kernel is a linear layer with a gate in the GEMM's epilogue: the first half of a gated feed-forward part.
+"""This kernel is a linear layer with a gate in the GEMM's epilogue: the first half of a gated feed-forward layer.
 
     out = activation(x @ first^T + first_bias) * (x @ second^T + second_bias),    weight = [first above second]
 
-x: (T, K), weight: (2 I, K), bias: (2 I,), out: (T, I); fp32 / bf16 / fp16, float32 accumulators, on which activation
-and gate are computed before the one rounding. FLOPs: 4 * T * I * K; bytes: (T * K + 2 * I * K + T * I) elements at
-least. A linear and a gate in kernels of their own move 4 * T * I elements more, and round the product in between.
+x: (T, K), weight: (2 I, K), bias: (2 I,), out: (T, I); fp32 / bf16 / fp16, float32 accumulators. Activation and gate
+use the accumulators before the only rounding. FLOPs: 4 * T * I * K; bytes: (T * K + 2 * I * K + T * I) elements at
+least. Separate kernels for a linear and a gate move 4 * T * I elements more, and round the product in between.
 
-A tile of the product has BLOCK_COLS columns, half of them of the first part of the weight and half of the second, so
-that a program holds both factors of its BLOCK_COLS / 2 outputs. The weight stays as it is: a tile reads its rows in two
-places. So a tile has the operands and the accumulators of the same tile in linear.py, and a table of tiles serves both.
+A tile of the product has BLOCK_COLS columns, half of them from the first part of the weight and half from the second.
+So a program holds both factors of its BLOCK_COLS / 2 outputs. The weight is not rearranged: a tile reads its rows in
+two places. So a tile has the operands and the accumulators of the same tile in linear.py, and one table of tiles serves
+both.
 
     weight, (2 I, K)      tile of x @ weight^T         out
     first   . 1 1 . .     [ 1 1 | 2 2 ]         ->     [ a(1) 2  a(1) 2 ]
     second  . 2 2 . .
 
-In the two halves of a tile the factors of an output are in registers of one thread, where tensor cores multiply. IEEE
-float32, whose products are multiply-adds, has them as neighbours (`PAIRS`), which takes a third fewer registers.
+With tensor cores, the factors of an output are in the two halves of a tile, in registers of one thread. In IEEE
+float32, with multiply-adds, they are neighbouring columns (`PAIRS`), which takes a third fewer registers.
 
-Bits of a row do not depend on the batch, and few rows may have tiles of their own, as in linear.py.
+A row's bits do not depend on the batch, except that few rows may have their own tile, as in linear.py.
 
 Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202.
 """
@@ -94,10 +95,10 @@ def _gated_linear_kernel(
 def gated_linear_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, by_rows: bool = False
 ) -> torch.Tensor:
-    """Multiplies and gates (T, K) -> (T, I) in x's dtype, with weight (2 I, K); activation: of gated.ACTIVATIONS.
+    """Computes product and gate, (T, K) -> (T, I) in x's dtype, with weight (2 I, K); activation: of gated.ACTIVATIONS.
 
-    Tensors have unit row stride. by_rows: whether few rows may have a tile of their own, and with it other bits. Takes
-    the kernel that configs.gemm names, or this file's where the weight's alignment rules tensor descriptors out.
+    Tensors have unit row stride. by_rows: whether few rows may have their own tile, and with it other bits. It runs the
+    kernel that configs.gemm names, or this file's if the weight's alignment does not allow tensor descriptors.
     """
     n_rows, shape = x.shape[0], (x.shape[1], weight.shape[0])
     out = launch.empty((n_rows, shape[1] // 2), like=x)
@@ -135,7 +136,7 @@ def gated_linear_pointer_forward(
     precision = launch.dot_precision(x.dtype)
     if tables.some_dependent:
         config = dependent.options(config, launch.arch(x.device))
-    # Grid: one program per output tile, on one axis so that the kernel can order them.
+    # Grid: one program per output tile. All are on one axis, so that the kernel can order them.
     grid, facts = (n_tiles,), None
     if n_rows > 1 and (dtypes := launch.alike(x, weight, bias, out)):
         facts = dtypes, k_size, n_cols, activation, precision

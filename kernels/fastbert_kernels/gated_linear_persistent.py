@@ -1,13 +1,13 @@
-"""This is gated_linear.py's layer as a persistent kernel on tensor descriptors, for compute capability 9.0 on.
+"""This kernel is the persistent form of gated_linear.py, on tensor descriptors, for compute capability 9.0 on.
 
     out = activation(x @ first^T + first_bias) * (x @ second^T + second_bias),    weight = [first above second]
 
 x: (T, K), weight: (2 I, K), bias: (2 I,), out: (T, I), bf16 or fp16, float32 accumulator, one rounding. FLOPs and bytes
-are those of gated_linear.py. Programs, loops and the order of tiles are those of linear_persistent.py, and so is what
-the tensor memory accelerator wants: K and I are multiples of 8.
+are those of gated_linear.py. Programs, loops and the order of tiles are those of linear_persistent.py. The tensor
+memory accelerator requires that K and I are multiples of 8.
 
-The weight's descriptor has three dimensions, (2, I, K). One copy brings both halves of a tile, (2, BLOCK_COLS / 2,
-BLOCK_K), which lie in shared memory as the rows of one operand: a step of K is one product of BLOCK_COLS columns, and
+The weight's descriptor has three dimensions, (2, I, K). One copy loads both halves of a tile, (2, BLOCK_COLS / 2,
+BLOCK_K). In shared memory they are the rows of one operand. So a step of K is one product of BLOCK_COLS columns, and
 not two narrow ones that would each read x again. In the accumulator the factors of an output are in one thread.
 
 A row's bits do not depend on the batch, for the reasons in linear.py.
@@ -86,14 +86,14 @@ def gated_linear_persistent_forward(
 ) -> torch.Tensor:
     """Fills out, (T, I) with T > 0. x, weight and out must be describable; config is the tile of the product.
 
-    dtypes: what `launch.alike` says of x, weight, bias and out, where the caller has asked.
+    dtypes: the result of `launch.alike` for x, weight, bias and out, if the caller has it.
     """
     n_rows, k_size = x.shape
     n_cols = out.shape[1]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"] // 2)
     if tables.some_dependent:
         config = dependent.options(config, launch.arch(x.device))
-    # As many programs as run at once, or one per output tile if those are fewer.
+    # Grid: as many programs as run at once, or one per output tile if there are fewer tiles.
     grid = (min(n_tiles, config.get("PROGRAMS", 1) * launch.n_multiprocessors(x.device)),)
     x_desc = descriptor(x, config["BLOCK_ROWS"], config["BLOCK_K"])
     weight_desc = _descriptor_of_halves(weight, config["BLOCK_COLS"], config["BLOCK_K"])

@@ -1,4 +1,4 @@
-"""This module has what gated_linear.py and gated_linear_persistent.py share: a tile of both halves, and its gate."""
+"""This module holds the shared code of the two gated linears in 16 or 32 bits: a tile of both halves, and its gate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two kernels add a bias and apply GELU in one pass, for linears whose GEMM has no such epilogue, and go back.
+"""This module has two kernels: for bias and GELU in one pass, if the GEMM has no such epilogue, and for the gradient.
 
     erf:   gelu(x) = x * (1 + erf(x / sqrt(2))) / 2
     tanh:  gelu(x) = x * (1 + tanh(u)) / 2 = x * sigmoid(2 u),    u = sqrt(2 / pi) * (x + 0.044715 x^3)
@@ -7,15 +7,15 @@
 x, out: (T, I), fp32 / bf16 / fp16; bias: (I,). Arithmetic in float32. Bytes moved: 2 * T * I elements.
 Elementwise, so a row's bits do not depend on the batch.
 
-The backward pass starts at pre = x + bias, which the forward pass saved, and computes the activation again, since the
-gradient of the weight that comes next needs it:
+The backward pass starts from pre = x + bias, which the forward pass saved. It computes the activation again, because
+the next layer's weight gradient needs it:
 
     grad_pre = grad * gelu'(pre),    activated = gelu(pre),    grad_bias = sum_t grad_pre
     erf:   gelu'(x) = Phi(x) + x exp(-x^2 / 2) / sqrt(2 pi),    Phi(x) = (1 + erf(x / sqrt(2))) / 2
     tanh:  gelu'(x) = s + x s (1 - s) 2 u',    s = sigmoid(2 u),    u' = sqrt(2 / pi) * (1 + 3 * 0.044715 x^2)
     relu:  relu'(x) = 1 where x > 0, else 0
 
-Bytes moved: 4 * T * I elements. grad_bias is summed in two steps, in a fixed order, as `column_sums` says.
+Bytes moved: 4 * T * I elements. grad_bias is summed in two steps, in a fixed order (see `column_sums`).
 
 Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415.
 """
@@ -33,9 +33,9 @@ SQRT_1_2 = tl.constexpr(0.7071067811865476)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 SQRT_1_2PI = tl.constexpr(0.3989422804014327)
 HALF_LOG2_E = tl.constexpr(0.7213475204444817)
-STAGES = tl.constexpr(3)  # Copies of two tiles are under way while one is worked on.
-MAX_PROGRAMS = 768  # of the backward pass. It settles the order of sums, and is the same on every device.
-# What a is cut off at, then P(a) from the highest power down.
+STAGES = tl.constexpr(3)  # Two tiles are copied while one is computed.
+MAX_PROGRAMS = 768  # of the backward pass. It decides the order of sums, and is equal on every device.
+# The limit of a, then the coefficients of P(a) from the highest power down.
 LOG2_PHI_BF16 = tl.constexpr((14.0, -2.384121e-4, 4.932471e-3, -4.486147e-2, -0.46924147, -1.146512, -1.0003369))
 LOG2_PHI_FP16 = tl.constexpr(
     (8.0, 3.1125604e-5, -7.3149486e-4, 7.8611607e-3, -5.2873353e-2, -0.4593474, -1.1509726, -1.0000112)

@@ -1,11 +1,11 @@
-"""This module mends Triton's interpreter, so that it gives a kernel's numbers.
+"""This module corrects Triton's interpreter, so that it computes the same numbers as a compiled kernel.
 
-The interpreter (TRITON_INTERPRET=1) runs kernels on the CPU with numpy, which has no bfloat16, so it keeps the bit
-patterns as uint16. It then truncates where the hardware rounds float32 to bfloat16, and multiplies the bit patterns as
-integers in tl.dot (so in Triton 3.6 to 3.9). It rounds float32 to float8 wrongly where the mantissa carries into the
-exponent. Also, Triton 3.6 reads loop bounds in a way that numpy 2.4 refuses. And numpy's matrix product sums a row in
-an order that depends on where in the matrix it stands, which no tensor core does, so that no kernel could be seen to
-give a row the same bits wherever it stands. All five are mended here. Nothing changes outside the interpreter.
+The interpreter (TRITON_INTERPRET=1) runs kernels on the CPU with numpy. numpy has no bfloat16, so the interpreter keeps
+bit patterns as uint16. In Triton 3.6 to 3.9 it truncates float32 to bfloat16 where the hardware rounds, and multiplies
+the bit patterns as integers in tl.dot. It rounds float32 to float8 wrongly if the mantissa carries into the exponent.
+Triton 3.6 reads loop bounds in a way that numpy 2.4 refuses. numpy's matrix product sums a row in an order that depends
+on its place in the matrix. Tensor cores do not do this, and tests could not check that a row has the same bits at any
+place. This module corrects all five. Nothing changes outside the interpreter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import triton.language as tl
 from fastbert_kernels import interpreter_speed
 
 ACTIVE = bool(triton.knobs.runtime.interpret)
-QUICKENED: dict[str, bool] = {}  # the changes of interpreter_speed, and whether each fits this Triton
+QUICKENED: dict[str, bool] = {}  # the changes of interpreter_speed -> whether each fits this Triton
 
 
 def _to_float32(bits: np.ndarray) -> np.ndarray:
@@ -66,7 +66,7 @@ def _install() -> None:
         acc = args[0]
         if a.data.ndim != 2 or a.data.dtype not in (np.float16, np.float32) or acc.data.dtype != np.float32:
             return dot(self, a, b, *args)
-        # Each row in a product of its own, (rows, 1, K) @ (K, columns): the same sum for every row.
+        # Each row has its own product, (rows, 1, K) @ (K, columns), with the same order of sums.
         rows, columns = (x.data.astype(np.float32, copy=False) for x in (a, b))
         return handle(np.matmul(rows[:, None, :], columns)[:, 0] + acc.data, acc.dtype.scalar)
 

@@ -1,9 +1,9 @@
-"""This module makes Triton's interpreter quicker, and changes none of its numbers.
+"""This module makes Triton's interpreter faster without changing its results.
 
-A kernel under the interpreter spends most of its time around the arithmetic: each call of a function searches the
-language for what it replaces, and each value spells out the names of its types. Here a function called by a kernel
-leaves the language as the kernel's launch has made it, names are spelled out when somebody reads them, and shapes are
-shared. Each change is left out where Triton's text is another one.
+A kernel under the interpreter spends most of its time outside of the arithmetic. Each call of a function patches the
+builtins of Triton's language again, and each value builds the names of its types. With this module, a function called
+by a kernel does not patch the language again, names are built only when they are read, and shapes are shared. Each
+change is left out if Triton's source is different.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def parameters(function: Any) -> list[str]:
 
 
 def patch_once(interpreter: Any) -> bool:
-    """Lets a called function leave the language alone where the launch has replaced its builtins.
+    """Lets a called function skip the patch of the language if the launch has already replaced its builtins.
 
-    Returns whether this Triton's text is the one that is replaced.
+    Returns whether this Triton's source is the expected one.
     """
     original: Any = getattr(interpreter, "_patch_lang", None)
     scope: Any = getattr(interpreter, "_LangPatchScope", None)
@@ -70,7 +70,7 @@ def list_builtins_once(interpreter: Any) -> bool:
 
 
 def keep_numpy_types(interpreter: Any) -> bool:
-    """Looks numpy's dtype up by the name of Triton's. Returns as patch_once does."""
+    """Looks up numpy's dtype by the name of Triton's. Returns as patch_once does."""
     original: Any = getattr(interpreter, "_get_np_dtype", None)
     if parameters(original) != ["tt_dtype"]:
         return False
@@ -90,7 +90,7 @@ def keep_numpy_types(interpreter: Any) -> bool:
 
 
 def name_tuples_when_asked() -> bool:
-    """Makes the type of a tuple, and its name, when they are read. Returns as patch_once does."""
+    """Makes the type of a tuple, and its name, only when they are read. Returns as patch_once does."""
     kind: Any = getattr(core, "tuple_type", None)
     if kind is None or parameters(kind) != ["types", "fields"] or parameters(core.tuple) != ["args", "type"]:
         return False
@@ -136,7 +136,7 @@ def compare_plain_tuples() -> bool:
             return core.constexpr(self.values == list(values))
         return original(self, other)
 
-    core.tuple.__eq__ = equal  # the hash stays: a class loses it only where its body defines __eq__
+    core.tuple.__eq__ = equal  # the hash stays: only __eq__ in a class body removes it
     return True
 
 
@@ -202,7 +202,7 @@ def share_shapes() -> bool:
 
 
 def skip_unread_checks(interpreter: Any) -> bool:
-    """Leaves out checks of integers for overflow, which are computed and then not read outside debugging.
+    """Leaves out overflow checks of integers, whose results are not read except in debugging.
 
     Returns as patch_once does.
     """
@@ -222,7 +222,7 @@ def skip_unread_checks(interpreter: Any) -> bool:
 
 
 def install(interpreter: Any) -> dict[str, bool]:
-    """Makes all changes. Returns by name whether each fits this Triton. interpreter: triton.runtime.interpreter."""
+    """Makes all changes. Returns whether each fits this Triton, by name. interpreter: triton.runtime.interpreter."""
     return {
         "patch_once": patch_once(interpreter),
         "list_builtins_once": list_builtins_once(interpreter),

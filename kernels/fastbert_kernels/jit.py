@@ -1,14 +1,14 @@
 """This module has `jit`, Triton's decorator, for kernels whose cache key and first launch depend on no other kernel.
 
-Cache keys. Triton hashes a kernel when it is first asked to, and mixes in the constants of the functions it calls only
-if those were hashed before: the key of one kernel, and with it whether the cache on disk has it, would depend on which
-other kernel a process launches first. So every function is hashed where it is defined, after those that it calls.
+Cache keys: Triton hashes a kernel at its first use. The hash includes the constants of called functions only if those
+were hashed before. So the key of a kernel in the cache on disk would depend on the kernel that a process launches
+first. Here every function is hashed at its definition, after the functions that it calls.
 
-First launches. Triton makes a compiled kernel visible to other threads before its code is on the device, and one that
-launches it then launches nothing. So a kernel is put where launches look for it when it is loaded, and one thread
-compiles it while others wait. Launches that find it, all but the first ones, take no lock and no detour.
+First launches: Triton makes a compiled kernel visible to other threads before its code is on the device. A launch by
+another thread then does nothing. Here a kernel becomes visible after it is loaded. One thread compiles it while others
+wait. All later launches take no lock.
 
-Later launches. A kernel that is guarded has `direct`, by which `launch.run` launches it again (see direct.py).
+Later launches: a guarded kernel has an attribute `direct`, by which `launch.run` launches it again (see direct.py).
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 
 def guarded(kernel: Any) -> bool:
-    """Says whether threads may launch the kernel at the same time, first launches included."""
+    """Tells whether threads may launch the kernel at the same time, first launches included."""
     return "_guarded" in getattr(kernel, "__dict__", ())
 
 
 class _Loaded(dict[Any, Any]):
-    """This dictionary holds compiled kernels by specialisation. It loads each to the device before anyone finds it."""
+    """This dictionary holds compiled kernels by specialisation. Each is loaded to the device before it is visible."""
 
     def __setitem__(self, key: Any, compiled: Any) -> None:
-        load = getattr(compiled, "_init_handles", None)  # A kernel that is still being compiled elsewhere has none.
+        load = getattr(compiled, "_init_handles", None)  # A kernel that another thread still compiles has none.
         if load is not None:
             load()
         super().__setitem__(key, compiled)
 
 
 class _Devices(dict[Any, Any]):
-    """This dictionary makes what Triton keeps of a kernel for a device at its first use, compiled kernels first."""
+    """This dictionary makes Triton's data of a kernel for a device at its first use, compiled kernels first."""
 
     def __init__(self, kernel: Any, lock: threading.RLock) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ class _Devices(dict[Any, Any]):
 
 
 def _guard(kernel: Any) -> None:
-    """Lets one thread at a time compile and load. A Triton that works otherwise leaves the kernel unguarded."""
+    """Lets one thread at a time compile and load. With a Triton that works differently, the kernel stays unguarded."""
     if not all(hasattr(kernel, name) for name in ("device_caches", "create_binder", "_do_compile")):
         return
     lock = threading.RLock()
@@ -79,7 +79,7 @@ def _guard(kernel: Any) -> None:
             compiled = kernel.device_caches[device][0].get(key)
             if compiled is None:
                 compiled = type(kernel)._do_compile(kernel, key, signature, device, *others, **options)
-                # Triton compares them at every launch, which takes longer than all of `launch.run`: ours never change.
+                # Triton compares them at every launch, which takes longer than `launch.run`. They never change here.
                 kernel.used_global_vals = {}
             return compiled
 

@@ -1,7 +1,7 @@
 """This module launches kernels, or records their launches, and holds the facts of the device they run on.
 
-Kernels do not specialise on the number of tokens (`do_not_specialize`), so that no length that arrives while serving
-can make a kernel compile.
+Kernels do not specialise on the number of tokens (`do_not_specialize`), so no new length makes a kernel compile while
+serving.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Launch:
 
 events.listen()
 
-recorded: list[Launch] | None = None  # Inside `recording`, the launches so far.
+recorded: list[Launch] | None = None  # The launches so far, inside `recording`.
 _recorded_arch: int | None = None
-_one_at_a_time = threading.RLock()  # Held by launches of the interpreter, and of kernels that `jit` has not guarded.
+_one_at_a_time = threading.RLock()  # Launches in the interpreter and of unguarded kernels hold it.
 
 
 def interpreted() -> bool:
-    """Says whether kernels run under Triton's interpreter (TRITON_INTERPRET=1 when triton was imported)."""
+    """Tells whether kernels run under Triton's interpreter (TRITON_INTERPRET=1 when triton was imported)."""
     return interpreter.ACTIVE
 
 
@@ -66,7 +66,7 @@ def _device_arch(index: int) -> int:
 
 
 def n_multiprocessors(device: torch.device) -> int:
-    """Counts the GPU's multiprocessors. Returns 2 under the interpreter, and where launches are recorded."""
+    """Returns the number of the GPU's multiprocessors; 2 under the interpreter, and if launches are recorded."""
     if recorded is not None or device.type != "cuda":
         return 2
     return _n_multiprocessors(device.index if device.index is not None else torch.cuda.current_device())
@@ -83,14 +83,14 @@ def empty(shape: tuple[int, ...], *, like: torch.Tensor, dtype: torch.dtype | No
 
 
 def cdiv(n: int, block: int) -> int:
-    """Counts the blocks that hold n. `triton.cdiv` does the same in six more Python calls."""
+    """Returns n / block, rounded up. `triton.cdiv` does the same in six more Python calls."""
     return -(-n // block)
 
 
 def run(kernel: Any, grid: tuple[int, ...], config: dict[str, int], **arguments: Any) -> None:
-    """Launches the kernel on the device of its tensors, whichever device is current.
+    """Launches the kernel on the device of its tensors, even if another device is current.
 
-    Where Triton's cache on disk cannot be used, `disk_cache` gives this process another folder.
+    If Triton's cache on disk cannot be used, `disk_cache` gives this process another folder.
     """
     if recorded is not None:
         recorded.append(Launch(kernel, grid, config, arguments))
@@ -112,10 +112,10 @@ _run = run
 
 
 def alike(*tensors: torch.Tensor | None) -> tuple[Any, ...] | None:
-    """Returns what a kernel's description of the tensors follows from, beside their sizes; None stands for None.
+    """Returns the data besides sizes that decide a kernel's description of the tensors: dtypes, None for None.
 
-    Returns None unless their elements lie densely, at addresses that are a multiple of 16, as they almost always do. In
-    tensors of one row, strides do not follow from sizes: a caller does not ask about them.
+    Returns None unless the tensors are contiguous, at addresses that are multiples of 16, as they almost always are.
+    Callers must not use it for tensors of one row, because their strides do not follow from sizes.
     """
     dtypes: list[torch.dtype | None] = []
     addresses = 0
@@ -131,10 +131,10 @@ def alike(*tensors: torch.Tensor | None) -> tuple[Any, ...] | None:
 
 
 def again(kernel: Any, grid: tuple[int, ...], config: dict[str, int], facts: Any, *head: Any) -> bool:
-    """Launches a kernel as `run_first` did before with the same facts, and tells whether it did.
+    """Launches a kernel as `run_first` did before with the same facts. Returns whether it did.
 
-    facts: what all arguments but the first ones follow from, and how those are described; hashable, or None. head: the
-    first arguments of the kernel, the first of them a tensor or its descriptor.
+    facts: hashable data that decide all arguments except the first ones, and the description of these; or None. head:
+    the first arguments of the kernel, the first of them a tensor or its descriptor.
     """
     direct = getattr(kernel, "direct", None)
     if facts is None or direct is None or recorded is not None or run is not _run:  # a test may count launches
@@ -147,7 +147,7 @@ def again(kernel: Any, grid: tuple[int, ...], config: dict[str, int], facts: Any
 def run_first(
     kernel: Any, grid: tuple[int, ...], config: dict[str, int], facts: Any, n_head: int, **arguments: Any
 ) -> None:
-    """Does what `run` does, and keeps it for `again`. n_head: how many arguments `again` will be given."""
+    """Does what `run` does, and keeps the launch for `again`. n_head: the number of arguments in `head` of `again`."""
     run(kernel, grid, config, **arguments)
     direct = getattr(kernel, "direct", None)
     if facts is not None and direct is not None and recorded is None:
@@ -170,7 +170,7 @@ def _launch(kernel: Any, grid: tuple[int, ...], config: dict[str, int], argument
 
 
 def _through_triton(kernel: Any, grid: tuple[int, ...], config: dict[str, int], arguments: dict[str, Any]) -> Any:
-    """Launches the kernel as Triton does, compiled if it has to be, and returns what was compiled."""
+    """Launches the kernel as Triton does, compiles it if necessary, and returns the compiled kernel."""
     # The default of FP fusion, and with it the bits of the results, differ between versions of Triton.
     try:
         return kernel[grid](**arguments, **config, enable_fp_fusion=True)
@@ -181,7 +181,7 @@ def _through_triton(kernel: Any, grid: tuple[int, ...], config: dict[str, int], 
 
 @contextmanager
 def recording(for_arch: int) -> Iterator[list[Launch]]:
-    """Lists the launches inside, and runs none. They are configured for `for_arch`, whatever the device is."""
+    """Lists the launches inside the context, and runs none. They are configured for `for_arch`, on any device."""
     global recorded, _recorded_arch
     if recorded is not None:
         raise RuntimeError("launch.recording() does not nest")
@@ -193,10 +193,10 @@ def recording(for_arch: int) -> Iterator[list[Launch]]:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """Returns the precision of tl.dot's inputs: "tf32" where the user allowed it by PyTorch's switch, else "ieee"."""
+    """Returns the precision of tl.dot's inputs: "tf32" if PyTorch's switch allows it, else "ieee"."""
     if dtype != torch.float32:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    # Before PyTorch 2.9 there is only allow_tf32. Since then, reading it raises where the newer switch was used.
+    # Before PyTorch 2.9 there is only allow_tf32. Since then, reading it raises if the newer switch was used.
     allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
     return "tf32" if allowed else "ieee"

@@ -8,12 +8,12 @@ is None for a norm without one.
 All arithmetic is float32, the variance is the mean squared distance from the mean (no cancellation), and there is one
 rounding, at the store. Bytes moved: read x and residual, write out: 3 * T * H elements.
 
-For training, x has the dtype C of products, and residual and out the dtype S of the stream between layers. A kernel of
-its own, so that inference hands over no argument more, saves what the backward pass needs: x' rounded to C (T * H
-elements more), and of each row the mean and 1 / sqrt(var + eps), in float32. Where S is not C, out can be had in both.
+For training, x has the dtype C of products, and residual and out have the dtype S of hidden states between layers. A
+separate kernel, so that inference has no more arguments, saves the data of the backward pass: x' rounded to C (T * H
+elements more), and the mean and 1 / sqrt(var + eps) of each row, in float32. If S is not C, it can return out in both.
 
-A row's bits do not depend on the batch: a tile holds whole rows, and each is summed by the same tree, which follows
-from H, wherever in its tile it stands.
+A row's bits do not depend on the batch: a tile holds whole rows, and each row is summed by the same tree, which depends
+only on H, at any place in its tile.
 
 Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
 """
@@ -195,9 +195,9 @@ def bias_residual_layer_norm_forward(
 ) -> torch.Tensor:
     """Normalises x + bias + residual: (T, H) -> (T, H) in x's dtype. x and residual need unit stride along H.
 
-    ln_bias None: zeros. out: where to write the result, with unit stride along H, x itself too; None for new memory.
-    quantized: buffers (T, H), float8_e4m3fn or int8, and (T, 1) float32, both contiguous, to fill with the same rows in
-    8 bits (int8: rotated) and their scales, as `quantize` says.
+    ln_bias None: zeros. out: memory for the result, with unit stride along H, which may be x itself; None for new
+    memory. quantized: contiguous buffers (T, H), float8_e4m3fn or int8, and (T, 1) float32, for the same rows in 8 bits
+    (int8: rotated) and their scales (see `quantize`).
     """
     n_rows, n_cols = x.shape
     if out is None:
@@ -251,11 +251,11 @@ def residual_norm_forward(
     dropout: Dropout | None,
     low: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Computes y = LayerNorm(dropout(x + bias) + residual) * weight + ln_bias, and what its backward pass needs.
+    """Computes y = LayerNorm(dropout(x + bias) + residual) * weight + ln_bias, and the data for its backward pass.
 
     x: (T, H) in C; residual: (T, H) in S, or None, and then S is C. Both need unit stride along H. Vectors: (H,) in
-    either dtype. Returns y in S; y rounded to C where `low` and C is not S, else None; the sum before the norm, rounded
-    to C; and of each row of that sum, before it is rounded, the mean and 1 / sqrt(variance + eps), (T,) float32.
+    either dtype. Returns y in S; y rounded to C if `low` and C is not S, else None; the sum before the norm, rounded to
+    C; and the mean and 1 / sqrt(variance + eps) of each row of the unrounded sum, (T,) float32.
     """
     n_rows, n_cols = x.shape
     stream = x if residual is None else residual

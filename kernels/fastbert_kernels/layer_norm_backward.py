@@ -1,18 +1,18 @@
-"""This kernel is the backward pass of dropout + residual + LayerNorm; it also gives the sums over all tokens.
+"""This kernel is the backward pass of dropout + residual + LayerNorm. It also computes the sums over all tokens.
 
     y = LayerNorm(total) * weight + ln_bias,    total = dropout(x + bias) + residual,    n = (total - mean) * rstd
     grad_residual = rstd * (g - mean(g) - n * mean(g * n)),    g = dy * weight,    dy = grad + grad_low
     grad_x        = keep * scale * grad_residual
     grad_weight   = sum_t dy * n,    grad_ln_bias = sum_t dy,    grad_bias = sum_t grad_x
 
-Where a dropout was applied to y itself, dy is masked first. Masks are drawn again, not stored. total, grad_low, grad_x:
-(T, H) in the dtype C of products; grad, grad_residual: (T, H) in the dtype S of the stream; mean, rstd: (T,) float32;
-the three sums: (H,) float32. Arithmetic in float32, one rounding. Bytes moved: grad and total read, grad_x written, and
-grad_low and grad_residual where there are any: 3 to 5 times T * H elements; partial sums: 24 bytes a column and
-program, of which there are at most 384.
+If a dropout was applied to y itself, dy is masked first. Masks are drawn again, not stored. total, grad_low, grad_x:
+(T, H) in the dtype C of products; grad, grad_residual: (T, H) in the dtype S of hidden states; mean, rstd: (T,)
+float32; the three sums: (H,) float32. Arithmetic in float32, one rounding. Bytes moved: grad and total read, grad_x
+written, and grad_low and grad_residual if they exist: 3 to 5 times T * H elements; partial sums: 24 bytes for each
+column and program, with at most 384 programs.
 
-Each program takes a fixed share of the row tiles and adds its rows in order; `column_sums` adds up the programs. No
-atomics: the same inputs give the same bits.
+Each program has a fixed share of the row tiles and adds its rows in order. `column_sums` adds up the programs' sums.
+There are no atomics: the same inputs give the same bits.
 
 Source: Ba, Kiros and Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
 """
@@ -29,8 +29,8 @@ from fastbert_kernels.jit import jit
 from fastbert_kernels.layer_norm import drop_columns
 from fastbert_kernels.masks import Dropout
 
-MAX_PROGRAMS = 384  # Three a multiprocessor of an H100. It settles the order of sums, and is the same on every device.
-STAGES = tl.constexpr(3)  # Copies of two tiles are under way while one is worked on.
+MAX_PROGRAMS = 384  # Three for each multiprocessor of an H100. It decides the order of sums and is always equal.
+STAGES = tl.constexpr(3)  # Two tiles are copied while one is computed.
 OUT_DROPOUT_ARGUMENTS = tuple(f"out_{name}" for name in drawing.DO_NOT_SPECIALIZE)
 
 
@@ -137,10 +137,10 @@ def residual_norm_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns the gradients (grad_x, grad_residual, grad_weight, grad_ln_bias, grad_bias) of `residual_norm_forward`.
 
-    grad: (T, H) of y, in S; grad_low: (T, H) of y_low, in C, or None. Both need unit stride along H; total, mean and
-    rstd are those of the forward pass. dropout: of x + bias; out_dropout: one that was applied to y. grad_x is in C.
-    grad_residual is in S: the same tensor as grad_x where the two are equal, which is without dropout and where C is S.
-    Each is None where it is not wanted. The vectors are (H,) float32.
+    grad: the gradient of y, (T, H) in S; grad_low: that of y_low, (T, H) in C, or None. Both need unit stride along H.
+    total, mean and rstd are those of the forward pass. dropout: the dropout of x + bias; out_dropout: the dropout of y.
+    grad_x is in C. grad_residual is in S; it is the same tensor as grad_x if there is no dropout and C is S. Each is
+    None if it is not needed. The vectors are (H,) float32.
     """
     n_rows, n_cols = total.shape
     same = dropout is None and grad.dtype == total.dtype
@@ -171,7 +171,7 @@ def _partials(
     partials = launch.empty((n_programs, 3, n_cols), like=total, dtype=torch.float32)
     if n_rows == 0:
         return partials
-    # Grid: one program per share of the row tiles.
+    # Grid: one program for each share of the row tiles.
     launch.run(
         _residual_norm_backward_kernel,
         (n_programs,),

@@ -3,16 +3,16 @@
     out = activation(x @ weight^T + bias) + residual,    for training also pre = x @ weight^T + bias
 
 x: (T, K), weight: (M, K) as torch.nn.Linear keeps it, bias: (M,), residual and out: (T, M); fp32 / bf16 / fp16, float32
-accumulator, the epilogue applied to it before the one rounding. fp32 multiplies in IEEE float32 unless TF32 is allowed.
-FLOPs: 2 * T * M * K; bytes: (T * K + M * K + T * M) elements at least, and T * M more with a residual.
+accumulator. The epilogue uses the accumulator before the only rounding. fp32 multiplies in IEEE float32 unless TF32 is
+allowed. FLOPs: 2 * T * M * K; bytes: (T * K + M * K + T * M) elements at least, and T * M more with a residual.
 
 K and M are run-time sizes: one compiled kernel serves all shapes of a model whose K is a whole number of blocks. Tiles
 are visited in groups of GROUP_ROWS row blocks, so that neighbouring programs share weight columns in L2 (Tillet, Kung
 and Cox, "Triton", MAPL 2019, and its matrix multiplication tutorial).
 
-A row of the output does not depend on which rows stand beside it, bit for bit: the tile follows from (K, M), never from
-T, each output element is summed over K in the same order wherever in a tile it stands, and no sum is split. Callers who
-do not ask for that may have tiles that suit few rows (`few_rows`), and sums over shares of K (`split_linear`).
+The bits of an output row do not depend on the other rows. The tile depends on (K, M), never on T. Each output element
+is summed over K in the same order at any place in a tile, and no sum is split. Callers that do not need this may have
+tiles for few rows (`few_rows`), and sums over shares of K (`split_linear`).
 """
 
 from __future__ import annotations
@@ -114,9 +114,9 @@ def linear_forward(
 ) -> torch.Tensor:
     """Multiplies (T, K) -> (T, M) in x's dtype; activation "none", "gelu" or "gelu_tanh". Tensors have unit row stride.
 
-    pre: a contiguous tensor (T, M) in x's dtype, to fill with x @ weight^T + bias: what the backward pass of an
-    activation needs. by_rows: whether few rows may have a tile of their own, and with it other bits. Takes the kernel
-    that configs.gemm names, or this file's where the weight's alignment rules tensor descriptors out.
+    pre: a contiguous tensor (T, M) in x's dtype for x @ weight^T + bias, which the backward pass of an activation
+    needs. by_rows: whether few rows may have their own tile, and with it other bits. It runs the kernel that
+    configs.gemm names, or this file's if the weight's alignment does not allow tensor descriptors.
     """
     n_rows, shape = x.shape[0], (x.shape[1], weight.shape[0])
     out = launch.empty((n_rows, shape[1]), like=x)
@@ -127,13 +127,13 @@ def linear_forward(
     few = few_rows.tile(x.dtype, arch, shape, epilogue_name, n_rows) if by_rows else None
     gemm = configs.gemm(x.dtype, arch, shape, epilogue_name)
     config = gemm.config.block_sizes
-    # Rows at odd addresses are copied: which kernel runs, in which specialisation, and with them the bits, must not
-    # depend on where the rows lie, but on the weight alone.
+    # Rows at unaligned addresses are copied. The kernel, its specialisation, and with them the bits must depend only on
+    # the weight, not on the address of the rows.
     if few is not None:
         config = few
     elif gemm.ours != "linear":
         dtypes = launch.alike(x, weight, bias, residual, out, pre) if x.shape[0] > 1 else None
-        # Of the sizes for which `gemm` names these kernels, all that is so is describable.
+        # For the sizes for which `gemm` names these kernels, all such tensors are describable.
         if dtypes or (describable(weight) and describable(out) and (pre is None or describable(pre))):
             x = x if dtypes or describable(x) else x.clone(memory_format=torch.contiguous_format)
             if gemm.ours == "linear_specialized" and pre is None:
@@ -157,7 +157,8 @@ def linear_pointer_forward(
 ) -> torch.Tensor:
     """Fills out and pre, (T, M) with T > 0, by the kernel of this file; config is the tile.
 
-    splits: programs that share each tile's K, where out is their sums, (splits, T, M) float32; 0 for the whole product.
+    splits: the number of programs that share each tile's K; out then holds their sums, (splits, T, M) float32. 0 means
+    the whole product.
     """
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
@@ -166,7 +167,7 @@ def linear_pointer_forward(
     precision = launch.dot_precision(x.dtype)
     if tables.some_dependent:
         config = dependent.options(config, launch.arch(x.device))
-    # Grid: one program per output tile, on one axis so that the kernel can order them, and per share of K.
+    # Grid: one program per output tile and share of K. Tiles are on one axis, so that the kernel can order them.
     grid, facts = (n_tiles, splits) if splits else (n_tiles,), None
     if n_rows > 1 and (dtypes := launch.alike(x, weight, bias, residual, out, pre)):
         facts = dtypes, k_size, n_cols, activation, precision, splits > 0

@@ -1,23 +1,22 @@
-"""This is linear.py's layer as a persistent kernel on tensor descriptors, for GPUs of compute capability 9.0 on.
+"""This kernel is the persistent form of linear.py, on tensor descriptors, for GPUs of compute capability 9.0 on.
 
     out = activation(x @ weight^T + bias) + residual,    for training also pre = x @ weight^T + bias
 
 x: (T, K), weight: (M, K), bias: (M,), residual and out: (T, M), bf16 or fp16, float32 accumulator, one rounding. FLOPs
-and bytes are those of linear.py. Tiles are loaded and stored by the tensor memory accelerator, which wants bases and
-row strides that are multiples of 16 bytes; what it reads past an edge is zero and what it writes there is dropped, so
-neither K nor T needs a mask.
+and bytes are those of linear.py. The tensor memory accelerator loads and stores tiles. It needs base addresses and row
+strides that are multiples of 16 bytes. Past an edge it reads zeros and drops writes, so neither K nor T needs a mask.
 
-One program per multiprocessor takes tile after tile, in the order of linear.py, and the two loops are flattened into
-one, so that the loads of the next tile are under way during the epilogue of this one:
+One program per multiprocessor computes tile after tile, in the order of linear.py. The two loops are flattened into
+one, so that the next tile is loaded during the epilogue of this one:
 
     program p    tile p | tile p + n_programs | tile p + 2 * n_programs | ...
 
-Two candidates differ: FLATTEN = 0 keeps the loops apart, which takes fewer registers, and with PROGRAMS = 2 a
-multiprocessor multiplies one tile during the epilogue of another. The loop is never warp-specialised: with descriptors
-from the host Triton compiles that wrong. `linear_specialized` makes its own.
+There are two variants: FLATTEN = 0 keeps the loops apart, which takes fewer registers. With PROGRAMS = 2 a
+multiprocessor multiplies one tile during the epilogue of another. The loop is never warp-specialised, because Triton
+compiles it wrongly with descriptors from the host. `linear_specialized` makes its own descriptors.
 
-A row's bits do not depend on the batch, for the reasons in linear.py: which program computes a tile, and after which
-other, does not enter its sums.
+A row's bits do not depend on the batch, for the reasons in linear.py. The sums of a tile do not depend on its program,
+or on the tile before it.
 
 Source: Triton's tutorial "Persistent matmul" (the technique).
 """
@@ -83,7 +82,7 @@ def _linear_persistent_kernel(
 
 
 def describable(rows: torch.Tensor) -> bool:
-    """Says whether a tensor descriptor can stand for the (rows, columns) tensor."""
+    """Tells whether a tensor descriptor can describe the (rows, columns) tensor."""
     row_stride, col_stride = rows.stride()
     aligned = rows.data_ptr() % ALIGNMENT == 0 and row_stride * rows.element_size() % ALIGNMENT == 0
     return aligned and col_stride == 1 and rows.numel() > 0
@@ -91,7 +90,7 @@ def describable(rows: torch.Tensor) -> bool:
 
 def descriptor(rows: torch.Tensor, block_rows: int, block_cols: int) -> TensorDescriptor:
     """Makes the descriptor of a `describable` tensor, in blocks, without the checks that its constructor repeats."""
-    descriptor = TensorDescriptor.__new__(TensorDescriptor)  # whose other fields have defaults
+    descriptor = TensorDescriptor.__new__(TensorDescriptor)  # the other fields have defaults
     descriptor.base, descriptor.shape, descriptor.strides, descriptor.block_shape = (
         rows,
         rows.shape,
@@ -114,14 +113,14 @@ def linear_persistent_forward(
 ) -> torch.Tensor:
     """Fills out and pre, (T, M) with T > 0. x, weight, out and pre must be describable; config is the tile.
 
-    dtypes: what `launch.alike` says of x, weight, bias, residual, out and pre, where the caller has asked.
+    dtypes: the result of `launch.alike` for x, weight, bias, residual, out and pre, if the caller has it.
     """
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
     if tables.some_dependent:
         config = dependent.options(config, launch.arch(x.device))
-    # As many programs as run at once, or one per output tile if those are fewer.
+    # Grid: as many programs as run at once, or one per output tile if there are fewer tiles.
     grid = (min(n_tiles, config.get("PROGRAMS", 1) * launch.n_multiprocessors(x.device)),)
     x_desc = descriptor(x, config["BLOCK_ROWS"], config["BLOCK_K"])
     weight_desc = descriptor(weight, config["BLOCK_COLS"], config["BLOCK_K"])

@@ -1,18 +1,18 @@
-"""This is linear.py's layer with warps that only load and warps that only multiply, for compute capability 9.0.
+"""This kernel is linear.py's layer with warps that only load and warps that only multiply, for compute capability 9.0.
 
     out = activation(x @ weight^T + bias) + residual
 
 Shapes, dtypes, FLOPs, bytes and the order of tiles and sums are those of linear_persistent.py. Triton splits the warps
-of the loop over tiles (`warp_specialize`): one group feeds copies by the tensor memory accelerator to two groups of
-four warps, each of which has half of a tile's rows, multiplies them and finishes them.
+of the loop over tiles (`warp_specialize`): one group copies data by the tensor memory accelerator for two groups of
+four warps. Each of these computes half of a tile's rows.
 
 Tensor descriptors are made on the device, in scratch memory that `scratch` gives to Triton. Descriptors from the host
-have boxes of a whole tile's rows, while the split copies half of them at a time: Triton compiles that without an error,
-and the copies overrun their buffers. So this kernel takes pointers alone, and no kernel that takes a descriptor is
-warp-specialised.
+have boxes of a whole tile's rows, but the split copies half of them at a time. Triton compiles this without an error,
+and the copies overrun their buffers. So this kernel has only pointer arguments, and no kernel with a descriptor
+argument is warp-specialised.
 
-It is a candidate of `fastbert tune`, which checks its results before it is timed, and no default: nothing has run it on
-a GPU yet.
+It is a candidate of `fastbert tune`, which checks its results before it measures the time. It is not a default, because
+it has not run on a GPU yet.
 
 Source: Triton's tutorial "Persistent matmul" (descriptors made on the device, warp specialisation).
 """
@@ -26,7 +26,7 @@ from fastbert_kernels import launch, scratch
 from fastbert_kernels.jit import jit
 from fastbert_kernels.linear_tile import add_bias, epilogue, tile_of
 
-ARCH = 90  # the one architecture for which it is compiled
+ARCH = 90  # the only architecture for which it is compiled
 WARPS = 4  # of a group; Triton makes the groups
 
 
@@ -91,7 +91,7 @@ def linear_specialized_forward(
     n_cols = weight.shape[0]
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
     scratch.provide()
-    # Grid: as many programs as run at once, or one per output tile if those are fewer.
+    # Grid: as many programs as run at once, or one per output tile if there are fewer tiles.
     launch.run(
         _linear_specialized_kernel,
         (min(n_tiles, launch.n_multiprocessors(x.device)),),

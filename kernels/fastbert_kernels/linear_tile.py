@@ -1,4 +1,4 @@
-"""This module has what linear.py and linear_persistent.py share: the order of tiles and the epilogue."""
+"""This module holds shared code of linear.py and linear_persistent.py: the order of tiles and the epilogue."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import triton.language as tl
 from fastbert_kernels.gelu import activate
 from fastbert_kernels.jit import jit
 
-ALIGNMENT = 16  # bytes: what wide loads and tensor descriptors want of an address
+ALIGNMENT = 16  # bytes: the alignment for wide loads and tensor descriptors
 
 
 @jit

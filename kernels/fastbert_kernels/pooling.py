@@ -8,19 +8,19 @@
     max            max_i x_i
     normalize      y / max(||y||_2, 1e-12)
 
-hidden: (T, H), fp32 / bf16 / fp16; cu_seqlens: (B + 1,) int32; out: (B, H), fp32 / bf16 / fp16. H up to 4096.
-A sequence of length 0 gives zeros. Sums in float32. Bytes moved: T * H elements read (B * H for cls and last), B * H
-written; where a mean or a maximum is normalised, a second kernel reads and writes B * H more.
+hidden: (T, H), fp32 / bf16 / fp16; cu_seqlens: (B + 1,) int32; out: (B, H), fp32 / bf16 / fp16. H up to 4096. A
+sequence of length 0 gives zeros. Sums in float32. Bytes moved: T * H elements read (B * H for cls and last), B * H
+written; if a mean or a maximum is normalised, a second kernel reads and writes B * H more.
 
-A program has some columns of one sequence. It keeps a tile of partial results, into which it folds block after block of
-rows, and reduces it once, after the last block:
+A program has some columns of one sequence. It adds block after block of rows to a tile of partial results, and reduces
+the tile once, after the last block:
 
     rows 0, 32, 64 ...   -> partial 0  \
     rows 1, 33, 65 ...   -> partial 1   > reduced across threads: pooled
           ...                          /
 
-A vector's bits do not depend on the batch: blocks are counted from the sequence's first row, and how columns are split,
-and in which order partial results are reduced, follows from H and the sequence's own length.
+A vector's bits do not depend on the batch. Blocks are counted from the sequence's first row. The split of columns and
+the order of reduction depend only on H and the sequence's own length.
 
 Source: the pooling modes of Reimers and Gurevych, "Sentence-BERT", 2019, arXiv:1908.10084; weighted_mean from
 Muennighoff, "SGPT", 2022, arXiv:2202.08904.
@@ -53,7 +53,7 @@ def _weighted(x, places, MODE: tl.constexpr):
     return x
 
 
-@jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])  # a caller's, which may start anywhere
+@jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])  # a caller's tensor may start anywhere
 def _pool_kernel(
     hidden_ptr,  # (T, H)
     cu_seqlens_ptr,  # (B + 1,)
@@ -155,7 +155,7 @@ def pool_forward(
         return out
     whole_rows = mode in ONE_ROW
     config = configs.one_row_pooling_config(n_cols) if whole_rows else configs.pooling_config(n_cols)
-    # A norm wants the whole row, in float32.
+    # A norm needs the whole row in float32.
     again = normalize and not whole_rows
     pooled = launch.empty((n_seqs, n_cols), like=hidden, dtype=torch.float32) if again else out
     # Grid: a program for every sequence and block of columns.

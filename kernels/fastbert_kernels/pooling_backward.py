@@ -1,4 +1,4 @@
-"""This module is the backward pass of pooling: each row gets its share of the gradient of its sequence.
+"""This module is the backward pass of pooling. Each row gets its share of the gradient of its sequence.
 
     cls, last            g for the first or the last row, 0 for the others
     mean, mean_sqrt_len  g / n, g / sqrt(n)
@@ -7,8 +7,8 @@
     g = grad, or where y = x / ||x||_2 was normalised, (grad - y (y . grad)) / ||x||_2;    grad / 1e-12 below 1e-12
 
 grad: (B, H), in the dtype of the pooled vectors; hidden, out: (T, H), fp32 / bf16 / fp16; cu_seqlens: (B + 1,) int32,
-which ends at T. Arithmetic in float32, one rounding; no sum runs over tokens. Bytes moved: T * H elements written; for
-a maximum T * H read before, and for a norm what the forward pass moves, which is run again.
+which ends at T. Arithmetic in float32, one rounding; no sum is over tokens. Bytes moved: T * H elements written. A
+maximum first reads T * H elements. A norm runs the forward pass again, with its bytes.
 
 A program writes every fourth block of rows of a sequence, in some of the columns.
 """
@@ -48,7 +48,7 @@ def _normalize_backward_kernel(
     tl.store(out_ptr + seq * N_COLS + col_offs, (grad - y * along) / divisor, mask=col_mask)
 
 
-@jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])  # a caller's, which may start anywhere
+@jit(do_not_specialize_on_alignment=["cu_seqlens_ptr"])  # a caller's tensor may start anywhere
 def _first_maxima_kernel(
     hidden_ptr,  # (T, H)
     cu_seqlens_ptr,  # (B + 1,)
@@ -123,9 +123,10 @@ def _spread_kernel(
 def pool_backward(
     grad: torch.Tensor, hidden: torch.Tensor, cu_seqlens: torch.Tensor, mode: str, normalize: bool
 ) -> torch.Tensor:
-    """Returns the gradient (T, H) of hidden, in its dtype, from that of `pool_forward`, (B, H).
+    """Returns the gradient of hidden, (T, H) in its dtype, from grad, that of `pool_forward`'s result, (B, H).
 
-    Both need unit stride along H, and cu_seqlens ends at T. The values of hidden are read for "max" and for a norm.
+    Both need unit stride along H, and cu_seqlens ends at T. The values of hidden are read only for "max" and for a
+    norm.
     """
     n_seqs, n_cols = grad.shape
     out = launch.empty((hidden.shape[0], n_cols), like=hidden)

@@ -1,14 +1,15 @@
-"""This module quantises rows inside the kernels that produce a GEMM's operand, so that it is no pass of its own.
+"""This module quantises rows inside the kernels that produce a GEMM's operand, so that it needs no separate pass.
 
     scale = max |x| / TOP,    q = round(x / scale),    x ~ q * scale        TOP = 448 (float8_e4m3fn) or 127 (int8)
 
-float8 rounds to nearest, ties to even; int8 to nearest, ties up. A row of zeros has q = 0 and scale 0; one with a NaN
-or an infinity has a scale that is NaN or infinite, so that it does not vanish.
+float8 rounds to nearest, ties to even; int8 to nearest, ties up. A row of zeros has q = 0 and scale 0. A row with a NaN
+or an infinity has a scale that is NaN or infinite, so that the result shows it.
 
-int8 has one step for a whole row, which a single large channel makes coarse for all others. LayerNorm's rows, where
-such channels are, are therefore multiplied by a Hadamard matrix in blocks of 32 channels first, and the weight by its
-inverse: the product stays, and the large value is spread over its block. Not for float8, whose step follows the value:
-there a rotation lets large channels add their errors to products with weights that were small for them.
+int8 has one step for a whole row, and a single large channel makes it coarse for all others. LayerNorm's rows have such
+channels. So they are first multiplied by a Hadamard matrix in blocks of 32 channels, and the weight by its inverse. The
+product stays the same, and the large value is spread over its block. float8 rows are not rotated, because their step
+depends on the value: a rotation would add the errors of large channels to products with weights that were small for
+these channels.
 
 Source: Micikevicius et al., "FP8 Formats for Deep Learning", 2022, arXiv:2209.05433; the rotation after Ashkboos et
 al., "QuaRot", 2024, arXiv:2404.00456.
@@ -22,7 +23,7 @@ from fastbert_kernels.jit import jit
 
 TOP_FLOAT8, TOP_INT8 = tl.constexpr(448.0), tl.constexpr(127.0)
 ROTATION = tl.constexpr(32)  # channels in a block of the rotation
-TINY = tl.constexpr(1e-30)  # rows whose largest magnitude is less count as zeros: its inverse would overflow
+TINY = tl.constexpr(1e-30)  # rows with smaller maxima count as zeros: the inverse would overflow
 
 
 @jit

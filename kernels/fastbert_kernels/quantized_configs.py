@@ -9,7 +9,7 @@ import triton
 
 from fastbert_kernels import configs, launch, tables
 
-# The architectures whose gated product takes tensor descriptors, and whether in int8: on sm_100 that tile would spill.
+# The architectures whose gated product uses tensor descriptors, and whether also in int8: on sm_100 it would spill.
 GATED_ON_DESCRIPTORS = ((90, False), (90, True), (100, False))
 
 
@@ -22,11 +22,11 @@ def quantized_linear_config(
 ) -> configs.Config:
     """Returns the tile of the 8-bit GEMM.
 
-    group: columns of x that share a scale, None where a row has one. shape: (K, M), where the table may have an entry
-    of its own for it. quantizes: whether the result is in 8 bits too.
+    group: the number of columns of x that share a scale, None for one scale a row. shape: (K, M). The table may have a
+    separate entry for it. quantizes: whether the result is in 8 bits, too.
 
-    A step of BLOCK_K lies within a group. Where the table's step does not, it becomes as long as a group (and at least
-    32, the fewest columns that the tensor cores take).
+    A step of BLOCK_K lies within a group. If the table's step is longer, it becomes as long as a group (and at least
+    32, the fewest columns for the tensor cores).
     """
     config = configs.required("quantized_linear", _quantized_keys(dtype, shape, group, quantizes), for_arch)
     return _within_groups(config, group)
@@ -39,14 +39,14 @@ def quantized_linear_persistent_config(
     shape: tuple[int, int] | None = None,
     quantizes: bool = False,
 ) -> configs.Config | None:
-    """Returns the tile of the persistent 8-bit GEMM, or None where the architecture, dtype or group has none."""
+    """Returns the tile of the persistent 8-bit GEMM, or None if the architecture, dtype or group has none."""
     config = configs.from_tables(
         "quantized_linear_persistent", _quantized_keys(dtype, shape, group, quantizes), for_arch
     )
     if config is None:
         return None
     config = _within_groups(config, group)
-    # A block of a descriptor cannot end where a group ends in the middle of it.
+    # A descriptor's block has a fixed size, so a group cannot end inside of it.
     return None if group is not None and group % config.block_sizes["BLOCK_K"] else config
 
 
@@ -60,7 +60,7 @@ def _within_groups(config: configs.Config, group: int | None) -> configs.Config:
 def quantized_gemm(
     dtype: torch.dtype, for_arch: int, shape: tuple[int, int], group: int | None, out_dtype: torch.dtype
 ) -> configs.Gemm:
-    """Looks up how to multiply 8-bit operands, x (T, K) by weight (M, K), with shape = (K, M).
+    """Looks up the kernel for 8-bit operands, x (T, K) by weight (M, K), with shape = (K, M).
 
     `ours` of the result is one of QUANTIZED_GEMMS. out_dtype: an 8-bit one for a product that is quantised.
     """
@@ -81,7 +81,7 @@ def _quantized_gemm(
     key = quantized_gemm_key(dtype, shape, group, quantizes)
     entry, source = tables.find("quantized_gemm", (key,), for_arch, shipped_only) or ({}, None)
     persistent = quantized_linear_persistent_config(dtype, group, for_arch, shape, quantizes)
-    # Tensor descriptors want rows of a multiple of 16 bytes, of both operands and of the result.
+    # Tensor descriptors need rows of a multiple of 16 bytes in both operands and in the result.
     if shape[0] % 16 or shape[1] * out_dtype.itemsize % 16:
         persistent = None
     wanted = entry.get("kernel")
@@ -100,7 +100,7 @@ def _quantized_gemm(
 
 
 def quantized_gated_gemm(dtype: torch.dtype, for_arch: int, shape: tuple[int, int]) -> configs.Gemm:
-    """Looks up how to multiply 8-bit rows, (T, K), by a weight with its gate, (2 I, K); shape = (K, I).
+    """Looks up the kernel for 8-bit rows, (T, K), and a weight with its gate, (2 I, K); shape = (K, I).
 
     `ours` of the result is one of QUANTIZED_GATED_GEMMS.
     """
@@ -121,9 +121,9 @@ def _quantized_gated_gemm(
 
 
 def quantized_gated_config(dtype: torch.dtype, for_arch: int, shape: tuple[int, int]) -> configs.Config:
-    """Chooses the tile on pointers: as wide as a group of the result, and of as many rows as two sums leave registers.
+    """Chooses the tile on pointers: as wide as a group of the result, with as many rows as two sums fit in registers.
 
-    shape: (K, I), for which the table may have an entry.
+    shape: (K, I). The table may have an entry for it.
     """
     tile = {"BLOCK_ROWS": 64, "BLOCK_COLS": tables.GATED_COLS, "BLOCK_K": 128 if for_arch in (90, 100) else 64,
             "GROUP_ROWS": 8, "num_warps": 8, "num_stages": 3}  # fmt: skip
@@ -136,9 +136,9 @@ def quantized_gated_config(dtype: torch.dtype, for_arch: int, shape: tuple[int, 
 def quantized_gated_persistent_config(
     dtype: torch.dtype, for_arch: int, shape: tuple[int, int]
 ) -> configs.Config | None:
-    """Chooses the tile on tensor descriptors, or None where the other kernel runs.
+    """Chooses the tile on tensor descriptors, or None if the other kernel runs.
 
-    Descriptors want rows of a multiple of 16 bytes.
+    Descriptors need rows of a multiple of 16 bytes.
     """
     if (for_arch, dtype == torch.int8) not in GATED_ON_DESCRIPTORS or any(size % 16 for size in shape):
         return None
@@ -151,7 +151,7 @@ def quantized_gated_persistent_config(
 
 
 def quantized_gated_key(dtype: torch.dtype, shape: tuple[int, int]) -> str:
-    """Returns the key of an 8-bit product with a gate in a table, K x I, as "float8/768x1152"."""
+    """Returns the key of an 8-bit product with a gate in a table, K x I, such as "float8/768x1152"."""
     return f"{quantized_class(dtype)}/{shape[0]}x{shape[1]}"
 
 
@@ -161,7 +161,7 @@ def quantized_class(dtype: torch.dtype) -> str:
 
 
 def quantized_gemm_key(dtype: torch.dtype, shape: tuple[int, int], group: int | None, quantizes: bool) -> str:
-    """Returns the key of one 8-bit GEMM in a table, as "float8/768x3072/row-quantized" or "int8/3072x768/group128"."""
+    """Returns the key of an 8-bit GEMM in a table, e.g. "float8/768x3072/row-quantized" or "int8/3072x768/group128"."""
     scales = "row" if group is None else f"group{group}"
     return f"{quantized_class(dtype)}/{shape[0]}x{shape[1]}/{scales}{'-quantized' if quantizes else ''}"
 

@@ -1,13 +1,14 @@
-"""This kernel is the gated half of a feed-forward part on 8-bit operands: two products, a gate and quantised rows.
+"""This kernel is the gated half of a feed-forward layer on 8-bit operands: two products, a gate and quantised rows.
 
     out = quantised(activation(x @ up^T + up_bias) * (x @ gate^T + gate_bias)),    weight = [up above gate]
 
-x: (T, K), float8_e4m3fn or int8, with a scale a row, (T, 1) float32. weight: (2 I, K) of the same dtype, with a scale
-an output channel. bias: (2 I,) or None. out: (T, I) in x's dtype with scales (T, ceil(I / 128)), one a row and group of
-128 columns. activation: of ACTIVATIONS. A program holds both products of a tile: neither is rounded or stored.
+x: (T, K), float8_e4m3fn or int8, with one scale for each row, (T, 1) float32. weight: (2 I, K) of the same dtype, with
+one scale for each output channel. bias: (2 I,) or None. out: (T, I) in x's dtype with scales (T, ceil(I / 128)), one
+for each row and group of 128 columns. activation: of ACTIVATIONS. A program holds both products of a tile; neither is
+rounded or stored.
 
-Sums, and where they are added up, are those of quantized_linear.py. FLOPs: 4 * T * I * K; bytes: T * K + 2 * I * K +
-T * I at least. By the kernels apart, a linear to 16 bits and a gate that quantises, T * I * 8 bytes more.
+Sums, and the place where they are added up, are those of quantized_linear.py. FLOPs: 4 * T * I * K; bytes: T * K + 2 *
+I * K + T * I at least. Separate kernels, a linear to 16 bits and a gate that quantises, move T * I * 8 bytes more.
 
 Source: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202; the rest as in quantized_linear.py.
 """
@@ -111,8 +112,8 @@ def quantized_gated_linear_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Maps (T, K) with scales (T, 1) to (T, I) in x's dtype with scales (T, ceil(I / OUT_GROUP)).
 
-    weight: (2 I, K) of x's dtype, weight_scale: (2 I,). All tensors are contiguous. Takes the kernel on tensor
-    descriptors where the architecture has it and the weight's address allows them.
+    weight: (2 I, K) of x's dtype, weight_scale: (2 I,). All tensors are contiguous. It runs the kernel on tensor
+    descriptors if the architecture has it and the weight's address allows them.
     """
     n_rows, k = x.shape
     n_cols = weight.shape[0] // 2
@@ -146,7 +147,7 @@ def quantized_gated_linear_pointer_forward(
     """Fills out, (T, I) with T > 0, and out_scale, by the kernel of this file; config is the tile."""
     n_rows, k = x.shape
     n_cols = weight.shape[0] // 2
-    # Grid: one program per output tile, on one axis so that the kernel can order them.
+    # Grid: one program per output tile. All are on one axis, so that the kernel can order them.
     launch.run(
         _quantized_gated_linear_kernel,
         (launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"]),),

@@ -1,11 +1,11 @@
-"""This is the gated 8-bit product of quantized_gated_linear.py as a persistent kernel on tensor descriptors.
+"""This kernel is the persistent form of quantized_gated_linear.py, on tensor descriptors.
 
     out = quantised(activation(x @ up^T + up_bias) * (x @ gate^T + gate_bias)),    weight = [up above gate]
 
-Operands, results, scales, FLOPs and bytes are those of quantized_gated_linear.py, and so is the order in which a row's
-sums are added up: given the same BLOCK_K, the same bits. The rest is as in quantized_linear_persistent.py, whose wide
-tile has two parts of 128 columns that are multiplied in turn. Here they are columns of up, and the same of gate. A
-tile's result has 128 columns, one group of scales. K and I are multiples of 16.
+Operands, results, scales, FLOPs and bytes are those of quantized_gated_linear.py, and so is the order of a row's sums:
+with the same BLOCK_K both kernels give the same bits. The rest is as in quantized_linear_persistent.py. Its wide tile
+has two parts of 128 columns that are multiplied in turn. Here the parts are columns of up, and the same columns of
+gate. A tile's result has 128 columns, one group of scales. K and I are multiples of 16.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def quantized_gated_linear_persistent_forward(
     n_rows, k_size = x.shape
     n_cols = weight.shape[0] // 2
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
-    # Grid: as many programs as run at once, or one per output tile if those are fewer.
+    # Grid: as many programs as run at once, or one per output tile if there are fewer tiles.
     launch.run(
         _quantized_gated_linear_persistent_kernel,
         (min(n_tiles, launch.n_multiprocessors(x.device)),),

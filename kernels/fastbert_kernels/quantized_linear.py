@@ -1,15 +1,17 @@
-"""This kernel is a linear layer on 8-bit operands, with bias and GELU in the epilogue, which may quantise the result.
+"""This kernel is a linear layer on 8-bit operands. Its epilogue adds bias and GELU, and may quantise the result.
 
     out = activation((x * x_scale) @ (weight * weight_scale)^T + bias)
 
-x: (T, K) and weight: (M, K), float8_e4m3fn or int8; weight_scale: (M,) float32, one an output channel; x_scale: (T, G)
-float32, one a row and group of `group` neighbouring columns (the last may be narrower); bias: (M,) or None. out: (T, M)
-in fp32 / bf16 / fp16, or 8-bit again with scales (T, ceil(M / 128)), one a row and group of 128 columns.
+x: (T, K) and weight: (M, K), float8_e4m3fn or int8; weight_scale: (M,) float32, one for each output channel; x_scale:
+(T, G) float32, one for each row and group of `group` neighbouring columns (the last may be narrower); bias: (M,) or
+None. out: (T, M) in fp32 / bf16 / fp16, or in 8 bits with scales (T, ceil(M / 128)), one for each row and group of 128
+columns.
 
-int8 products are summed in int32, exactly: over all of K where a row has one scale, else over a group. float8 products
-are summed by the tensor cores, which up to Hopper keep about 14 bits of the sum: there over at most BLOCK_K, and those
-sums are added outside of them, in float32. They are scaled first, because Triton would turn a bare `sums + dot(x, w)`
-into a sum inside. FLOPs: 2 * T * M * K; bytes: T * K + M * K + T * M at least, half of 16-bit ones.
+int8 products are summed exactly in int32, over all of K if a row has one scale, otherwise over a group. The tensor
+cores sum float8 products; up to Hopper they keep about 14 bits of the sum. There they sum over at most BLOCK_K, and
+these sums are added outside of them in float32. They are scaled first, because Triton would turn a bare `sums + dot(x,
+w)` into a sum inside the tensor cores. FLOPs: 2 * T * M * K; bytes: T * K + M * K + T * M at least, half of those in 16
+bits.
 
 Source: DeepSeek-AI, "DeepSeek-V3 Technical Report", 2024, arXiv:2412.19437, section 3.3 (sums outside, group scales);
 Zhang et al., "SageAttention2", 2024, arXiv:2411.10958 (14 bits on Ada too); the order of the tiles is that of `linear`.
@@ -119,9 +121,9 @@ def quantized_linear_forward(
 ) -> torch.Tensor:
     """Maps (T, K) to (T, M) in dtype. activation: "none", "gelu" or "gelu_tanh". group: columns of x with one scale.
 
-    out_scale: a buffer (T, ceil(M / OUT_GROUP)) float32 for the scales of a quantised result, in which case dtype is
-    x's. All tensors are contiguous. Takes the kernel that quantized_configs.quantized_gemm names, or this file's where
-    the weight's address rules tensor descriptors out.
+    out_scale: a buffer (T, ceil(M / OUT_GROUP)) float32 for the scales of a quantised result; dtype is then x's. All
+    tensors are contiguous. It runs the kernel that quantized_configs.quantized_gemm names, or this file's if the
+    weight's address does not allow tensor descriptors.
     """
     n_rows, k = x.shape
     n_cols = weight.shape[0]
@@ -136,7 +138,7 @@ def quantized_linear_forward(
             forward = quantized_linear_persistent_forward
             if gemm.ours == "quantized_linear_specialized":
                 forward = quantized_linear_specialized_forward
-            # Rows at odd addresses are copied: which kernel runs, and with it the bits, follows from the weight.
+            # Unaligned rows are copied, so that the kernel and the bits depend only on the weight.
             x = x if describable(x) else x.clone(memory_format=torch.contiguous_format)
         else:
             config = quantized_configs.quantized_linear_config(
@@ -149,7 +151,7 @@ def quantized_linear_forward(
 
 
 def sums_outside(dtype: torch.dtype, arch: int) -> bool:
-    """Says whether the tensor cores of the architecture add up products of the dtype too coarsely."""
+    """Tells whether the tensor cores of the architecture add up products of the dtype too coarsely."""
     return dtype != torch.int8 and arch <= launch.LAST_ARCH_WITH_SHORT_FLOAT8_SUMS
 
 
@@ -171,7 +173,7 @@ def quantized_linear_pointer_forward(
     n_cols = weight.shape[0]
     if out_scale is not None and config["BLOCK_COLS"] != OUT_GROUP:
         raise ValueError(f"a quantised result needs tiles of {OUT_GROUP} columns, the table has {config['BLOCK_COLS']}")
-    # Grid: one program per output tile, on one axis so that the kernel can order them.
+    # Grid: one program per output tile. All are on one axis, so that the kernel can order them.
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
     launch.run(
         _quantized_linear_kernel,

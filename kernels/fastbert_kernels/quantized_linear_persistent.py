@@ -1,17 +1,17 @@
-"""This is the 8-bit layer of quantized_linear.py as a persistent kernel on tensor descriptors.
+"""This kernel is the persistent form of quantized_linear.py, on tensor descriptors.
 
     out = activation((x * x_scale) @ (weight * weight_scale)^T + bias)
 
-Operands, results, scales, FLOPs and bytes are those of quantized_linear.py, and so is the order in which a row's sums
-are added up: given the same BLOCK_K, the same bits. Tiles are loaded and stored by the tensor memory accelerator, as in
-linear_persistent.py, of which this is the 8-bit kin: one program per multiprocessor takes tile after tile, and loads of
-the next one are under way during the epilogue. K and M must be such that rows are multiples of 16 bytes, and a group of
-columns that share a scale a whole number of steps of K; what does not fit is left to the other kernel.
+Operands, results, scales, FLOPs and bytes are those of quantized_linear.py, and so is the order of a row's sums: with
+the same BLOCK_K both kernels give the same bits. As in linear_persistent.py, the tensor memory accelerator loads and
+stores tiles, one program per multiprocessor computes tile after tile, and the next tile is loaded during the epilogue.
+Rows must be multiples of 16 bytes, and a group of columns that share a scale must be a whole number of steps of K.
+Otherwise the other kernel runs.
 
-Where sums are added up outside of the tensor cores, a thread holds the tile's sums and the product of one step, which
-for a tile of 128 x 256 takes all of its registers. That tile asks L2 for 48 bytes a clock where Hopper's tensor cores
-run at their full rate, one of 128 x 128 for 64. So it is worked on in two parts of PART_COLS columns with one product
-at a time, and some of the first part's product is added while the tensor cores work on the second:
+If sums are added up outside of the tensor cores, a thread holds the tile's sums and the product of one step. For a tile
+of 128 x 256 this takes all of its registers. At the full rate of Hopper's tensor cores, such a tile reads 48 bytes a
+clock from L2, and a tile of 128 x 128 reads 64. So the large tile is computed in two parts of PART_COLS columns with
+one product at a time, and the first part's product is partly added while the tensor cores compute the second:
 
     tensor cores    x @ weight[0]^T | x @ weight[1]^T | next step ...
     sums                            | part 0          | part 1 ...
@@ -162,14 +162,14 @@ def quantized_linear_persistent_forward(
 ) -> torch.Tensor:
     """Fills out, (T, M) with T > 0, and out_scale. x, weight and out must be describable; config is the tile.
 
-    sum_outside: whether sums of products leave the tensor cores at every step also where a row has one scale.
+    sum_outside: whether sums of products leave the tensor cores at every step, even if a row has one scale.
     """
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
     part_cols = min(config["BLOCK_COLS"], OUT_GROUP)
     grouped = group < k_size
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
-    # Grid: as many programs as run at once, or one per output tile if those are fewer.
+    # Grid: as many programs as run at once, or one per output tile if there are fewer tiles.
     launch.run(
         _quantized_linear_persistent_kernel,
         (min(n_tiles, config.get("PROGRAMS", 1) * launch.n_multiprocessors(x.device)),),

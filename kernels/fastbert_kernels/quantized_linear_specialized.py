@@ -1,10 +1,10 @@
-"""This is the 8-bit layer with warps that only load and warps that only multiply, for compute capability 9.0.
+"""This kernel is the 8-bit layer with warps that only load and warps that only multiply, for compute capability 9.0.
 
     out = activation((x * x_scale) @ (weight * weight_scale)^T + bias)
 
-Operands, results, scales, FLOPs, bytes and the order of sums are those of quantized_linear_persistent.py, of whose tile
-of one part this is a variant: given the same BLOCK_K, the same sums. How its warps are split, why its descriptors are
-made on the device, and that it is a candidate which no GPU has run yet, is said in linear_specialized.py.
+Operands, results, scales, FLOPs, bytes and the order of sums are those of quantized_linear_persistent.py with a tile of
+one part: with the same BLOCK_K the sums are the same. linear_specialized.py describes the split of the warps and the
+descriptors made on the device. This kernel, too, is only a candidate of `fastbert tune`, and has not run on a GPU yet.
 
 Source: Triton's tutorial "Persistent matmul" (descriptors made on the device, warp specialisation).
 """
@@ -86,8 +86,8 @@ def quantized_linear_specialized_forward(
 ) -> torch.Tensor:
     """Fills out, (T, M) with T > 0, and out_scale. x, weight and out must be describable; config is the tile.
 
-    BLOCK_COLS is at most OUT_GROUP. sum_outside: whether sums of products leave the tensor cores at every step also
-    where a row has one scale.
+    BLOCK_COLS is at most OUT_GROUP. sum_outside: whether sums of products leave the tensor cores at every step, even if
+    a row has one scale.
     """
     n_rows, k_size = x.shape
     n_cols = weight.shape[0]
@@ -96,7 +96,7 @@ def quantized_linear_specialized_forward(
     grouped = group < k_size
     n_tiles = launch.cdiv(n_rows, config["BLOCK_ROWS"]) * launch.cdiv(n_cols, config["BLOCK_COLS"])
     scratch.provide()
-    # Grid: as many programs as run at once, or one per output tile if those are fewer.
+    # Grid: as many programs as run at once, or one per output tile if there are fewer tiles.
     launch.run(
         _quantized_linear_specialized_kernel,
         (min(n_tiles, launch.n_multiprocessors(x.device)),),

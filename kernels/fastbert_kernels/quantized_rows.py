@@ -1,8 +1,8 @@
-"""This kernel quantises rows that no kernel with an 8-bit result has made: one scale a row, int8 rotated on request.
+"""This kernel quantises rows that do not come from a kernel with an 8-bit result: one scale a row, optionally rotated.
 
     q, scale = as in quantize.py,    x: (R, C) fp32 / bf16 / fp16,    q: (R, C),    scale: (R,) float32
 
-C up to 4096. Bytes moved: (2 + 1) * R * C in 16 bits. Heads that have a scale each are rows of their own: (T * N, D).
+C up to 4096. Bytes moved: (2 + 1) * R * C in 16 bits. Heads with one scale each are separate rows: (T * N, D).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _quantized_rows_kernel(
 def quantized_rows_forward(x: torch.Tensor, dtype: torch.dtype, rotated: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantises (R, C), contiguous, to dtype, float8_e4m3fn or int8. Returns it and the scales, (R, 1) float32.
 
-    rotated: whether int8 rows are rotated, for which C is a multiple of 32.
+    rotated: whether int8 rows are rotated; C must then be a multiple of 32.
     """
     n_rows, n_cols = x.shape
     q, scale = (

@@ -1,14 +1,14 @@
-"""This kernel turns queries and keys by their positions, in place or into a copy, and their gradients back.
+"""This kernel rotates queries and keys by their positions, in place or into a copy, and rotates gradients back.
 
     out[i]         = first * cos - second * sin,    first = x[i], second = x[i + D / 2], i < D / 2
     out[i + D / 2] = second * cos + first * sin
 
 qkv, out: (T, 3, N, D), fp32 / bf16 / fp16, D even; cos, sin: (T, D / 2) float32. Arithmetic in float32, one rounding.
-Values stay as they are. The gradient turns by the negative angle: the rotation's transpose is its inverse. Bytes moved:
-4 * T * N * D elements in place, 6 into a copy, and the tables.
-A row's bits do not depend on the batch: no number depends on another row.
+Values do not change. The gradient is rotated by the negative angle, because the rotation's transpose is its inverse.
+Bytes moved: 4 * T * N * D elements in place, 6 into a copy, and the tables. A row's bits do not depend on the batch: no
+number depends on another row.
 
-Source: Su et al., "RoFormer", 2021, arXiv:2104.09864; halves in the place of pairs, as in GPT-NeoX.
+Source: Su et al., "RoFormer", 2021, arXiv:2104.09864; pairs are formed from the two halves of a head, as in GPT-NeoX.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ def _rotary_kernel(
 def rotary_forward(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int, in_place: bool = False
 ) -> torch.Tensor:
-    """Turns (T, 3 * N * D), laid out [q | k | v]. cos, sin: (T, D / 2) float32, contiguous.
+    """Rotates queries and keys of (T, 3 * N * D), laid out [q | k | v]. cos, sin: (T, D / 2) float32, contiguous.
 
-    qkv needs unit stride along its rows. in_place: whether q and k are written where they were read, and qkv returned.
+    qkv needs unit stride along its rows. in_place: whether the result overwrites q and k, and qkv is returned.
     """
     return _rotate(qkv, cos, sin, num_heads, in_place, False)
 
 
 def rotary_backward(grad: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Turns the gradient of `rotary_forward`'s result back, in place, and returns it."""
+    """Rotates the gradient of `rotary_forward`'s result back, in place, and returns it."""
     return _rotate(grad, cos, sin, num_heads, True, True)
 
 

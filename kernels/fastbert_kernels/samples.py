@@ -1,9 +1,9 @@
-"""This kernel compares numbers that lie anywhere in the memory of a GPU with what they were before.
+"""This kernel compares numbers at any addresses of a GPU's memory with their earlier values.
 
-addresses: (n,) int64, of numbers of the same size; before: (n,), the same numbers, as integers of that size. Where one
-differs, the kernel writes the number of the batch to the fourth word of the notes (`embedding.Notes`): in its upper 32
-bits, as for ids. The host reads the word without waiting, when it next runs a batch. Bytes moved: 2 n numbers and their
-addresses, some 60 KB for BERT-base.
+addresses: (n,) int64, of numbers of the same size; before: (n,), their earlier values, as integers of that size. If one
+differs, the kernel writes the number of the batch to the upper 32 bits of the fourth word of the notes
+(`embedding.Notes`). The host reads the word without waiting when it runs the next batch. Bytes moved: 2 n numbers and
+their addresses, some 60 KB for BERT-base.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _compare_samples_kernel(
 
 
 def compare_samples(addresses: torch.Tensor, before: torch.Tensor, notes: Notes) -> None:
-    """Notes where one of the numbers at these addresses, (n,) int64, is not the one of `before`, (n,) integers."""
+    """Records in `notes` if a number at these addresses, (n,) int64, differs from `before`, (n,) integers."""
     # Grid: one program per BLOCK numbers.
     launch.run(
         _compare_samples_kernel,

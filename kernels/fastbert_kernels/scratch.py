@@ -1,4 +1,4 @@
-"""Kernels that make tensor descriptors on the device need a little global memory, which this module gives to Triton."""
+"""This module gives Triton the global memory for kernels that make tensor descriptors on the device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import triton
 
 
 def provide() -> None:
-    """Makes Triton take scratch memory from PyTorch, in this thread, unless the program has an allocator of its own.
+    """Lets Triton allocate scratch memory from PyTorch, in this thread, unless the program has its own allocator.
 
-    The memory is of the current device and stream. It goes back to PyTorch once the kernel is launched, and what takes
-    it next comes later on the same stream; inside a CUDA graph it belongs to the graph's pool.
+    The memory belongs to the current device and stream. It returns to PyTorch after the kernel is launched. Its next
+    use is later on the same stream, so this is safe. Inside a CUDA graph it belongs to the graph's pool.
     """
     from triton.runtime import _allocation
 
@@ -19,5 +19,5 @@ def provide() -> None:
 
 
 def _allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    """Gives size bytes. PyTorch's blocks begin at multiples of 512 bytes; a descriptor wants 128."""
+    """Allocates size bytes. PyTorch's blocks begin at multiples of 512 bytes; a descriptor needs 128."""
     return torch.empty(size, dtype=torch.int8, device="cuda")

@@ -1,15 +1,15 @@
-"""Two kernels are a linear layer on few rows, whose K is shared by programs, and the LayerNorm that adds its sums up.
+"""This module has a linear layer for few rows, with K split among programs, and a LayerNorm that adds up the sums.
 
     sums[s] = x[:, share s of K] @ weight[:, share s of K]^T
     out = LayerNorm(sum_s sums[s] + bias + residual) * weight + ln_bias
 
 x: (T, K), weight: (H, K), sums: (S, T, H) float32, residual and out: (T, H) in bf16 or fp16; vectors: (H,). With few
-rows a linear with few columns has fewer tiles of output than a GPU has multiprocessors; so S programs share each. The
-LayerNorm that follows has to read the product anyway: it adds the shares up, in order, in float32. So the split costs
-no launch and no rounding, and two runs give the same bits. They are other bits than those of one sum: batch-invariant
-mode does not split.
+rows, a linear with few columns has fewer output tiles than a GPU has multiprocessors. So S programs share each tile.
+The following LayerNorm must read the product anyway: it adds up the shares in order in float32. So the split costs no
+launch and no rounding, and two runs give the same bits. These differ from the bits of one sum, so batch-invariant mode
+does not split.
 
-FLOPs: 2 * T * K * H; bytes beside the weight's: 8 * S * T * H, in the L2 cache, and 4 * T * H.
+FLOPs: 2 * T * K * H; bytes besides the weight's: 8 * S * T * H, in the L2 cache, and 4 * T * H.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def split_linear_layer_norm_forward(
 ) -> torch.Tensor:
     """Computes LayerNorm(x @ weight^T + bias + residual) * ln_weight + ln_bias, (T, H) in x's dtype.
 
-    x: (T, K), weight: (H, K), residual: (T, H), with unit stride along the rows; vectors: (H,). A share of
-    K that has no step left is all zeros.
+    x: (T, K), weight: (H, K), residual: (T, H), with unit stride along the rows; vectors: (H,). A share without a step
+    of K is all zeros.
     """
     n_rows, n_cols = x.shape[0], weight.shape[0]
     x = x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % ALIGNMENT else x

@@ -1,13 +1,14 @@
-"""This kernel adds a residual and normalises the sum, in one pass, for layers that normalise what they read.
+"""This kernel adds a residual and normalises the sum in one pass, for pre-norm layers.
 
     sum = x + residual,    out = (sum - mean(sum)) / sqrt(var(sum) + eps) * weight + ln_bias
 
 x, residual, sum, out: (T, H), fp32 / bf16 / fp16; weight, ln_bias: (H,), ln_bias may be missing. H up to 4096. The sum
-is rounded to its dtype before it is normalised: the bits are those of an addition and a LayerNorm apart, which move
-5 * T * H elements where this kernel moves 4, and launch once more. Arithmetic in float32, as in layer_norm.py.
+is rounded to its dtype before it is normalised, so the bits are those of a separate addition and LayerNorm. These move
+5 * T * H elements, this kernel moves 4 * T * H, and they need one launch more. Arithmetic in float32, as in
+layer_norm.py.
 
-In 8 bits the normalised rows are quantised as they are made (int8: rotated), and not stored otherwise. A row's bits do
-not depend on the batch: a tile holds whole rows.
+In 8 bits the normalised rows are quantised at once (int8: rotated), and not stored in another dtype. A row's bits do
+not depend on the batch, because a tile holds whole rows.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ def sum_norm_forward(
 ) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Computes the sum, None unless keep_sum, and the normalised rows, (T, H) each, in x's dtype.
 
-    x and residual need unit stride along H. quantized: buffers (T, H), float8_e4m3fn or int8, and (T, 1) float32, both
-    contiguous, to fill with the normalised rows in 8 bits and their scales; then the first is returned for them.
+    x and residual need unit stride along H. quantized: contiguous buffers (T, H), float8_e4m3fn or int8, and (T, 1)
+    float32, for the normalised rows in 8 bits and their scales; then the first buffer is returned in their place.
     """
     n_rows, n_cols = x.shape
     total = launch.empty((n_rows, n_cols), like=x) if keep_sum else None

@@ -1,4 +1,4 @@
-"""This module reads tables of block sizes and of the GEMM to take: those in `tuned/`, and the one of `fastbert tune`.
+"""This module reads tables of block sizes and of GEMM choices: those in `tuned/`, and the one from `fastbert tune`.
 
 A table is JSON:
 
@@ -17,17 +17,17 @@ A table is JSON:
       "dependent_launch": true
     }
 
-`device` and `date` are null where nothing was timed. Keys: a class of dtypes ("float16" for bf16 and fp16, "float32"),
-for a GEMM then K x M and what its epilogue does, for attention the head size of the tile. The number of tokens is in
-none. `gemm` names the faster kernel, and the faster of ours for where cuBLAS may not be taken; a shape without an entry
-is left to heuristics. An epilogue "gated" is of 16- and 32-bit products with a gate, where M counts both halves of the
-weight, and the kernels of `gated_linear` stand under the names of those without a gate. 8-bit linears ("float8",
-"int8") have K x M and which columns share a scale; without an entry in `quantized_gemm` they take the persistent kernel
-wherever there is a tile for it. Those with a gate have K x I, and no entry in the tables that ship: `quantized_configs`
-has their tiles. Keys of `few_rows` end with the number of rows up to which they count, see `few_rows`.
-`dependent_launch`: see `dependent`.
+`device` and `date` are null if nothing was measured. A key is a class of dtypes ("float16" for bf16 and fp16,
+"float32"), then for a GEMM K x M and its epilogue, or for attention the head size of the tile. No key has the number of
+tokens. `gemm` names the fastest kernel, and fastbert's fastest kernel for calls that must not use cuBLAS. Heuristics
+decide for a shape without an entry. The epilogue "gated" is for 16- and 32-bit products with a gate. There M counts
+both halves of the weight, and the kernels of `gated_linear` have the names of those without a gate. Keys of 8-bit
+linears ("float8", "int8") have K x M and the columns that share a scale. Without an entry in `quantized_gemm` they use
+the persistent kernel if there is a tile for it. Those with a gate have K x I, and no entry in the shipped tables:
+`quantized_configs` has their tiles. Keys of `few_rows` end with the greatest number of rows for which they are valid,
+see `few_rows`. `dependent_launch`: see `dependent`.
 
-The user's table, in the cache folder under the name of the GPU, goes before the one that ships.
+The user's table, in the cache folder under the name of the GPU, has priority over the shipped one.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ TABLE_FOLDER = Path(__file__).parent / "tuned"
 GEMMS = ("cublas", "linear", "linear_persistent", "linear_specialized")
 QUANTIZED_GEMMS = ("quantized_linear", "quantized_linear_persistent", "quantized_linear_specialized")
 QUANTIZED_GATED_GEMMS = ("quantized_gated_linear", "quantized_gated_linear_persistent")
-GATED_COLS = 128  # of a gated 8-bit tile, whose result has a scale for each so many columns
+GATED_COLS = 128  # columns of a gated 8-bit tile, which share a scale in the result
 FEW_ROWS = ("cublas", "linear", "split_linear")
-SPECIALIZED_WARPS = 4  # of a group of warps: with other numbers Triton splits nothing, or wrong
-# The names that each entry must have. More are allowed.
+SPECIALIZED_WARPS = 4  # warps in a group: with other numbers Triton does not split, or splits wrongly
+# The names that each entry must have. Further names are allowed.
 _TILE = {"num_warps", "num_stages"}
 _GEMM_TILE = _TILE | {"BLOCK_ROWS", "BLOCK_COLS", "BLOCK_K", "GROUP_ROWS"}
 REQUIRED = {
@@ -68,26 +68,26 @@ REQUIRED = {
 
 logger = logging.getLogger("fastbert")
 
-generation = 0  # It counts how often tables were forgotten, for caches of their entries.
-some_dependent = False  # Whether a table that was read launches kernels dependently, or a caller chose that.
-_chosen: Path | None = None  # The argument of use_table.
-_to_call: set[Callable[[], Any]] = set()  # Called when tables are forgotten.
+generation = 0  # The number of calls of `forget`, for caches of entries.
+some_dependent = False  # Whether a table or a caller turned dependent launches on.
+_chosen: Path | None = None  # The argument of `use_table`.
+_to_call: set[Callable[[], Any]] = set()  # Functions that `forget` calls.
 
 
 def cache_folder() -> Path:
     """Returns the folder that `fastbert tune` writes to: $XDG_CACHE_HOME/fastbert/tuned, by default in ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME")
-    # The XDG Base Directory Specification: a relative path there is invalid, and to be ignored.
+    # By the XDG Base Directory Specification a relative path is invalid and must be ignored.
     return (Path(root) if root and os.path.isabs(root) else Path.home() / ".cache") / "fastbert" / "tuned"
 
 
 def file_name(device_name: str) -> str:
-    """Returns the name of a GPU's table, as "nvidia-h100-pcie.json" for "NVIDIA H100 PCIe"."""
+    """Returns the file name of a GPU's table, such as "nvidia-h100-pcie.json" for "NVIDIA H100 PCIe"."""
     return re.sub(r"[^a-z0-9]+", "-", device_name.lower()).strip("-") + ".json"
 
 
 def gpus() -> list[tuple[str, int]]:
-    """Lists (name, compute capability as one integer) of each GPU of this machine."""
+    """Returns (name, compute capability as one integer) of each GPU of this machine."""
     if not torch.cuda.is_available():
         return []
     facts = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -96,7 +96,7 @@ def gpus() -> list[tuple[str, int]]:
 
 @functools.cache
 def read_table(path: Path) -> dict[str, Any]:
-    """Reads one table. Raises ValueError, which names the file, for a file that is none."""
+    """Reads one table. Raises ValueError, which names the file, if the file is not a table."""
     try:
         table = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -157,7 +157,7 @@ def read_table_for(path: Path, device_name: str, arch: int) -> dict[str, Any]:
 
 
 def use_table(path: str | os.PathLike[str] | None) -> None:
-    """Takes this table for the GPU that it names, instead of the one in the cache. None goes back to the latter.
+    """Uses this table for the GPU that it names, instead of the one in the cache. None restores the latter.
 
     Raises ValueError, naming the file, if it does not parse, is of another version, or names no GPU of this machine.
     """
@@ -181,7 +181,7 @@ def on_forget(call: Callable[[], Any]) -> None:
 
 
 def forget() -> None:
-    """Drops all tables. The next call for one reads it anew."""
+    """Drops all tables. The next use of a table reads it again."""
     global generation, some_dependent
     generation += 1
     some_dependent = False
@@ -193,7 +193,7 @@ def forget() -> None:
 
 @functools.cache
 def _users_table(arch: int) -> tuple[Path, dict[str, Any]] | None:
-    """Returns the user's table for this machine's GPU of the architecture, if there is one that fits."""
+    """Returns the user's table for this machine's GPU of the architecture, or None if there is none."""
     names = {name for name, capability in gpus() if capability == arch}
     if _chosen is not None and names:
         table = read_table(_chosen)
@@ -204,7 +204,7 @@ def _users_table(arch: int) -> tuple[Path, dict[str, Any]] | None:
         if not path.exists():
             continue
         if len(names) > 1:
-            # Callers ask by architecture, so that kernels need not know their device. They cannot say which GPU.
+            # Callers only know the architecture, so that kernels need not know their device. So the GPU is ambiguous.
             logger.warning("%s: not used: this machine has different GPUs of sm_%d: %s", path, arch, sorted(names))
             return None
         try:
@@ -216,7 +216,7 @@ def _users_table(arch: int) -> tuple[Path, dict[str, Any]] | None:
 
 @functools.cache
 def shipped_table(arch: int) -> tuple[Path, dict[str, Any]]:
-    """Returns the file and table of the nearest architecture that is no newer. Raises ValueError for too old a GPU."""
+    """Returns file and table of the nearest architecture that is not newer. Raises ValueError if the GPU is too old."""
     known = sorted(int(path.stem.removeprefix("sm_")) for path in TABLE_FOLDER.glob("sm_*.json"))
     nearest = max((a for a in known if a <= arch), default=None)
     if nearest is None:
@@ -227,7 +227,7 @@ def shipped_table(arch: int) -> tuple[Path, dict[str, Any]]:
 
 @functools.cache
 def dependent_launch(arch: int, shipped_only: bool) -> bool:
-    """Says whether kernels are launched dependently, by the first table that says so; else they are not."""
+    """Tells whether kernels are launched dependently, by the first table with this setting; the default is no."""
     users = None if shipped_only else _users_table(arch)
     for _, table in filter(None, (users, shipped_table(arch))):
         if "dependent_launch" in table:
@@ -237,7 +237,7 @@ def dependent_launch(arch: int, shipped_only: bool) -> bool:
 
 @functools.cache
 def find(op: str, keys: tuple[str, ...], arch: int, shipped_only: bool) -> tuple[dict[str, Any], str] | None:
-    """Returns the entry of the first key that a table has, and its source in words, or None where no table has one."""
+    """Returns the entry of the first key that a table has, and its source as text, or None if no table has one."""
     users = None if shipped_only else _users_table(arch)
     for path, table in filter(None, (users, shipped_table(arch))):
         for key in keys:

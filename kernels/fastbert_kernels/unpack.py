@@ -1,12 +1,12 @@
-"""A kernel packs a small padded batch on the device, so that the host need not know how many tokens it has.
+"""This module has a kernel that packs a small padded batch on the device. The host need not know the number of tokens.
 
-    row of a token = how many tokens stand before it in the flattened (B, S) mask
+    row of a token = the number of tokens before it in the flattened (B, S) mask
 
-`unpack` writes what a packed batch needs: offsets, the row of each place, ids in their rows, and the work list of
-attention. The list is that of `work_list.build_work_list`, in the order of the sequences and filled up with tiles of no
-rows. One program does it for at most `MOST_ROWS` places, so that all of it is one launch. Bytes moved: at most 33 a
-place read and 48 a row written, 40 KB in all. `spread` brings rows back to their places, (R, N) -> (B * S, N), zeros
-where no token is.
+`unpack` writes the data of a packed batch: offsets, the row of each place, ids in their rows, and the work list of
+attention. The list is that of `work_list.build_work_list`, in the order of the sequences, and ends with empty tiles.
+One program computes all for at most `MOST_ROWS` places, so there is one launch. Bytes moved: at most 33 read for each
+place and 48 written for each row, 40 KB in all. `spread` copies rows back to their places, (R, N) -> (B * S, N), with
+zeros for padding.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from fastbert_kernels.attention_tiles import COLUMNS, SPAN_SHIFT
 from fastbert_kernels.jit import jit
 
 MOST_ROWS = 512
-# Slices of one sequence at most, in tiles of 16 rows or more.
+# The most slices of one sequence, in tiles of 16 rows or more.
 SLICES = tl.constexpr(MOST_ROWS // 16)
-# What a caller gives, and views of memory that begin anywhere.
+# The caller's tensors, and views of memory that may begin anywhere.
 POINTERS = ("mask_ptr", "input_ids_ptr", "token_type_ids_ptr", "position_ids_ptr", "offsets_ptr", "places_ptr",
             "seq_ids_ptr")  # fmt: skip
 NUMBERS = ("number", "n_sequences", "length", "n_rows", "n_tiles", "n_short_tiles", "has_types", "has_positions")
 
 
 class Static(NamedTuple):
-    """`Static` memory of R rows is what `unpack` fills: see `engine.static_memory.Layout`.
+    """A `Static` is the static memory of R rows that `unpack` fills: see `engine.static_memory.Layout`.
 
     words: (3 R + 2,) int64: input_ids, token_type_ids and position_ids, zeros after the last token, then the number of
     the batch and of its tokens. cu_seqlens: (R + 1,) int32, whose other sequences are empty. tiles: (W, 5) int32.
-    row_spans: (R,) int32, or (0,) where no tile is shared. short_tiles: (W', 5) int32, or None where there is no list
-    of short sequences. columns, seq_ids: (R,) int32 each, the column and the sequence of each row, 0 and R after the
-    last token; or None.
+    row_spans: (R,) int32, or (0,) if no tile is shared. short_tiles: (W', 5) int32, or None if there is no list of
+    short sequences. columns, seq_ids: (R,) int32 each, the column and the sequence of each row, 0 and R after the last
+    token; or None.
     """
 
     words: torch.Tensor
@@ -236,10 +236,9 @@ def unpack(
     """Packs a batch of n = B * S places, from 1 to MOST_ROWS of them.
 
     mask: (n,) int64 or uint8, nonzero at tokens. length: S. ids: (n,) int64, contiguous; token_type_ids None for zeros,
-    position_ids None for columns. It fills offsets, (B + 1,) int32; places, (n,) int32, the row of each place, -1 where
-    no token is; seq_ids, (n,) int32 or longer, of which it writes as many as there are tokens; and `static`. number: of
-    the batch. block_q: rows of a tile. short: rows of the tiles of short sequences, and how many tokens these have at
-    most.
+    position_ids None for columns. It fills offsets, (B + 1,) int32; places, (n,) int32, the row of each place, -1 for
+    padding; the first T elements of seq_ids, (n,) int32 or longer, for T tokens; and `static`. number: the number of
+    the batch. block_q: rows of a tile. short: rows of the tiles of short sequences, and the greatest length of these.
     """
     n_places = mask.shape[0]
     columns, static_seq_ids = static.columns, static.seq_ids
@@ -281,7 +280,7 @@ def unpack(
 def spread(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Returns the rows of x, (R, N) with unit stride along its last axis, at their places: (n, N), zeros elsewhere.
 
-    places: (n,) int32, the row of each place, -1 where there is none.
+    places: (n,) int32, the row of each place, -1 for padding.
     """
     n_places, n_cols = places.shape[0], x.shape[1]
     out = launch.empty((n_places, n_cols), like=x)

@@ -1,13 +1,13 @@
-"""This module lists the tiles that attention's kernels compute, once a batch.
+"""This module makes the list of tiles for attention's kernels, once for each batch.
 
-A tile of Q rows holds either a slice of one long sequence or several whole short ones, so that texts of 20 tokens do
-not each occupy a tile of their own:
+A tile of Q rows holds either a slice of one long sequence or several whole short ones, so that sequences of 20 tokens
+do not each need a whole tile:
 
     sequences   |----- 0 -----|-1-|--2--|-3-|------- 4 -------|
     tiles       |  a   |  b   |      c      |   d    |   e    |       c is masked block-diagonally
 
-A row of the list holds all that a program needs to fetch queries and keys, in one read. What it needs in addition, of a
-tile of several sequences, is read by rows of the tile, next to the queries.
+A row of the list holds all data that a program needs to load queries and keys, in one read. For a tile of several
+sequences, further data are read for each row of the tile, next to the queries.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 
 from fastbert_kernels import cpu
 
-N_COLUMNS = 5  # of a list: see `WorkList`
-# A row's span within its tile: the first row of its sequence in the low bits, the end of it above.
+N_COLUMNS = 5  # columns of a list: see `WorkList`
+# A row's span within its tile: the first row of its sequence in the low bits, the end in the high bits.
 SPAN_BITS = 16
 
 
@@ -29,9 +29,8 @@ class WorkList(NamedTuple):
     """A `WorkList` holds the tiles of a batch, int32.
 
     tiles: (W, 5), each `first row, end row, first key, end key, shared`. shared is 1 if the tile is of several
-    sequences, else 0. A tile without rows fills a list of fixed length up. row_spans: (T,), where the sequence of each
-    row begins and ends, counted from the first row of its tile, as begin + 2^16 * end; 0 in tiles of one sequence. It
-    is (0,) where no tile is shared.
+    sequences, else 0. A list of fixed length ends with tiles without rows. row_spans: (T,), begin + 2^16 * end of each
+    row's sequence, counted from the first row of its tile; 0 in tiles of one sequence. It is (0,) if no tile is shared.
     """
 
     tiles: torch.Tensor
@@ -53,8 +52,8 @@ def build_work_list(
 
     cu_seqlens are host integers. Sequences longer than block_q, which is at most 2^15, are cut into slices of block_q
     rows; runs of neighbours that fit a tile together share one, unless share is False. Sequences of length 0 get no
-    rows. Tiles with the most keys come first, so that the last programs to run are short ones. longer_than, up_to: only
-    sequences of more and of at most so many tokens are in it; share must be False.
+    rows. Tiles with the most keys come first, so that the last programs to run are short ones. longer_than, up_to: the
+    list has only sequences with more than longer_than and at most up_to tokens; share must then be False.
     """
     offsets = np.ascontiguousarray(cu_seqlens, np.int32)
     if cpu.obstacle() is not None:
@@ -69,7 +68,7 @@ def build_work_list(
 
 
 def _in_numpy(offsets: np.ndarray, block_q: int, share: bool, longer_than: int, up_to: int) -> WorkList:
-    """Lists the tiles of a batch where there are no C++ kernels. Arguments are those of `build_work_list`."""
+    """Lists the tiles of a batch without C++ kernels. The arguments are those of `build_work_list`."""
     starts, ends = offsets[:-1], offsets[1:]
     lengths = ends - starts
     chosen = (lengths > longer_than) & (lengths <= up_to)
@@ -103,7 +102,7 @@ def _in_numpy(offsets: np.ndarray, block_q: int, share: bool, longer_than: int, 
 
 
 def _heads(starts: np.ndarray, ends: np.ndarray, block_q: int) -> np.ndarray:
-    """Finds the first sequence of each run that is a tile, or slices of one: as many as fit, from the first one on."""
+    """Returns the first sequence of each run. A run is as many sequences as fit a tile, or one sequence in slices."""
     after = np.maximum(np.searchsorted(ends, starts + block_q, side="right"), np.arange(1, starts.shape[0] + 1))
     following, heads, seq, n_seqs = after.tolist(), [], 0, starts.shape[0]
     while seq < n_seqs:
@@ -113,15 +112,15 @@ def _heads(starts: np.ndarray, ends: np.ndarray, block_q: int) -> np.ndarray:
 
 
 def max_short_tiles(n_tokens: int) -> int:
-    """Computes the length of a static list of the tiles of short sequences: one for 4 tokens.
+    """Returns the length of a static list of the tiles of short sequences: one tile for 4 tokens.
 
-    A sequence of 17 tokens has 2 tiles, 8.5 tokens each; only many texts of a few tokens need more than that.
+    A sequence of 17 tokens has 2 tiles, 8.5 tokens each. Only many sequences of few tokens need a longer list.
     """
     return -(-n_tokens // 4)
 
 
 def max_tiles(n_tokens: int, block_q: int) -> int:
-    """Bounds the tiles that `build_work_list` makes of n_tokens tokens, however they are cut into sequences.
+    """Returns the greatest number of tiles in `build_work_list` for n_tokens tokens in any sequences.
 
     Let Q be block_q. A sequence of k >= 2 tiles has at least (k - 1) Q + 1 tokens. A shared tile ends where the
     next sequence does not fit: together with the tile after it, if that is shared too, it has more than Q tokens.
@@ -135,5 +134,5 @@ def max_tiles(n_tokens: int, block_q: int) -> int:
 
 
 def dense_tiles(n_tokens: int, block_q: int) -> int:
-    """Computes the length of a static list for batches whose tiles are two thirds full, as those of most are."""
+    """Returns the length of a static list for batches whose tiles are two thirds full, as in most batches."""
     return 1 + -(-3 * n_tokens // (2 * block_q))

@@ -1,6 +1,6 @@
-"""`explain` asks here about what stands above the operations: 8 bits, one call, CUDA graphs.
+"""This module tells `explain` about the decisions above the operations: 8 bits, one call, CUDA graphs.
 
-All that it knows of the engine, of heads and of pooling is in this file.
+Only this file of `explain` uses the engine, heads and pooling.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from fastbert.pipelines.batching import batches, default_token_budget
 from fastbert.pipelines.pooling import sentence_vectors
 from fastbert.pipelines.sentence import SentenceEncoder
 
-# Asked of the model itself
+# The following functions examine the model itself.
 
 
 def eight_bit_decision(
     bert: EncoderModel, policy: Policy, device: torch.device, dtype: torch.dtype, arch: int | None
 ) -> Decision | None:
-    """Returns what would run the encoder in 8 bits; None where nothing asks for that."""
+    """Returns the backend that would run the encoder in 8 bits, or None if 8 bits are not requested."""
     return None if bert.precision is None else quantized.decide(bert, policy, device, dtype, arch)
 
 
@@ -51,7 +51,7 @@ def graph_obstacles(bert: EncoderModel, device: torch.device) -> list[str]:
 
 
 def mask_obstacles(bert: EncoderModel, device: torch.device) -> list[str]:
-    """Returns every reason why the number of tokens in any mask on the device is waited for."""
+    """Returns every reason why the host waits for the number of tokens in a mask on the device."""
     with torch.no_grad():
         return list(masks.obstacles(bert, device))
 
@@ -68,9 +68,9 @@ def one_call_obstacles(bert: EncoderModel, policy: Policy, device: torch.device,
 
 
 def as_launched(bert: EncoderModel, records: list[Record]) -> list[Record]:
-    """Returns the records of an encoder as its layers' kernels run where they are launched without their modules.
+    """Returns the records of an encoder whose layers' kernels are launched without their modules.
 
-    Layers that normalise what they read then add the residual in the kernel of the norm: it is recorded as "sum_norm".
+    Pre-norm layers then add the residual in the kernel of the norm. This is recorded as "sum_norm".
     """
     with torch.no_grad():
         if bert.training or any(bert.engine.state.obstacles(bert, bert.device)):
@@ -90,7 +90,7 @@ def _is_norm_of_layer(record: Record) -> bool:
 
 
 def rows_computed(lengths: Sequence[int], model: nn.Module, bert: EncoderModel) -> int:
-    """Counts the rows that the encoder computes, rounded up in each batch that a SentenceEncoder makes."""
+    """Counts the rows that the encoder computes. Each batch of a SentenceEncoder is rounded up."""
     parts = [sum(lengths)]
     if isinstance(model, SentenceEncoder):
         ordered = sorted(lengths, reverse=True)
@@ -100,7 +100,7 @@ def rows_computed(lengths: Sequence[int], model: nn.Module, bert: EncoderModel) 
         return sum(bert.engine.rows_of(bert, n_tokens) for n_tokens in parts)
 
 
-# The dry run of what the operations stand in
+# The following functions run the parts around the operations in a dry run.
 
 
 def set_policy(model: PreTrainedModel, policy: Policy) -> None:
@@ -115,7 +115,7 @@ def run_encoder(bert: Any, batch: PackedBatch) -> Tensor:
 def run_in_8_bits(bert: Any, dry: DryRun, batch: PackedBatch, backend: str) -> Tensor:
     """Runs an encoder of stand-ins on 8-bit operands. Returns its last hidden state.
 
-    backend: that of `eight_bit_decision`. What "cpu" does in one call is told by the operations of the emulation.
+    backend: the backend of `eight_bit_decision`. For "cpu", the operations of the emulation represent the one call.
     """
     policy = bert.policy
     set_policy(bert, Policy("torch" if backend == "cpu" else backend))
@@ -137,19 +137,19 @@ def _inputs(bert: Any, batch: PackedBatch) -> PackedInputs:
 
 
 class _EightBitWeights:
-    """Stands for the 8-bit weights of a model."""
+    """Replaces the 8-bit weights of a model."""
 
     def __init__(self, dry: DryRun) -> None:
         self.dry = dry
-        self.kept: list[Tensor] = []  # since the id of each is its name
+        self.kept: list[Tensor] = []  # keeps their ids, which identify them
 
     def of(self, precision: str, name: str, linears: Sequence[Any], rotated: bool) -> tuple[Quantized, Tensor]:
         weights = [linear.weight for linear in linears]
         n_rows, n_cols = sum(weight.shape[0] for weight in weights), weights[0].shape[1]
         data = recording.stand_in((n_rows, n_cols), DTYPES[precision])
-        names = [self.dry.names.get(id(weight), self.dry.place) for weight in weights]  # a part of one has no name
+        names = [self.dry.names.get(id(weight), self.dry.place) for weight in weights]  # a slice has no name
         self.dry.names[id(data)] = "+".join([names[0], *(name.rpartition(".")[2] for name in names[1:])])
-        if len(names) > 1:  # and attention comes next
+        if len(names) > 1:  # attention follows
             self.dry.place = names[0].rpartition(".")[0]
         self.kept.append(data)
         quantised = Quantized(data, recording.stand_in((n_rows, 1), torch.float32), n_cols)
@@ -157,7 +157,7 @@ class _EightBitWeights:
 
 
 def run_head(model: Any, encoded: Encoded) -> None:
-    """Runs what follows the encoder in a model of stand-ins: the pooler, or the head."""
+    """Runs the pooler or the head of a model of stand-ins."""
     if isinstance(model, EncoderModel):
         model.pool(encoded)
         return
@@ -168,6 +168,6 @@ def run_head(model: Any, encoded: Encoded) -> None:
 
 
 def run_pooling(encoder: SentenceEncoder, model: Any, tail: list[Any], encoded: Encoded) -> None:
-    """Runs what follows the model in a SentenceEncoder: pooling, and stand-ins of the modules after it."""
+    """Runs the parts of a SentenceEncoder after the model: pooling, and stand-ins of the modules after it."""
     pipeline: Any = SimpleNamespace(model=model, tail=tuple(tail), pooling=encoder.pooling)
     sentence_vectors(pipeline, encoded.last_hidden_state, encoded.batch)

@@ -1,9 +1,9 @@
-"""A batch costs tokens, floating-point operations and bytes, and padding that is not computed costs nothing.
+"""This module estimates the tokens, floating-point operations and bytes of a batch, without and with padding.
 
-Estimates from shapes alone. FLOPs: a multiplication and an addition count two; of a product of (T, K) and (K, M)
-2 T K M, of attention over sequences of n_i tokens 4 sum(n_i^2) H, of an activation, a norm or a pooling so many a
-number (`PER_NUMBER`). Bytes: every operand once, as if caches were perfect and the batch were run whole: what is read,
-the weights, what is written.
+The estimates use only shapes. FLOPs: a multiplication and an addition count as two. A product of (T, K) and (K, M) has
+2 T K M, attention over sequences of n_i tokens has 4 sum(n_i^2) H, and an activation, a norm or a pooling has a
+constant for each number (`PER_NUMBER`). Bytes: inputs, weights and outputs count once, as with perfect caches and the
+whole batch in one run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastbert.diagnostics.explain.report import MODULE, SORTED, BatchReport, OpR
 from fastbert.models.encoder import EncoderModel
 from fastbert.text.tokenizer import Tokenizer
 
-# FLOPs a number that is written; of pooling, that is read.
+# FLOPs for each number that is written, or, in pooling, read.
 PER_NUMBER = {
     "embedding": 10,
     "layer_norm": 8,
@@ -44,9 +44,9 @@ _SHORT = re.compile(r"of texts of up to (\d+) tokens")
 
 
 def lengths_of(batch: Any, model: nn.Module, tokenizer: Tokenizer | None) -> tuple[list[int], int, int]:
-    """Counts the tokens of each sequence, the columns of a padded batch (0 without one), and the texts that are cut.
+    """Counts the tokens of each sequence, the columns of a padded batch (0 if not padded), and the truncated texts.
 
-    batch: as `explain` takes it. Raises TypeError or ValueError for what is no batch.
+    batch: the argument of `explain`. Raises TypeError or ValueError if it is not a batch.
     """
     if isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(t, Tensor) and t.ndim >= 2 for t in batch):
         batch = {"input_ids": batch[0], "attention_mask": batch[1]}
@@ -102,10 +102,10 @@ def with_costs(
     rows: Sequence[OpReport], batch: Any, model: nn.Module, bert: EncoderModel, itemsize: int, here: bool,
     tokenizer: Tokenizer | None,
 ) -> tuple[tuple[OpReport, ...], BatchReport]:  # fmt: skip
-    """Returns the operations with what each costs, and the batch.
+    """Returns the operations with their costs, and the report on the batch.
 
-    itemsize: that of the dtype asked about. here: whether the model's own device, dtype and backend were asked about,
-    so that rows are rounded up as they will be.
+    itemsize: the bytes of a number in the dtype of the report. here: whether the report is for the model's own device,
+    dtype and backend, so that rows are rounded up as in a real run.
     """
     lengths, columns, n_truncated = lengths_of(batch, model, tokenizer)
     longest = max(lengths, default=0)
@@ -147,9 +147,9 @@ def _costs(
 def cost(
     row: OpReport, lengths: Sequence[int], n_rows: int, n_sequences: int, itemsize: int
 ) -> tuple[int | None, int | None]:
-    """Returns FLOPs and bytes of an operation, in all the layers it stands for; None where its shapes say nothing.
+    """Returns FLOPs and bytes of an operation in all layers of its row, or None if its shapes are unknown.
 
-    lengths: of the sequences that attention sees; n_rows: packed tokens that are computed.
+    lengths: the lengths of the sequences in attention. n_rows: the number of packed rows that are computed.
     """
     layers = _LAYERS.search(row.module)
     times = int(layers[2] or layers[1]) - int(layers[1]) + 1 if layers else 1
@@ -177,15 +177,15 @@ def cost(
         within = _WINDOW.search(row.shapes)
         reach = 2 * int(within[1]) + 1 if within else max(lengths, default=0)
         flops = 4 * sum(n * min(n, reach) for n in lengths) * width
-        if distances := _DISTANCES.search(row.shapes):  # products with the rows that each text needs
+        if distances := _DISTANCES.search(row.shapes):  # products with the rows of distances for each text
             n_terms, n_rows_of_table = map(int, distances.groups())
             flops += 2 * n_terms * sum(n * min(2 * n - 1, n_rows_of_table) for n in lengths) * width
         total_bytes = tokens * (before[0][1] + width) * size
-    elif row.op == "embedding" and row.backend == MODULE:  # one table alone
+    elif row.op == "embedding" and row.backend == MODULE:  # only one table
         flops = numbers(after[0])
         total_bytes += n_rows * INT64 + numbers(after[0]) * size
     elif row.op == "embedding":
-        # Ids, segments and positions; of each token a row of the word table, and one of each other table at least.
+        # Ids, segments and positions; for each token a row of the word table; at least one row of each other table.
         flops = PER_NUMBER["embedding"] * numbers(after[0])
         total_bytes += 3 * n_rows * INT64 + numbers(after[0]) * size
     elif row.op == "pooling":

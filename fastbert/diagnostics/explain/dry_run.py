@@ -1,4 +1,4 @@
-"""One dry run of a model: its own code runs on stand-ins, and each operation records what it decides."""
+"""This module runs a model dry: the model's code runs on stand-ins, and each operation records its decision."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fastbert.ops.packing import PackedBatch
 from fastbert.ops.recording import Record
 from fastbert.pipelines.sentence import SentenceEncoder
 
-N_SEQUENCES, LENGTH = 6, 5  # no matter how many: at least packed_linear.LEAST_ROWS, and even for pairs of choices
+N_SEQUENCES, LENGTH = 6, 5  # any numbers: at least packed_linear.LEAST_ROWS, and even for pairs of choices
 N_TOKENS = N_SEQUENCES * LENGTH
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question names a model, and the policy, the device and the dtype that it would run with.
+    """A `Question` holds a model, and the policy, the device and the dtype of the dry run.
 
-    cast: the dtype asked about, None for that of each parameter. arch: compute capability of a GPU which need not be
-    there, or None. outer: the model, or what it is part of.
+    cast: the requested dtype, or None for the dtype of each parameter. arch: the compute capability of a GPU, which
+    need not be present, or None. outer: the model, or the object that contains it.
     """
 
     model: PreTrainedModel
@@ -47,9 +47,9 @@ def recorder_for(question: Question) -> DryRun:
 
 
 def dry_run(question: Question, dry: DryRun, eight_bit: Decision | None) -> tuple[list[Record], list[Record]]:
-    """Returns the records of the encoder, and of what follows it, in the order in which they run.
+    """Returns the records of the encoder, and of the parts after it, in the order in which they run.
 
-    eight_bit: what would run the encoder in 8 bits, None where nothing asks for that.
+    eight_bit: the result of `eight_bit_decision`.
     """
     model, outer = question.model, question.outer
     with recording.recorded(dry), torch.inference_mode(False), torch.no_grad():
@@ -65,7 +65,7 @@ def dry_run(question: Question, dry: DryRun, eight_bit: Decision | None) -> tupl
             hidden = above.run_in_8_bits(bert, dry, batch, eight_bit.backend)
         n_encoder = len(dry.records)
         encoded = Encoded(batch, hidden, None, None)
-        if isinstance(outer, SentenceEncoder):  # which has no use for BERT's own pooler
+        if isinstance(outer, SentenceEncoder):  # it does not use BERT's own pooler
             tail = [after_pooling(module, f"tail.{i}", dry) for i, module in enumerate(outer.tail)]
             if outer.has_dense:  # rows of other heads are not shown
                 with dry.inside("pooling"):

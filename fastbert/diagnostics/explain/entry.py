@@ -64,7 +64,7 @@ def explain(
         inner = find_model(model)
     except adapters.Unsupported:
         return _unfollowed(model)
-    outer = model if inner in adapters.modules(model) else inner  # of an accelerated model, its encoder on our side
+    outer = model if inner in adapters.modules(model) else inner  # for an accelerated model, its fastbert encoder
     wanted = inner.policy
     policy = Policy(
         wanted.backend if backend is None else backend,
@@ -101,7 +101,7 @@ def explain(
 
 
 def _unfollowed(model: Any) -> Report:
-    """Reports on an accelerated model that the original code always runs."""
+    """Reports on an accelerated model for which the original code always runs."""
     parameter = next(p for module in adapters.modules(model) for p in module.parameters())
     where, dtype = str(parameter.device), str(parameter.dtype).removeprefix("torch.")
     notes, name = tuple(adapters.notes(model)), type(model).__name__

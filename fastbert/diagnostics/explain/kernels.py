@@ -1,4 +1,4 @@
-"""A recorded operation launches a kernel: which one, with which block sizes, and where those come from."""
+"""This module finds the kernel of a recorded operation, its block sizes, and their source."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKED = "where no gradients are needed"
 
 @dataclass(frozen=True)
 class Kernel:
-    """The name of what runs, the block sizes of a Triton kernel, and in words where they, or the choice, come from."""
+    """A `Kernel` holds the name of a kernel, its block sizes if it is Triton's, and the source of sizes or choice."""
 
     name: str
     block_sizes: dict[str, int] | None = None
@@ -38,12 +38,12 @@ class Kernel:
 
 
 def compiled() -> str:
-    """Returns the C++ kernels for CPUs, with their instruction set."""
+    """Returns the name of the C++ kernels for CPUs, with their instruction set."""
     return f"fastbert_kernels.cpu, {cpu.instructions()}"
 
 
 def kernel_of(record: Record, device: torch.device) -> Kernel:
-    """Returns what an operation launches on the device of the dry run, inside which this is asked."""
+    """Returns the kernel of an operation on the device of the dry run. The caller must be inside this dry run."""
     name, _, precision = record.op.partition(" in ")
     if precision and name in _IN_8_BITS:
         return _IN_8_BITS[name](record, device)
@@ -109,7 +109,7 @@ def _head_size(record: Record) -> int:
 
 
 def short_texts(record: Record, device: torch.device) -> Kernel | None:
-    """Returns the second launch of attention, for short texts; None where there is none."""
+    """Returns the second launch of attention, for short texts, or None if there is none."""
     if record.backend != "triton" or "distances" in record.facts or record.facts["shared_tiles"]:
         return None
     from fastbert_kernels import configs
@@ -146,7 +146,7 @@ def _linear(record: Record, device: torch.device) -> Kernel:
 
         shape, gated = _features(record), facts.get("gated", False)
         epilogue = "residual" if facts["residual"] else activation
-        if gated:  # the product has two columns for each of the result
+        if gated:  # the product has two columns for each column of the result
             shape, epilogue = (shape[0], 2 * shape[1]), "gated"
         gemm = configs.gemm(record.dtype, _arch(device), shape, epilogue)
         source = f"{facts['why']}; {gemm.config.source}"
@@ -208,7 +208,7 @@ def _quantized_rows(record: Record, device: torch.device) -> Kernel:
     return _named(record, kernels, "rowwise_config", record.after[1])
 
 
-# Operations that have other kernels in 8 bits, or are there alone.
+# Operations that have other kernels in 8 bits, or exist only in 8 bits.
 _IN_8_BITS: dict[str, Callable[[Record, torch.device], Kernel]] = {
     "linear": _quantized_linear,
     "gated": _quantized_gated,

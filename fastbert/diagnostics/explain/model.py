@@ -1,4 +1,4 @@
-"""`explain`, `verify` and `warmup` find the model inside what they are given, and its encoder."""
+"""This module finds the model and its encoder inside the argument of `explain`, `verify` or `warmup`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastbert.ops import dispatch
 
 
 def find_model(model: Any) -> PreTrainedModel:
-    """Finds the model of this library: the argument itself, or what a SentenceEncoder or a wrapper module holds.
+    """Returns the fastbert model: the argument itself, or the model inside a SentenceEncoder or a wrapper module.
 
-    The encoder of an accelerated model has one that shares its parameters. Raises TypeError for anything else.
+    For an accelerated model it is the fastbert encoder that shares its parameters. Raises TypeError for other objects.
     """
     for module in adapters.modules(model):
         if isinstance(module, PreTrainedModel):
@@ -35,11 +35,11 @@ def backbone(model: PreTrainedModel) -> EncoderModel:
 
 
 def prefix_of(module: nn.Module, inside: nn.Module) -> str:
-    """Returns what stands before the names of the module's parameters in `inside`, such as "bert."."""
+    """Returns the prefix of the module's parameter names in `inside`, such as "bert."."""
     name = next(name for name, candidate in inside.named_modules() if candidate is module)
     return f"{name}." if name else ""
 
 
 def float32_precision() -> str:
-    """Tells how CUDA multiplies float32, as PyTorch's switch says."""
+    """Tells how CUDA multiplies float32, from PyTorch's switch."""
     return "TF32" if dispatch.tf32_allowed() else "IEEE float32"

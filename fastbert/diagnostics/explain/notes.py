@@ -1,4 +1,4 @@
-"""A report's notes speak of precision, hooks, launches, CUDA graphs, and whether the encoder is one call."""
+"""This module writes a report's notes on precision, hooks, launches, CUDA graphs and calls of the encoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastbert.ops.dispatch import Decision
 
 
 def notes_of(question: Question, eight_bit: Decision | None, rows: Iterable[OpReport]) -> Iterator[str]:
-    """Yields the notes of a report. eight_bit: what would run the encoder in 8 bits, None where nothing asks."""
+    """Yields the notes of a report. eight_bit: the result of `eight_bit_decision`."""
     model, policy, device = question.model, question.policy, question.device
     if eight_bit is not None and eight_bit.reason is not None:
         unquantised = above.is_unquantised(eight_bit)
@@ -49,7 +49,7 @@ def notes_of(question: Question, eight_bit: Decision | None, rows: Iterable[OpRe
 
 
 def _launches(question: Question, rows: Iterable[OpReport]) -> Iterator[str]:
-    """Counts the kernels that the encoder launches. Where cuBLAS splits a GEMM along K it adds another."""
+    """Counts the kernels that the encoder launches. cuBLAS adds another launch if it splits a GEMM along K."""
     layers: Any = backbone(question.model).encoder.in_order
     in_layers, others = 0, 0
     for row in rows:

@@ -1,4 +1,4 @@
-"""A report holds what `explain` found, and reads as text and as JSON."""
+"""This module holds the report of `explain`, which converts to text and to JSON."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-SORTED = 32  # texts that sentence-transformers sorts by length and pads together, by default
-MODULE = "module"  # stands for a backend where a module is called as it is
+SORTED = 32  # sentence-transformers sorts texts by length and by default pads so many together
+MODULE = "module"  # marks, in the place of a backend, a module that is called as it is
 
 
 def amount(value: float) -> str:
@@ -21,15 +21,15 @@ def amount(value: float) -> str:
 
 @dataclass(frozen=True)
 class OpReport:
-    """One row of a report: an operation.
+    """An `OpReport` is one row of a report: an operation.
 
-    module: where it stands in the model, equal layers together: "encoder.layer.0-5.output.dense".
+    module: its place in the model; equal layers are together: "encoder.layer.0-5.output.dense".
 
-    shapes: in words. backend: "triton", "cpu", "torch", or "module" for a module that is called as it is. kernel: what
-    that backend runs. block_sizes: of a Triton kernel, with its warps and stages. source: where the block sizes and the
-    choice of GEMM came from. reason: why it is not the backend asked for, or why the module is called; `raises` says
-    that strict=True makes a BackendError of it. launches: of kernels on a GPU, each time; None where PyTorch decides.
-    flops, bytes_moved: estimates for the batch that was asked about, in all layers of the row together.
+    shapes: in words. backend: "triton", "cpu", "torch", or "module" for a module that is called as it is. kernel: the
+    kernel of this backend. block_sizes: the sizes of a Triton kernel, with its warps and stages. source: the source of
+    the block sizes and of the choice of GEMM. reason: why it is not the requested backend, or why the module is called.
+    raises: whether strict=True raises BackendError. launches: the number of kernel launches on a GPU for one run, or
+    None if PyTorch decides it. flops, bytes_moved: estimates for the batch, for all layers of the row together.
     """
 
     op: str
@@ -57,13 +57,14 @@ class OpReport:
 
 @dataclass(frozen=True)
 class BatchReport:
-    """A batch of sequences, and what it costs without padding and with.
+    """A `BatchReport` holds a batch of sequences, and its costs without and with padding.
 
-    n_tokens: in all; longest: of one sequence. rows: that are computed, of packed tokens, rounded up where a backend
-    takes some numbers of rows alone. padded_tokens: with every sequence padded to the longest; padded_sorted: sorted by
-    length and padded 32 at a time. flops, bytes_moved: estimates over all operations; padded_flops, padded_bytes: the
-    same if every sequence were padded to the longest. n_truncated: texts that are longer than the model reads.
-    kept_bytes: what the layers keep for the backward pass, of a model in training mode; None for others.
+    n_tokens: the number of tokens. longest: the greatest length. rows: the number of packed rows that are computed,
+    rounded up if a backend supports only some numbers of rows. padded_tokens: the number with every sequence padded to
+    the longest. padded_sorted: the number if sequences are sorted by length and padded 32 at a time. flops,
+    bytes_moved: estimates over all operations; padded_flops, padded_bytes: the same if every sequence were padded to
+    the longest. n_truncated: the number of texts that are longer than the model's limit. kept_bytes: the bytes that the
+    layers keep for the backward pass if the model is in training mode; otherwise None.
     """
 
     n_sequences: int
@@ -99,9 +100,9 @@ class BatchReport:
 
 @dataclass(frozen=True)
 class Report:
-    """A report has the operations in the order in which they run. `str(report)` is a table.
+    """A `Report` holds the operations in the order in which they run. `str(report)` is a table.
 
-    calls: of an accelerated model, how many ran here ("fastbert") and how many by the original code, by reason.
+    calls: for an accelerated model, the number of calls by "fastbert", and by the original code for each reason.
     """
 
     model: str
@@ -125,7 +126,7 @@ class Report:
         return fields
 
     def __str__(self) -> str:
-        remarks: dict[str, int] = {}  # remark -> its number; what many rows share is printed once
+        remarks: dict[str, int] = {}  # remark -> its number; a remark of many rows is printed once
         costs: tuple[str, ...] = ("FLOP", "bytes") if self.batch is not None else ()
         table = [("op", "module", "shapes", "backend", "kernel", *costs, "")]
         for row in self.rows:

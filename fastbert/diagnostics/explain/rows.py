@@ -1,4 +1,4 @@
-"""Recorded operations become rows of a report: shapes in words, kernels, and equal layers as one."""
+"""This module makes the rows of a report from recorded operations, and merges equal layers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from fastbert.ops import recording
 from fastbert.ops.dispatch import Decision
 from fastbert.ops.recording import Record, Shape
 
-_OPS = {"sum_norm": "layer_norm"}  # what a report calls operations
-# The same of those that are recorded with a precision.
+_OPS = {"sum_norm": "layer_norm"}  # names of operations in a report
+# Names of operations that are recorded with a precision.
 _OPS_IN_8_BITS = {
     "linear": "quantized_linear",
     "gated": "quantized_linear",
@@ -32,15 +32,15 @@ _LAYER = re.compile(r"(?P<list>(?:.*\.)?encoder\.layer)\.(?P<number>\d+)(?P<part
 
 
 def rows_that_run(question: Question, eight_bit: Decision | None) -> list[OpReport]:
-    """Returns the operations of a model, as a dry run records them, in the order in which they run.
+    """Returns the operations of a model from a dry run, in the order in which they run.
 
-    eight_bit: what would run the encoder in 8 bits, None where nothing asks for that.
+    eight_bit: the result of `eight_bit_decision`.
     """
     dry = recorder_for(question)
     encoder, others = dry_run(question, dry, eight_bit)
     if above.is_unquantised(eight_bit):
         encoder = above.as_launched(backbone(question.model), encoder)
-    with recording.recorded(dry):  # a GPU that is not there is asked about here, too
+    with recording.recorded(dry):  # kernels are also looked up for a GPU that is not present
         rows, rest = rows_of(encoder, question.device), rows_of(others, question.device)
     if eight_bit is not None and eight_bit.backend == "cpu":
         rows = in_one_call(rows)
@@ -48,7 +48,7 @@ def rows_that_run(question: Question, eight_bit: Decision | None) -> list[OpRepo
 
 
 def _of_module(row: OpReport, outer: Any) -> OpReport:
-    """Names the row of a module after the pooling after the module, which says what it adds and applies."""
+    """Names the row of a module after the pooling by its class, in the place of what it adds and applies."""
     place, _, rest = row.module.partition(".")
     if place != "tail":
         return row
@@ -58,7 +58,7 @@ def _of_module(row: OpReport, outer: Any) -> OpReport:
 
 
 def rows_of(records: Sequence[Record], device: torch.device) -> list[OpReport]:
-    """Returns a row for each record, and for each launch where an operation makes two."""
+    """Returns a row for each record, and two rows for an operation with two launches."""
     rows: list[OpReport] = []
     for record in records:
         if record.op == "elementwise":
@@ -97,7 +97,7 @@ def _with_kernel(row: OpReport, kernel: Kernel) -> OpReport:
 
 
 def shapes_of(record: Record) -> str:
-    """Tells the shapes of an operation, with what it adds and applies: "(T, 32) -> (T, 64), + bias, gelu"."""
+    """Returns the shapes of an operation, and what it adds and applies: "(T, 32) -> (T, 64), + bias, gelu"."""
     facts = record.facts
     precision = facts.get("precision", "")
     before, after = "(T,) ids" if record.before is None else _matrix(record.before), _matrix(record.after)
@@ -149,10 +149,10 @@ def in_one_call(rows: Sequence[OpReport]) -> list[OpReport]:
 
 
 def merged(rows: Sequence[OpReport]) -> Iterator[OpReport]:
-    """Returns the rows, neighbouring layers that run alike together. A layer that runs again counts as another."""
+    """Yields the rows, with equal neighbouring layers merged. A layer that runs again counts as another layer."""
     places = [_LAYER.fullmatch(row.module) for row in rows]
     layers: Layers = []
-    stored = None  # the number of the layer as it is stored
+    stored = None  # the number of the layer in the checkpoint
     for row, place in zip(rows, places, strict=True):
         row = row if place is None else dataclasses.replace(row, module=place["part"] or "")
         first = layers[-1][1][0] if layers else row

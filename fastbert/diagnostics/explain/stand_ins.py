@@ -1,8 +1,8 @@
-"""A model that stands for another in a dry run.
+"""This module makes a model of stand-ins, which replaces the original model in a dry run.
 
-Its modules are the other's, without hooks, caches and tensors: tensors are stand-ins of the dtype that is asked about.
-An adapter, a module with hooks and what is not of this library becomes a `CalledModule`, of which the call is recorded
-and nothing else. So nothing of the caller's runs, and nothing of the model changes.
+Its modules copy the original ones, without hooks and caches. Its tensors are stand-ins of the requested dtype. An
+adapter, a module with hooks, or a module of another library becomes a `CalledModule`, and only its call is recorded. So
+no user code runs, and the original model does not change.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastbert.ops.disentangled import Positions
 from fastbert.ops.recording import Record, Recorder
 from fastbert.pipelines import modules
 
-# What a stand-in may share with the module that it stands for: values that nothing changes.
+# The attributes that a stand-in may share with the original module: values that nothing changes.
 _VALUES = (bool, int, float, str, tuple, frozenset, type(None), BertConfig, Policy, RotaryLayer)
 _AFTER_POOLING: tuple[type[nn.Module], ...] = (modules.Dense, modules.LayerNorm, modules.Normalize, nn.Dropout)
 _BESIDE = "the module is called as it is: a module beside it is an adapter, or has hooks"
@@ -33,9 +33,9 @@ _ALTERED = "the module is called as it is: it is an adapter, or has hooks"
 
 
 class Part(NamedTuple):
-    """A module that may be called as it is.
+    """A `Part` describes a module that may be called as it is.
 
-    op: what it does where it stands, "" for what no report shows. width: of its output, None for that of its input.
+    op: its operation, "" if reports do not show it. width: the width of its output, None for the width of its input.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 
 class DryRun(Recorder):
-    """Records a dry run on stand-ins, and knows what the parts of the model are called."""
+    """A `DryRun` records a dry run on stand-ins, with the names of the model's parts."""
 
     def __init__(self, device: torch.device, arch: int | None, dtype: torch.dtype, cast: torch.dtype | None) -> None:
         super().__init__(dry=True, device=device, arch=arch)
@@ -56,7 +56,7 @@ class DryRun(Recorder):
 
     @contextmanager
     def inside(self, name: str) -> Iterator[None]:
-        """Says inside that operations belong to the module of this name, unless they have a weight of another."""
+        """Assigns the operations inside the context to the module of this name, unless their weight has another."""
         before, self.place = self.place, name
         try:
             yield
@@ -64,7 +64,7 @@ class DryRun(Recorder):
             self.place = before
 
     def called(self, module: Any, x: Tensor) -> Tensor:
-        """Records the call of a module, and gives what stands for its output."""
+        """Records the call of a module, and returns a stand-in for its output."""
         part, is_ids = self.parts[id(module)], not x.is_floating_point()
         rows = x.shape if is_ids else x.shape[:-1]
         width = x.shape[-1] if part.width is None else part.width
@@ -76,7 +76,7 @@ class DryRun(Recorder):
         return recording.stand_in((*rows, width), self.dtype if is_ids else x.dtype)
 
     def tensor(self, parameter: Tensor | None, name: str, dtype: torch.dtype | None = None) -> Tensor | None:
-        """Stands for a parameter of the module of this name."""
+        """Returns a stand-in for a parameter of the module of this name."""
         if parameter is None:
             return None
         if dtype is None:
@@ -91,14 +91,14 @@ class DryRun(Recorder):
 
 
 class CalledModule(nn.Module):
-    """Stands for a module of which nothing is known: its call is recorded. No hooks are called."""
+    """A `CalledModule` replaces an unknown module. Its call is recorded, and no hooks are called."""
 
     def __call__(self, *rows: Any, **others: Any) -> Tensor:
         return self.__dict__["dry"].called(self, next(x for x in (*rows, *others.values()) if x is not None))
 
 
 class _Named(nn.Module):
-    """A module of this library that says where it stands while it runs, and calls no hooks."""
+    """A `_Named` is a module of this library that reports its name when it runs, and calls no hooks."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.__dict__["dry"].inside(self.__dict__["place"]):
@@ -106,7 +106,7 @@ class _Named(nn.Module):
 
 
 class _Fused(_Named):
-    """A module that multiplies several of its linears as one."""
+    """A `_Fused` is a module that multiplies several of its linears as one."""
 
     projections: tuple[str, ...]
 
@@ -116,13 +116,13 @@ class _Fused(_Named):
         n_rows, weight = sum(linear.weight.shape[0] for linear in linears), linears[0].weight
         fused = recording.stand_in((n_rows, weight.shape[1]), weight.dtype)
         dry.names[id(fused)] = f"{place}.{'+'.join(module.projections)}"
-        self.__dict__["fused"] = fused  # whose id is its name, as long as it is there
+        self.__dict__["fused"] = fused  # its id identifies it while it exists
         without_bias = all(linear.bias is None for linear in linears)
         return fused, None if without_bias else recording.stand_in((n_rows,), weight.dtype)
 
 
 class _Disentangled(_Fused):
-    """Attention that multiplies projections of distances, which run once for all batches and are in no report."""
+    """This is attention with projections of distances. They run once for all batches, and no report shows them."""
 
     num_heads: int
     table_rows: int
@@ -137,7 +137,7 @@ class _Disentangled(_Fused):
 
 
 class _WithTable(_Named):
-    """An encoder whose layers share a table of distances."""
+    """This is an encoder whose layers share a table of distances."""
 
     def table(self, policy: Policy = AUTO) -> Tensor | None:
         module: Any = self
@@ -145,7 +145,7 @@ class _WithTable(_Named):
 
 
 class _Convolved(_Named):
-    """A convolution that runs as a product."""
+    """This is a convolution that runs as a matrix product."""
 
     def product(self) -> tuple[Tensor, Tensor]:
         dry, place = self.__dict__["dry"], self.__dict__["place"]
@@ -153,12 +153,12 @@ class _Convolved(_Named):
         n_out, n_in, k = conv.weight.shape
         product = recording.stand_in((n_out, n_in * conv.groups * k), conv.weight.dtype)
         dry.names[id(product)] = f"{place}.conv"
-        self.__dict__["product_weight"] = product  # whose id is its name, as long as it is there
+        self.__dict__["product_weight"] = product  # its id identifies it while it exists
         return product, conv.bias
 
 
 class _Biased(_Named):
-    """An encoder whose layers share a position bias."""
+    """This is an encoder whose layers share a position bias."""
 
     bias_columns: int
 
@@ -167,7 +167,7 @@ class _Biased(_Named):
         return recording.stand_in((weight.shape[1], self.bias_columns), weight.dtype)
 
 
-# By what a class has, the first that fits.
+# Stand-in classes by the attributes of the original class; the first match counts.
 _BASES: dict[str, Any] = {
     "positions": _Disentangled,
     "projections": _Fused,
@@ -184,7 +184,7 @@ def _named(cls: Any) -> type[nn.Module]:
 
 
 def stand_in_for(module: Any, name: str, dry: DryRun, config: BertConfig, parent: type | None = None) -> Any:
-    """Makes a module like this one of stand-ins, with everything below it. name: what the report calls it."""
+    """Makes a copy of a module and its submodules from stand-ins. name: its name in the report."""
     cls: Any = _own_class(module)
     if cls is None:
         return _leaf(module, name, dry, config, parent)
@@ -198,11 +198,11 @@ def stand_in_for(module: Any, name: str, dry: DryRun, config: BertConfig, parent
 
 
 def _own_class(module: nn.Module) -> type[nn.Module] | None:
-    """Returns the class of this library whose forward the module has, or nn.ModuleList; None for any other."""
+    """Returns the class of this library whose forward the module has, or nn.ModuleList; None for any other class."""
     if isinstance(module, nn.ModuleList):
         return nn.ModuleList
     classes = [cls for cls in type(module).__mro__ if cls.__module__.startswith("fastbert.")]
-    if isinstance(module, PreTrainedModel):  # whose own forward, if it has one, is not asked
+    if isinstance(module, PreTrainedModel):  # a forward of its own does not matter
         return classes[0]
     own = bool(classes) and getattr(type(module).forward, "__module__", "").startswith("fastbert.")
     return classes[0] if own else None
@@ -222,7 +222,7 @@ def _leaf(module: Any, name: str, dry: DryRun, config: BertConfig, parent: type 
     clone = _empty_like(module, kind if plain else CalledModule)
     clone._parameters = dry.tensors(module, name)
     if plain:
-        clone.training = clone.training and kind is not nn.Dropout  # which would draw random numbers
+        clone.training = clone.training and kind is not nn.Dropout  # dropout would draw random numbers
         reason = _BESIDE
     else:
         clone.__dict__["dry"], reason = dry, _ALTERED
@@ -244,7 +244,7 @@ _WITHOUT_BIAS = (nn.Embedding, nn.Dropout, nn.Identity, nn.Conv1d)
 
 
 def after_pooling(module: Any, name: str, dry: DryRun) -> nn.Module:
-    """Makes a stand-in of a module on sentence vectors; of one that is none of ours, a `CalledModule`."""
+    """Makes a stand-in of a module on sentence vectors, or a `CalledModule` if it is not of this library."""
     cls = next((cls for cls in _AFTER_POOLING if isinstance(module, cls)), None)
     stand_in = _empty_like(module, CalledModule if cls is None else cls)
     if cls is None:
@@ -261,12 +261,12 @@ def after_pooling(module: Any, name: str, dry: DryRun) -> nn.Module:
 
 
 def class_name(module: Any) -> str:
-    """Returns the module's class, with where it is defined."""
+    """Returns the name of the module's class, with the module that defines it."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _place(module: nn.Module, name: str, config: BertConfig, parent: type | None) -> tuple[str, int | None]:
-    """Returns what a module does where it stands, and the width of what it gives, None for that of its input."""
+    """Returns a module's operation, and the width of its output, None for the width of its input."""
     last = name.rpartition(".")[2]
     if last in ("dropout", "drop", "out_drop"):
         return "", None

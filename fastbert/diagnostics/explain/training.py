@@ -1,4 +1,4 @@
-"""A report on a model in training mode tells how its layers train, and what they keep for the backward pass."""
+"""This module reports, for training mode, how layers train and how much they keep for the backward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FLOAT32 = 4
 
 
 def notes(question: Question) -> Iterator[str]:
-    """Yields what a report says of training, for a model in training mode."""
+    """Yields a report's notes on training, for a model in training mode."""
     bert = backbone(question.model)
     if not question.model.training:
         return
@@ -44,9 +44,9 @@ def layer_obstacles(bert: EncoderModel, question: Question) -> Iterator[str]:
         obstacles = list(bert.engine.training.obstacles(bert, None, False, False))
     if obstacles:
         yield from obstacles
-        return  # since layers of other modules have no description
+        return  # layers with other modules have no `Block`
     dtype = torch.get_autocast_dtype(question.device.type) if _autocasts(question) else question.dtype
-    with recording.recorded(recorder_for(question)):  # a GPU that is not there is asked about, too
+    with recording.recorded(recorder_for(question)):  # the GPU need not be present
         yield from bert.engine.training.kernel_obstacles(bert, question.policy, question.device, dtype)
 
 
@@ -55,16 +55,16 @@ def _autocasts(question: Question) -> bool:
 
 
 def product_itemsize(question: Question) -> int:
-    """Returns the bytes of a number in products, which autocast chooses where it is on."""
+    """Returns the bytes of a number in products. Autocast decides it if it is on."""
     if _autocasts(question):
         return torch.get_autocast_dtype(question.device.type).itemsize
     return question.dtype.itemsize
 
 
 def kept_by_a_layer(bert: EncoderModel, itemsize: int) -> int:
-    """Counts the bytes that a layer keeps of a token: see fastbert.ops.training.layer.
+    """Counts the bytes that a layer keeps for each token: see fastbert.ops.training.layer.
 
-    Beside 8 H + I numbers in the dtype of products there are float32 ones: of each head the sum of exponentials, and
+    These are 8 H + I numbers in the dtype of products, and float32 numbers: the sum of exponentials for each head, and
     mean and deviation of both norms.
     """
     config = bert.config
@@ -73,7 +73,7 @@ def kept_by_a_layer(bert: EncoderModel, itemsize: int) -> int:
 
 
 def kept_by_a_batch(question: Question, n_tokens: int) -> int | None:
-    """Counts the bytes that all layers keep of a batch's tokens; None where they do not train, or not as one."""
+    """Counts the bytes that all layers keep for a batch; None if they do not train, or not as whole layers."""
     bert = backbone(question.model)
     if not question.model.training or next(layer_obstacles(bert, question), None) is not None:
         return None
@@ -81,6 +81,6 @@ def kept_by_a_batch(question: Question, n_tokens: int) -> int | None:
     if bert.encoder.gradient_checkpointing:
         checkpointed = len(range(0, layers, bert.encoder.checkpointed_every))
         inputs = bert.config.hidden_size * itemsize * checkpointed
-        whole = min(layers, layers - checkpointed + 1)  # One at a time is computed again.
+        whole = min(layers, layers - checkpointed + 1)  # One checkpointed layer at a time is computed again.
         return n_tokens * (inputs + whole * kept_by_a_layer(bert, itemsize))
     return n_tokens * layers * kept_by_a_layer(bert, itemsize)

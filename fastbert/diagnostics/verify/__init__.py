@@ -1,1 +1,1 @@
-"""fastbert.verify: how far a model's numbers are from a float64 reference."""
+"""`fastbert.verify` measures the errors of a model against a float64 reference."""

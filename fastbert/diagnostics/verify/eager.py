@@ -1,7 +1,7 @@
-"""BERT in plain PyTorch, beside which `verify` puts the model.
+"""This module holds BERT in plain PyTorch, with which `verify` compares the model.
 
-It is padded and runs op by op in the dtype of its parameters, as one would write it without this library.
-B sequences, S the longest, H hidden, N heads, D head size, L layers, I intermediate.
+It runs padded, op by op, in the dtype of its parameters, as usual code without this library does. B sequences, S the
+longest, H hidden, N heads, D head size, L layers, I intermediate.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def eager_bert(
     mask: Tensor,
     token_type_ids: Tensor,
 ) -> list[Tensor]:
-    """The L + 1 hidden states, (B, S, H), then the pooled output, (B, 1, H), in the dtype of the parameters.
+    """Returns L + 1 hidden states, (B, S, H), then the pooled output, (B, 1, H), in the dtype of the parameters.
 
-    Hidden states at padding have no meaning. This is not `reference.bert` in that dtype, which rounds inside its ops
-    too: in bf16 its error is 1.6 times as large.
+    Hidden states at padding have no meaning. `reference.bert` in the same dtype is different: it also rounds inside its
+    ops, and its error in bf16 is 1.6 times as large.
     """
     table = "embeddings.{}_embeddings.weight".format
     x = F.embedding(input_ids, parameters[table("word")])
@@ -63,7 +63,7 @@ def _norm(parameters: Mapping[str, Tensor], config: BertConfig, name: str, x: Te
 
 
 def eager_layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
-    """The output of a layer for x, (B, S, H), in the dtype of x. mask: (B, S), 0 at padding."""
+    """Returns the output of a layer for x, (B, S, H), in the dtype of x. mask: (B, S), 0 at padding."""
 
     def linear(part: Linear, x: Tensor) -> Tensor:
         return F.linear(x, part.weight.to(x.dtype), None if part.bias is None else part.bias.to(x.dtype))
@@ -108,7 +108,7 @@ def eager_layer(block: Block, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _terms_of_distances(distances: Distances, q: Tensor, k: Tensor) -> Tensor:
-    """What disentangled attention adds to q k^T, (B, N, S, S). q, k: (B, N, S, D)."""
+    """Returns the terms that disentangled attention adds to q k^T, (B, N, S, S). q, k: (B, N, S, D)."""
     buckets = torch.tensor(rows_of_distances(*distances.buckets), device=q.device)
     radius, columns = len(buckets) // 2, torch.arange(q.shape[2], device=q.device)
     rows = buckets[(columns[:, None] - columns).clamp(-radius, radius) + radius]  # (S, S): the query's column first
@@ -128,7 +128,7 @@ def _terms_of_distances(distances: Distances, q: Tensor, k: Tensor) -> Tensor:
 
 
 def _beside(block: Block, y: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    """The convolution of what the layer reads, x, added to what it gives, y: (B, S, H) each."""
+    """Adds the convolution of the layer's input x to its output y, (B, S, H) each."""
     beside = block.convolution
     assert beside is not None
     weight, bias, x = beside.weight.to(x.dtype), beside.bias.to(x.dtype), x * (mask != 0)[..., None].to(x.dtype)
@@ -140,7 +140,7 @@ def _beside(block: Block, y: Tensor, x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _turned(x: Tensor, positions: Tensor, base: float, factor: float) -> Tensor:
-    """Rotary positions as transformers writes them: angles in float32, their cosines and sines in x's dtype."""
+    """Applies rotary positions as transformers does: angles in float32, their cosines and sines in x's dtype."""
     size = x.shape[-1]
     exponents = torch.arange(0, size, 2, dtype=torch.float32, device=x.device) / size
     angles = positions[:, None].float() / factor / base**exponents
@@ -150,12 +150,12 @@ def _turned(x: Tensor, positions: Tensor, base: float, factor: float) -> Tensor:
 
 
 def _bias_of_columns(table: Tensor, length: int) -> Tensor:
-    """(N, 2R + 1) -> (N, S, S): the number of each distance from a query to a key, those beyond R with R's."""
+    """Returns the bias for each query and key: (N, 2R + 1) -> (N, S, S). Distances beyond R have the number of R."""
     radius, columns = table.shape[1] // 2, torch.arange(length, device=table.device)
     return table[:, (columns - columns[:, None]).clamp(-radius, radius) + radius]
 
 
 def eager_pooler(parameters: Mapping[str, Tensor], x: Tensor, mask: Tensor) -> Tensor:
-    """The pooled output: (B, S, H) -> (B, 1, H)."""
+    """Returns the pooled output: (B, S, H) -> (B, 1, H)."""
     first = x[:, :1] * mask[:, :1, None].to(x.dtype)  # zeros in a row without tokens
     return torch.tanh(_linear(parameters, "pooler.dense", first))

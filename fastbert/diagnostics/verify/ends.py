@@ -1,6 +1,6 @@
-"""The ends of a model, which follow its encoder: a SentenceEncoder's vectors and the logits of a head.
+"""This module holds a model's ends, which follow its encoder: a SentenceEncoder's vectors, and a head's logits.
 
-Each end comes as the model runs it, and in plain PyTorch.
+Each end exists in two forms: the model's own code, and plain PyTorch.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from fastbert.pipelines.sentence import SentenceEncoder
 
 @dataclass(frozen=True)
 class End:
-    """One end of a model, under the name that the report has for it.
+    """An `End` is one end of a model, with its name in the report.
 
-    tokens: whether it takes the last hidden states, and not the pooled output. run: the model's own, from an encoded
-    batch to (T, C) or (B, C). plain: the same in plain PyTorch, from (rows, H) in any dtype; for vectors it takes the
-    rows of each text, as a list. few: how many numbers it gives for each text, where they are a handful.
+    tokens: whether its input is the last hidden states, not the pooled output. run: the model's own code, from an
+    encoded batch to (T, C) or (B, C). plain: the same in plain PyTorch, from (rows, H) in any dtype; for vectors from a
+    list of the rows of each text. few: the count of its numbers for each text, if they are few.
     """
 
     name: str
@@ -45,18 +45,18 @@ class End:
         return self.name == "vectors"
 
     def parts(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """`plain` for each text's rows: (n, C) or (1, C) each."""
+        """Returns `plain` for each text's rows: (n, C) or (1, C) each."""
         if self.is_vectors:
             return list(self.plain(states).split(1))
         return list(self.plain(torch.cat(list(states))).split([len(state) for state in states]))
 
     def factor(self, n_texts: int) -> float:
-        """The multiple of plain PyTorch's error that this end may have. It is larger for few numbers, which scatter."""
+        """Returns the allowed multiple of plain PyTorch's error. It is larger for few numbers, which vary more."""
         return FACTOR_OF_VECTORS + (SCATTER / (n_texts * self.few) ** 0.5 if self.few is not None else 0.0)
 
 
 def ends_of(model: nn.Module | Pipeline, bert: EncoderModel, prefix: str) -> Iterator[End]:
-    """Yields what follows the encoder in the model; nothing for a head that is not made as BERT's are."""
+    """Yields the ends that follow the encoder in the model, and none for a head that is not built as BERT's are."""
     if isinstance(model, SentenceEncoder) and not model.has_dense:
         return
     pipeline = model.pipeline if isinstance(model, SentenceEncoder) else model
@@ -100,7 +100,7 @@ def _linear(linear: Any, x: Tensor) -> Tensor:
 
 
 def _words(predictions: Any, bert: EncoderModel, x: Tensor) -> Tensor:
-    """The language model's head: (n, H) -> (n, V)."""
+    """Computes the language model's head: (n, H) -> (n, V)."""
     part, activation = predictions.transform, ACTIVATIONS[bert.config.hidden_act]
     x = _linear(part.dense, x)
     x = activate(x, activation)
@@ -110,7 +110,7 @@ def _words(predictions: Any, bert: EncoderModel, x: Tensor) -> Tensor:
 
 
 def _vectors(pipeline: Pipeline, tokens: Sequence[Tensor]) -> Tensor:
-    """Makes the vectors (texts, dim) that the pipeline has for the last hidden states of texts, (n, H) each."""
+    """Computes the pipeline's vectors, (texts, dim), from the last hidden states of texts, (n, H) each."""
     hidden = torch.cat(list(tokens))
     hidden = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
     cu_seqlens = torch.tensor([0, *(len(part) for part in tokens)], device="cpu").cumsum(0)

@@ -69,7 +69,7 @@ DEFAULT_TEXTS = (
     "The river rose through the night, and by morning the lower fields lay under water from the mill to the bridge. "
     * 12,
 )
-# The lengths of random texts, in tokens, where there is no tokenizer.
+# The lengths of random texts in tokens, if there is no tokenizer.
 _LENGTHS = (1, 2, 3, 5, 16, 17, 31, 33, 64, 65, 120, 250)
 
 
@@ -162,7 +162,7 @@ def _gradients(
 ) -> GradientsReport | None:
     """Returns the report on gradients, or None if there are none to check; the notes then have the reason.
 
-    model: the user's object. bert: fastbert's encoder in it. outer: the module whose names the parameters have.
+    model: the user's object. bert: fastbert's encoder in it. outer: the module for the names of parameters.
     """
     if bert.precision is not None:
         notes.append("gradients were not checked: the model runs in 8 bits")
@@ -196,7 +196,7 @@ def _model_of(
 
 
 def _transformer_folder(folder: Path) -> Path:
-    """Returns the folder of the weights: this one, or in a sentence-transformers folder that of its first module."""
+    """Returns the folder of the weights: this one, or the first module's folder in a sentence-transformers folder."""
     file = folder / "modules.json"
     if not file.is_file():
         return folder

@@ -1,6 +1,6 @@
-"""The findings of `verify` as data, and what is wrong in them.
+"""This module holds the findings of `verify` as data, and describes their problems.
 
-Every class says in words what is wrong with it, and how much of its bound it uses.
+Every class describes its problem as text, and has the share of its bound that it uses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HEADS = (
 
 @dataclass(frozen=True)
 class WeightReport:
-    """A parameter that is not finite."""
+    """A `WeightReport` is about a parameter that is not finite."""
 
     name: str
     n_nan: int
@@ -42,11 +42,11 @@ class WeightReport:
 
 @dataclass(frozen=True)
 class ErrorReport:
-    """The error of one output of the model beside the float64 reference.
+    """An `ErrorReport` holds the error of one output of the model against the float64 reference.
 
     error, eager_error: RMS of the difference over RMS of the reference, of the model and of plain PyTorch in its dtype.
-    bound: the largest error allowed. worst_text: the index of the text that comes nearest to its own bound, with its
-    error and its bound. A value that is not finite is NaN.
+    bound: the largest allowed error. worst_text: the index of the text that uses the largest share of its own bound,
+    with its error and its bound. A value that is not finite is NaN.
     """
 
     finite: bool
@@ -59,18 +59,18 @@ class ErrorReport:
 
     @property
     def times_eager(self) -> float:
-        """The error in units of plain PyTorch's own; NaN where that is zero or not finite."""
+        """Returns the error divided by plain PyTorch's error; NaN if that is zero or not finite."""
         return self.error / self.eager_error if self.eager_error else math.nan
 
     @property
     def share_of_bound(self) -> float:
-        """The error over its bound, or that of the worst text, whichever is larger; infinite if it is not finite."""
+        """Returns the error over its bound, or the worst text's if it is larger; infinite if not finite."""
         pairs = (self.error, self.bound), (self.worst_text_error, self.worst_text_bound)
         return max(error / bound for error, bound in pairs) if self.finite else math.inf
 
     @property
     def problem(self) -> str | None:
-        """A text that says what is wrong, None if nothing is."""
+        """Returns a text that describes the problem, or None."""
         if not self.finite:
             return f"its output is not finite (text {self.worst_text})"
         if self.error > self.bound:
@@ -87,13 +87,12 @@ def _times(times: float) -> str:
 
 @dataclass(frozen=True)
 class StateReport(ErrorReport):
-    """The output of one part of the model, beside the float64 reference of everything that leads to it.
+    """A `StateReport` compares the output of one part of the model with the float64 reference up to this part.
 
-    alone: the error that this part adds. The reference and plain PyTorch then get the input that the part had. It is
-    None for the embeddings, which have no part before them, and in 8 bits. A head that gives a handful of numbers for
-    each text is judged alone: its bound here is infinite.
-    worst_token_cosine: the least cosine of any token to the reference. Sentence cosines compare the means over the
-    tokens of each text: the worst text, the 1st percentile and the median.
+    alone: the error that this part adds. For it the reference and plain PyTorch get the part's own input. It is None
+    for the embeddings, which have no part before them, and in 8 bits. A head with few numbers for each text is checked
+    only alone: its bound here is infinite. worst_token_cosine: the least cosine of a token to the reference. Sentence
+    cosines compare the means over the tokens of each text: for the worst text, at the 1st percentile and at the median.
     """
 
     name: str = ""
@@ -109,7 +108,7 @@ class StateReport(ErrorReport):
 
     @property
     def share_of_bound(self) -> float:
-        """The largest share of a bound, of the whole or of this part alone."""
+        """Returns the largest share of a bound, of the whole or of this part alone."""
         alone = 0.0 if self.alone is None else self.alone.share_of_bound
         return max(super().share_of_bound, alone)
 
@@ -123,18 +122,18 @@ class StateReport(ErrorReport):
 
 @dataclass(frozen=True)
 class VectorReport:
-    """The vectors of the texts beside those of the float64 reference, for the model and for plain PyTorch (eager_...).
+    """A `VectorReport` compares the texts' vectors with the float64 reference's, for the model and for plain PyTorch.
 
-    what: "encode's" for a SentenceEncoder, else the mean of a text's last hidden states. cosine: the worst, the 1st and
-    the 10th percentile and the median over texts. The neighbours of a text are the other texts, ordered by cosine to
-    it. spearman: the mean rank correlation of the neighbours with the reference's. same_nearest: the share of texts
-    with the same nearest neighbour. same_nearest_10: the share of the ten nearest that are the same. These three are
-    NaN for fewer than three texts.
+    Plain PyTorch's values have names eager_... . what: "encode's" for a SentenceEncoder, else the mean of a text's last
+    hidden states. cosine: the worst, the 1st and the 10th percentile and the median over texts. The neighbours of a
+    text are the other texts, ordered by cosine to it. spearman: the mean rank correlation of the neighbours with the
+    reference's. same_nearest: the share of texts with the same nearest neighbour. same_nearest_10: the share of the ten
+    nearest that are the same. These three are NaN for fewer than three texts.
     """
 
     what: str
     n_texts: int
-    n_compared: int  # of them, for neighbours
+    n_compared: int  # the texts that are compared by neighbours
     cosine: tuple[float, float, float, float]
     eager_cosine: tuple[float, float, float, float]
     spearman: float
@@ -145,7 +144,7 @@ class VectorReport:
     eager_same_nearest_10: float
 
     def table(self) -> Table:
-        """The model's figures beside plain PyTorch's."""
+        """Returns the model's values beside plain PyTorch's."""
         title = f"Vectors of {self.n_texts} texts ({self.what})"
         return Table(title, ("measure", "the model's", "eager's"), tuple(self._lines()))
 
@@ -162,7 +161,7 @@ class VectorReport:
 
 @dataclass(frozen=True)
 class QuantizedReport:
-    """The price of 8 bits: vectors of the model beside those of the float64 reference.
+    """A `QuantizedReport` measures the error of 8 bits: vectors of the model against the float64 reference's.
 
     A vector is the mean of the last hidden states of a text. cosine_p1: the cosine of the two, at the 1st percentile of
     the texts. spearman: as in VectorReport.
@@ -175,7 +174,7 @@ class QuantizedReport:
 
     @property
     def problem(self) -> str | None:
-        """A text that says what is wrong, None if nothing is."""
+        """Returns a text that describes the problem, or None."""
         cosine_ok, order_ok = self.cosine_p1 >= LEAST_COSINE, self.spearman >= LEAST_SPEARMAN
         if self.n_texts < ENOUGH_TEXTS or (cosine_ok and order_ok):
             return None
@@ -189,13 +188,12 @@ class QuantizedReport:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything that `verify` found about one model on some texts.
+    """A `Findings` holds all results of `verify` for one model on some texts.
 
-    weights: parameters that are not finite; where there are any, nothing was run and `states` is empty.
-    states: the embeddings, each layer, the pooler if there is one, and what a SentenceEncoder makes of them.
-    vectors: cosines and neighbours of the texts. quantized: for a model that runs in 8 bits. last: the last hidden
-    state where nobody asks for the others: it then runs by a CUDA graph, or on a CPU in one call. gradients: where they
-    were asked for.
+    weights: parameters that are not finite; if there are any, the model did not run and `states` is empty. states: the
+    embeddings, each layer, the pooler if there is one, and the ends after them. vectors: cosines and neighbours of the
+    texts. quantized: for a model that runs in 8 bits. last: the last hidden state from a call that requests no others;
+    such a call runs as a CUDA graph, or on a CPU in one call. gradients: the report on gradients, if it was requested.
     """
 
     model: str
@@ -222,41 +220,41 @@ class Findings:
 
     @property
     def outputs(self) -> list[StateReport]:
-        """The states, and the last hidden state as it runs by itself."""
+        """Returns the states, and the last hidden state from its separate run."""
         return [*self.states, *([] if self.last is None else [self.last])]
 
     @property
     def quantized_problems(self) -> list[str]:
-        """The problem with 8 bits, if there is one."""
+        """Returns the problem with 8 bits, if there is one."""
         problem = None if self.quantized is None else self.quantized.problem
         return [] if problem is None else [problem]
 
     @property
     def gradient_problems(self) -> list[str]:
-        """The problem with gradients, if there is one."""
+        """Returns the problem with gradients, if there is one."""
         problem = None if self.gradients is None else self.gradients.problem
         return [] if problem is None else [problem]
 
     @property
     def problems(self) -> list[str]:
-        """Texts that say what is wrong: NaN in weights, or the first part and gradient that are off."""
+        """Returns texts that describe the problems: NaN in weights, or the first wrong part and gradient."""
         wrong = [f"{state.name} is the first wrong output: {state.problem}" for state in self.outputs if not state.ok]
         return [*map(str, self.weights), *wrong[:1], *self.quantized_problems, *self.gradient_problems]
 
     def table(self) -> Table:
-        """The errors and cosines of all outputs, a line for each."""
+        """Returns the errors and cosines of all outputs, one line for each."""
         return Table(f"Outputs of {self.heading()}", HEADS, tuple(map(_line, self.outputs)))
 
     def heading(self) -> str:
-        """The model, and how it ran."""
+        """Returns the model and how it ran, as text."""
         return f"{self.model} on {self.device}, {self.dtype}, backend {self.backend!r}"
 
     def verdict(self) -> str:
-        """The number of texts and tokens, and whether all is well."""
+        """Returns the number of texts and tokens, and whether all is well, as text."""
         return f"{self.counts()}: {'ok' if self.ok else 'FAILED'}"
 
     def counts(self) -> str:
-        """The number of texts and tokens, as text."""
+        """Returns the number of texts and tokens, as text."""
         pairs = (self.n_texts, "text"), (self.n_tokens, "token")
         return ", ".join(f"{n} {noun}{'s' if n != 1 else ''}" for n, noun in pairs)
 

@@ -1,4 +1,4 @@
-"""The findings of `verify` about gradients as data, and what is wrong in them."""
+"""This module holds the findings of `verify` about gradients as data, and describes their problems."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ HEADS = ("error", "eager's error", "error ÷ eager's", "bound on the error", "ve
 
 @dataclass(frozen=True)
 class GradientReport:
-    """The gradient of one parameter, or those of one part of the model, beside float64 autograd of the reference.
+    """A `GradientReport` compares the gradients of one parameter or part with float64 autograd of the reference.
 
-    part: the part that it belongs to. error, eager_error: RMS of the difference over RMS of the reference's gradient,
-    of the model and of plain PyTorch in its dtype. A gradient that is zero but for rounding has its error over the RMS
-    of its part. bound: the largest error allowed. missing: whether the model gave none though there should be one. A
+    part: the part of the model. error, eager_error: RMS of the difference over RMS of the reference's gradient, of the
+    model and of plain PyTorch in its dtype. A gradient that is zero but for rounding has its error over the RMS of its
+    part. bound: the largest allowed error. missing: whether the model gave no gradient though there should be one. A
     value that is not finite is NaN.
     """
 
@@ -36,17 +36,17 @@ class GradientReport:
 
     @property
     def times_eager(self) -> float:
-        """The error in units of plain PyTorch's own; NaN where that is zero or not finite."""
+        """Returns the error divided by plain PyTorch's error; NaN if that is zero or not finite."""
         return self.error / self.eager_error if self.eager_error else math.nan
 
     @property
     def share_of_bound(self) -> float:
-        """The error over its bound; infinite if it is not finite."""
+        """Returns the error over its bound; infinite if it is not finite."""
         return self.error / self.bound if self.finite else math.inf
 
     @property
     def problem(self) -> str | None:
-        """A text that says what is wrong, None if nothing is."""
+        """Returns a text that describes the problem, or None."""
         if not self.finite:
             return "it is not finite"
         if self.error <= self.bound:
@@ -65,9 +65,9 @@ class GradientReport:
 
 @dataclass(frozen=True)
 class GradientsReport:
-    """The gradients of a model: of each parameter, of each part, and of all together.
+    """A `GradientsReport` holds the reports on each parameter, on each part, and on all gradients together.
 
-    parameters, parts: in the order of the backward pass. n_steps: forward and backward passes that were compared.
+    parameters, parts: in the order of the backward pass. n_steps: the number of compared forward and backward passes.
     """
 
     parameters: tuple[GradientReport, ...]
@@ -85,12 +85,12 @@ class GradientsReport:
 
     @property
     def worst_part(self) -> GradientReport:
-        """The part that uses the largest share of a bound."""
+        """Returns the part that uses the largest share of its bound."""
         shares = self.shares()
         return max(self.parts, key=lambda part: shares[part.name])
 
     def shares(self) -> dict[str, float]:
-        """The largest share of a bound of each part: of all its gradients, or of one parameter's."""
+        """Returns each part's largest share of a bound, of all its gradients or of one parameter's."""
         shares = {part.name: part.share_of_bound for part in self.parts}
         for report in self.parameters:
             shares[report.part] = max(shares[report.part], report.share_of_bound)
@@ -98,25 +98,25 @@ class GradientsReport:
 
     @property
     def problem(self) -> str | None:
-        """A text that names the first gradient that is wrong in the backward pass, None if all are right."""
+        """Returns a text that names the first wrong gradient in the backward pass, or None if all are right."""
         wrong = next((report for report in (*self.parameters, *self.parts, self.whole) if not report.ok), None)
         if wrong is None:
             return None
         return f"the gradient of {wrong.name} is the first wrong gradient of the backward pass: {wrong.problem}"
 
     def worst(self) -> str:
-        """The worst part and the worst parameter, in words."""
+        """Returns the worst part and the worst parameter, as text."""
         part, parameter = self.worst_part, self.worst_parameter
         share = f"{parameter.share_of_bound:.2g} of its bound" if parameter.finite else "not finite"
         return f"gradients: the worst part is {part.name}, the worst parameter {parameter.name}: {share}"
 
     def table(self) -> Table:
-        """The errors of the parts of the model, a line for each."""
+        """Returns the errors of the parts of the model, one line for each."""
         steps = "1 step" if self.n_steps == 1 else f"{self.n_steps} steps"
         lines = tuple(report.line() for report in (*self.parts, self.whole))
         return Table(f"Gradients of {steps}", ("part", *HEADS), lines)
 
     def table_of_parameters(self) -> Table:
-        """The errors of all parameters, a line for each."""
+        """Returns the errors of all parameters, one line for each."""
         lines = tuple(report.line() for report in self.parameters)
         return Table("Gradients of all parameters", ("parameter", *HEADS), lines)

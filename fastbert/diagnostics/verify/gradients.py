@@ -1,8 +1,8 @@
-"""The gradients behind `verify`: of the model, of plain PyTorch and of the reference in float64, on the same tokens.
+"""This module computes gradients for `verify`: the model's, plain PyTorch's and the float64 reference's.
 
 The loss is a fixed scalar: the sum over tokens of w x, and over texts of u y, where x is the last hidden state and y
-the pooled output. w and u are random normal numbers that depend on the number of the text alone. The model runs as in
-training, but without dropout.
+the pooled output. w and u are random normal numbers that depend only on the index of the text. All three run on the
+same tokens. The model runs as in training, but without dropout.
 
 B sequences, S the longest, T tokens, H hidden.
 """
@@ -34,21 +34,22 @@ from fastbert.diagnostics.verify.rows import Row, chunks, padded
 from fastbert.models.encoder import EncoderModel
 from fastbert.models.inputs import Inputs
 
-# Texts of one step, in the order of the user. The reference keeps all that a backward pass needs, in float64.
+# The most texts of one step, in the user's order. The reference keeps all data for a backward pass in float64.
 STEP_ROWS, STEP_TOKENS = 16, 1024
-# A gradient below this share of those of its part is zero but for rounding, and counts relative to them. A bias of keys
-# is such a parameter: it adds a constant to all scores of a query, and the softmax takes it away.
+# A gradient below this share of its part's gradients is zero except for rounding. Its error is relative to the part's
+# gradients. The bias of keys is such a parameter: it adds a constant to all scores of a query, and the softmax cancels
+# it.
 ZERO = 1e-9
 
 Outputs = tuple[Tensor, Tensor | None]  # the last hidden states, (T, H), and the pooled output, (B, H)
-Run = Callable[[Tensor, Tensor, Tensor], Outputs]  # of ids, mask and token type ids, (B, S)
+Run = Callable[[Tensor, Tensor, Tensor], Outputs]  # from ids, mask and token type ids, (B, S)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model whose gradients are looked at.
+    """A `Trained` is a model whose gradients are compared.
 
-    bert: the encoder, on whose parameters `run` works. root: the module that is trained, or whose part is.
+    bert: the encoder whose parameters `run` uses. root: the module that is trained, or that contains it.
     """
 
     bert: EncoderModel
@@ -57,7 +58,7 @@ class Trained:
 
 
 def own(bert: EncoderModel) -> Trained:
-    """One of our own models, as its encoder runs."""
+    """Returns the `Trained` of a fastbert model, by its encoder."""
 
     def run(input_ids: Tensor, mask: Tensor, token_type_ids: Tensor) -> Outputs:
         inputs = Inputs(input_ids, mask, token_type_ids, output_attentions=False, output_hidden_states=False)
@@ -68,7 +69,7 @@ def own(bert: EncoderModel) -> Trained:
 
 
 def called(live: nn.Module, bert: EncoderModel) -> Trained:
-    """The encoder of another library that is called. bert: ours, on its parameters."""
+    """Returns the `Trained` of an accelerated encoder. bert: the fastbert encoder on its parameters."""
     segments = bert.config.family.token_types
 
     def run(input_ids: Tensor, mask: Tensor, token_type_ids: Tensor) -> Outputs:
@@ -80,10 +81,10 @@ def called(live: nn.Module, bert: EncoderModel) -> Trained:
 
 
 def compare_gradients(trained: Trained, rows: Sequence[Row], prefix: str, outer: Any = None) -> GradientsReport | None:
-    """Compares the gradients of all parameters that want one; None where none does.
+    """Compares the gradients of all parameters that require one. Returns None if no parameter does.
 
-    prefix: what stands before the names of parts. outer: the model whose names parameters have in the report, by
-    default the encoder.
+    prefix: the prefix of the names of parts. outer: the model for the names of parameters in the report, by default the
+    encoder.
     """
     bert = trained.bert
     parameters = {name: p for name, p in bert.named_parameters() if p.requires_grad}
@@ -108,7 +109,7 @@ def compare_gradients(trained: Trained, rows: Sequence[Row], prefix: str, outer:
 
 
 class _Loss:
-    """The loss of the texts of one step, as the gradients that it has for the outputs."""
+    """A `_Loss` is the loss of the texts of one step, as gradients of the outputs."""
 
     def __init__(self, bert: EncoderModel, rows: Sequence[Row], chunk: Sequence[int]) -> None:
         width, dtype = bert.config.hidden_size, bert.dtype
@@ -121,7 +122,7 @@ class _Loss:
         self.of_tokens, self.of_texts = torch.cat(of_tokens), torch.stack(of_texts)
 
     def gradients(self, outputs: Outputs, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """The gradients of the parameters, None for one that no output depends on."""
+        """Returns the gradients of the parameters, None for a parameter that no output depends on."""
         pairs = (outputs[0], self.of_tokens), (outputs[1], self.of_texts)
         chosen = [(output, weights.to(output)) for output, weights in pairs if output is not None]
         if not any(output.requires_grad for output, _ in chosen):
@@ -142,7 +143,7 @@ def _own_gradients(trained: Trained, parameters: Mapping[str, Tensor], inputs: B
 def _eager_gradients(trained: Trained, parameters: Mapping[str, Tensor], inputs: Batch, loss: _Loss) -> Gradients:
     bert = trained.bert
     input_ids, mask, token_type_ids = (x.to(bert.device) for x in inputs)
-    # Leaves of its own on the same memory: hooks on the model's parameters are the model's.
+    # New leaves on the same memory, because hooks on the model's parameters must not run.
     leaves = {name: p.detach().requires_grad_(p.requires_grad) for name, p in bert.named_parameters()}
     by_parameter = {id(p): leaves[name] for name, p in bert.named_parameters()}
     blocks = [block.mapped(lambda tensor: _on_leaves(tensor, by_parameter)) for block in bert.blocks()]
@@ -153,7 +154,7 @@ def _eager_gradients(trained: Trained, parameters: Mapping[str, Tensor], inputs:
 
 
 def _on_leaves(tensor: Tensor, leaves: Mapping[int, Tensor]) -> Tensor:
-    """The leaf in the place of a parameter, by its id, or the part of it that a view is of the parameter."""
+    """Returns the leaf that replaces a parameter, by its id, or the corresponding view of the leaf."""
     base = tensor._base
     if base is None or id(base) not in leaves:
         return leaves.get(id(tensor), tensor)
@@ -170,13 +171,13 @@ def _exact_gradients(trained: Trained, parameters: Mapping[str, Tensor], inputs:
 
 
 def _padding_row(bert: EncoderModel, name: str) -> int | None:
-    """The row of an embedding table that is never trained, or None."""
+    """Returns the row of an embedding table that is never trained, or None."""
     module = bert.get_submodule(name.rpartition(".")[0])
     return module.padding_idx if isinstance(module, nn.Embedding) else None
 
 
 def _squares(ours: Tensor | None, eager: Tensor | None, exact: Tensor | None, padding_row: int | None) -> Tensor:
-    """The squared errors of ours and of eager's, and the square of the reference, (3,)."""
+    """Returns the squared errors of fastbert and of eager, and the squared reference, (3,)."""
     like = next((x for x in (exact, ours, eager) if x is not None), None)
     if like is None:
         return torch.zeros(3, dtype=torch.float64, device="cpu")
@@ -192,7 +193,7 @@ def _reports(
     measures: Mapping[str, Tensor], parameters: Mapping[str, Tensor], missing: set[str], labels: Mapping[str, str],
     prefix: str,
 ) -> tuple[tuple[GradientReport, ...], tuple[GradientReport, ...], GradientReport]:  # fmt: skip
-    """The reports of parameters, of parts, both in the order of the backward pass, and of all.
+    """Returns the reports of parameters and of parts, in the order of the backward pass, and the report of all.
 
     labels: the names of parameters in the report.
     """
@@ -213,7 +214,7 @@ def _reports(
 
 
 def _part(name: str) -> str:
-    """The part of the model that a parameter belongs to: "encoder.layer.3", "embeddings", "pooler"."""
+    """Returns the part of the model that a parameter belongs to: "encoder.layer.3", "embeddings", "pooler"."""
     words = name.split(".")
     return ".".join(words[:3]) if name.startswith("encoder.layer.") else words[0]
 
@@ -259,9 +260,10 @@ def _number(value: float) -> float:
 
 @contextmanager
 def as_in_training(*roots: nn.Module) -> Iterator[None]:
-    """Puts all modules into training mode with dropouts of probability 0, and everything back as it was.
+    """Puts all modules into training mode with dropout probability 0, and restores the state afterwards.
 
-    So are the states of PyTorch's generators. `train()` would clear what modules derive from their weights.
+    It also restores the states of PyTorch's generators. It does not call `train()`, which would clear tensors that
+    modules derive from their weights.
     """
     modules = {module: module.training for root in roots for module in root.modules()}
     dropouts: dict[Any, float] = {module: module.p for module in modules if isinstance(module, nn.Dropout)}

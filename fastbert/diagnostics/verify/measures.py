@@ -1,4 +1,4 @@
-"""The numbers that `verify` takes from three runs on the same tokens: errors, cosines and neighbours."""
+"""This module compares three runs on the same tokens for `verify`: errors, cosines and neighbours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastbert.diagnostics.verify.bounds import BOUND_IN_FLOAT64, BOUND_WITHOUT_EAGER, FACTOR, FACTOR_OF_ONE_TEXT
 from fastbert.diagnostics.verify.findings import ErrorReport, StateReport, VectorReport
 
-# The number of texts whose neighbours are compared: every text with every other.
+# The most texts whose neighbours are compared: every text with every other.
 MOST_COMPARED = 2000
 
 _COSINES = "worst_token_cosine", "worst_sentence_cosine", "sentence_cosine_p1", "sentence_cosine_p50"
@@ -20,8 +20,8 @@ _COSINES = "worst_token_cosine", "worst_sentence_cosine", "sentence_cosine_p1", 
 def measure(ours: Tensor, eager: Tensor, exact: Tensor) -> Tensor:
     """Compares the states of one text, (n, H) each.
 
-    The result, (5,), holds the squared errors of ours and of eager's, the square of the reference, the worst cosine of
-    a token, and the cosine of the means over tokens.
+    The result, (5,), holds the squared errors of fastbert and of eager, the squared reference, the worst cosine of a
+    token, and the cosine of the means over tokens.
     """
     ours, eager, exact = (x.cpu().double() for x in (ours, eager, exact))
     if ours.shape[0] == 0:
@@ -31,7 +31,7 @@ def measure(ours: Tensor, eager: Tensor, exact: Tensor) -> Tensor:
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    """The cosine along the last dimension; 1 where both are equal, zeros too."""
+    """Returns the cosine along the last dimension; 1 if both vectors are equal, also for zeros."""
     return torch.where((x == y).all(-1), 1.0, F.cosine_similarity(x, y, dim=-1))
 
 
@@ -40,8 +40,9 @@ def error_report(
 ) -> ErrorReport:
     """Sums up the measures of all texts, (texts, 5), and sets their bounds.
 
-    factor: the multiple of eager's error that the model may have, beside a floor. alone: the same for a part alone.
-    each_text: whether every text has a bound of its own. A few numbers, perhaps near zero, say too little for that.
+    factor: the allowed multiple of eager's error, besides a floor. alone: the allowed multiple for a part alone, or
+    None for the whole model. each_text: whether every text has its own bound. Few numbers, perhaps near zero, are not
+    enough for this.
     """
     errors, eager_errors = _relative(measures[:, 0], measures[:, 2]), _relative(measures[:, 1], measures[:, 2])
     totals = measures[:, :3].sum(0)
@@ -61,7 +62,7 @@ def error_report(
 
 
 def state_report(name: str, measures: Tensor, whole: ErrorReport, alone: ErrorReport | None) -> StateReport:
-    """The report of one state: its errors, with the cosines from its measures, (texts, 5)."""
+    """Returns the report of one state: its errors, with the cosines from its measures, (texts, 5)."""
     token, sentence = measures[:, 3].amin(), measures[:, 4]
     p1, p50 = sentence.quantile(torch.tensor([0.01, 0.5], dtype=torch.float64, device="cpu")).tolist()
     cosines = dict(zip(_COSINES, (float(token), float(sentence.amin()), p1, p50), strict=True))
@@ -69,7 +70,7 @@ def state_report(name: str, measures: Tensor, whole: ErrorReport, alone: ErrorRe
 
 
 def _relative(squared_error: Tensor, square: Tensor) -> Tensor:
-    """The RMS error over the RMS of the reference; over 1 where the reference is zero."""
+    """Returns the RMS error over the RMS of the reference, or over 1 if the reference is zero."""
     return (squared_error / torch.where(square == 0, 1.0, square)).sqrt()
 
 
@@ -85,7 +86,7 @@ def vector_report(what: str, ours: Tensor, exact: Tensor, eager: Tensor) -> Vect
 
 
 def _neighbours(vectors: Tensor) -> Tensor:
-    """The other texts of each text, the one of least cosine first: (n, dim) -> (n, n - 1)."""
+    """Returns for each text the other texts in ascending order of cosine: (n, dim) -> (n, n - 1)."""
     n = len(vectors)
     unit = F.normalize(vectors, dim=1)
     others = ~torch.eye(n, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The findings of `verify` as a page: the verdict with its picture, tables, figures, the method and the environment."""
+"""This module makes a page of `verify`'s findings: verdict, tables, figures, method and environment."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ METHOD = (
 
 
 def report_page(findings: Findings, title: str = "fastbert verify") -> Page:
-    """The findings as a page. Without matplotlib it has no figures, and says so."""
+    """Returns the findings as a page. Without matplotlib it has a note in the place of figures."""
     notes = list(findings.notes)
     sections: list[Section] = []
     if findings.states:
@@ -115,7 +115,7 @@ def _share(share: float, ok: bool) -> Bar | str:
 
 
 def figures(findings: Findings) -> list[Plot]:
-    """Lines along the model: errors, errors of each part alone, and cosines.
+    """Returns plots along the model: errors, errors of each part alone, and cosines.
 
     Raises ImportError if matplotlib is not installed.
     """
@@ -165,7 +165,7 @@ def _draw(
     frame(figure, title, foot, max(6.4, 1.5 + 0.35 * len(states)), 3.2)
     axes = figure.subplots()
     for k, (name, colour) in enumerate(zip(names, (BLUE, GREY, ORANGE), strict=True)):
-        # A logarithm has no zero, and rounding may leave a cosine above 1.
+        # The logarithm of zero is undefined, and rounding may make a cosine greater than 1.
         ys = [line[k] if math.isfinite(line[k]) and line[k] > 0 else math.nan for line in lines]
         dashed = "--" if name == "bound" else "-"
         axes.plot(range(len(states)), ys, dashed, color=colour, label=name, marker="" if name == "bound" else "o")

@@ -1,4 +1,4 @@
-"""The report of `verify`: its findings as text, as JSON and as a page."""
+"""This module holds the report of `verify`: its findings as text, as JSON and as a page."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from fastbert.pages.terminal import plain_table
 
 @dataclass(frozen=True)
 class Report(Findings):
-    """The findings of `verify`. `bool(report)` and `report.ok` say whether all is well, `str(report)` is a table."""
+    """A `Report` holds the findings of `verify`. `bool(report)` and `report.ok` tell whether all is well.
+
+    `str(report)` is a table.
+    """
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as dicts, lists, strings, numbers and None (for NaN and infinity), for JSON."""
+        """Returns the report as dicts, lists, strings, numbers and None (for NaN and infinity), for JSON."""
         values = _for_json(dataclasses.asdict(self))
         states = values["states"] + ([] if self.last is None else [values["last"]])
         for entry, state in zip(states, self.outputs, strict=True):
@@ -34,7 +37,7 @@ class Report(Findings):
         return {"ok": self.ok, "problems": self.problems, **values}
 
     def to_html(self) -> str:
-        """The report as a page of its own: the verdict, tables and, where matplotlib is installed, figures."""
+        """Returns the report as a page: the verdict, tables and, if matplotlib is installed, figures."""
         return html.render(report_page(self))
 
     def __str__(self) -> str:
@@ -52,7 +55,7 @@ class Report(Findings):
 
 
 def _for_json(value: Any) -> Any:
-    """The value with lists for tuples, and None for NaN and infinity."""
+    """Returns the value with lists for tuples, and None for NaN and infinity."""
     if isinstance(value, dict):
         return {name: _for_json(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""The texts that `verify` runs, as rows of ids, in batches."""
+"""This module makes batches of the texts for `verify`, as rows of ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Row = tuple[Tensor, Tensor]  # input ids and token type ids of one text, (n,) in
 
 
 def chunks(order: Iterable[int], rows: Sequence[Row], max_rows: int, max_tokens: int) -> Iterator[list[int]]:
-    """The order, cut into pieces of at most max_rows rows and max_tokens padded tokens, but at least one row."""
+    """Yields pieces of the order with at most max_rows rows and max_tokens padded tokens, but at least one row."""
     chunk: list[int] = []
     longest = 0
     for i in order:
@@ -25,7 +25,7 @@ def chunks(order: Iterable[int], rows: Sequence[Row], max_rows: int, max_tokens:
 
 
 def padded(rows: Sequence[Row]) -> tuple[Tensor, Tensor, Tensor]:
-    """Input ids, mask and token type ids, (B, S) on the CPU, padded on the right with zeros; S is at least 1."""
+    """Returns input ids, mask and token type ids, (B, S) on the CPU, right-padded with zeros. S is at least 1."""
     length = max(1, *(len(ids) for ids, _ in rows))
     input_ids, mask, token_type_ids = (
         torch.zeros(len(rows), length, dtype=torch.int64, device="cpu") for _ in range(3)

@@ -1,4 +1,4 @@
-"""The runs behind `verify`: the model, the float64 reference and plain PyTorch on the same tokens.
+"""This module runs the model, the float64 reference and plain PyTorch on the same tokens, for `verify`.
 
 B sequences of n tokens, S the longest, H hidden, L layers.
 """
@@ -26,18 +26,18 @@ from fastbert.models.encoder import EncoderModel
 from fastbert.models.inputs import Inputs
 from fastbert.ops import Policy
 
-# Texts that run together: the model's in the order of the user, so that lengths mix; the reference's by length.
+# The most texts of one run. The model's are in the user's order, so that lengths mix; the reference's are sorted.
 MODEL_ROWS, MODEL_TOKENS = 64, 8192
 REFERENCE_ROWS, REFERENCE_TOKENS = 16, 1024
-# Tokens that run together where a head gives a number for every token of the vocabulary.
+# The most tokens of one run if a head gives a number for every token of the vocabulary.
 DECODER_TOKENS = 1024
 
-Parts = list[Any]  # for each state the part of every text, (n, H); for the pooled output and for vectors (1, ...)
+Parts = list[Any]  # for each state a tensor of every text: (n, H), or (1, ...) for the pooled output and vectors
 
 
 @dataclass
 class Comparison:
-    """The reports of one comparison, as in `Findings`."""
+    """A `Comparison` holds the reports of one comparison, as in `Findings`."""
 
     states: tuple[StateReport, ...]
     vectors: VectorReport | None = None
@@ -49,9 +49,9 @@ class Comparison:
 def compare(
     bert: EncoderModel, rows: list[Row], prefix: str, ends: Sequence[End] = (), model: Any = None
 ) -> Comparison:
-    """Runs the model, the reference and eager, and compares every state, the pooled output and what follows.
+    """Runs the model, the reference and eager, and compares every state, the pooled output and the ends.
 
-    model: the one that `ends` belong to, by default the encoder.
+    model: the model of `ends`, by default the encoder.
     """
     in_8_bits = bert.precision is not None and _runs_in_8_bits(bert)
     n_layers = len(bert.encoder.in_order)
@@ -59,7 +59,7 @@ def compare(
     names += [f"{prefix}pooler"] * (bert.pooler is not None) + [end.name for end in ends]
     whole, alone = (torch.zeros(len(names), len(rows), 5, dtype=torch.float64, device="cpu") for _ in range(2))
     last = torch.zeros(len(rows), 5, dtype=torch.float64, device="cpu")
-    vectors: list[list[Any]] = [[None] * len(rows) for _ in range(3)]  # ours, the reference's, eager's
+    vectors: list[list[Any]] = [[None] * len(rows) for _ in range(3)]  # fastbert's, the reference's, eager's
     from_encode = bool(ends) and ends[-1].is_vectors
     parameters = dict(bert.named_parameters())
     on_cpu = {name: parameter.cpu() for name, parameter in parameters.items()}
@@ -68,7 +68,7 @@ def compare(
     modes = {module: module.training for module in (model or bert).modules()}
     max_tokens = DECODER_TOKENS if any(end.name.endswith("cls.predictions") for end in ends) else MODEL_TOKENS
     try:
-        for module in modes:  # eval() would renew fused weights, and this must notice those that are out of date
+        for module in modes:  # eval() would renew fused weights, but `verify` must detect outdated ones
             module.training = False
         for chunk in chunks(range(len(rows)), rows, MODEL_ROWS, max_tokens):
             texts = [rows[i] for i in chunk]
@@ -79,7 +79,7 @@ def compare(
                 sizes = [len(texts[j][0]) for j in group]
                 inputs = padded([texts[j] for j in group])
                 exact = _reference(on_cpu, bert, inputs, sizes, ends)
-                if not blocks:  # adapters, which have none, were refused by the reference
+                if not blocks:  # the reference has refused adapters, which have no blocks
                     blocks = list(bert.blocks())
                     blocks_on_cpu = [block.mapped(Tensor.cpu) for block in blocks]
                 if in_8_bits:
@@ -118,7 +118,10 @@ def compare(
 
 
 def _vectors(vectors: list[list[Tensor]], source: str) -> VectorReport | None:
-    """The report of the texts' vectors, None where one is not finite. vectors: ours, the reference's, eager's."""
+    """Returns the report of the texts' vectors, or None if one is not finite.
+
+    vectors: fastbert's, the reference's, eager's.
+    """
     stacked = [torch.stack(kind) for kind in vectors]
     finite = all(bool(kind.isfinite().all()) for kind in stacked)
     return vector_report(source, *stacked) if finite else None
@@ -127,7 +130,7 @@ def _vectors(vectors: list[list[Tensor]], source: str) -> VectorReport | None:
 def _judged(
     names: Sequence[str], whole: Tensor, alone: Tensor, s: int, bert: EncoderModel, ends: Sequence[End], in_8_bits: bool
 ) -> StateReport:
-    """The report of state s, with the bounds that hold for its kind."""
+    """Returns the report of state s, with the bounds for its kind."""
     end = ends[s - len(names)] if s >= len(names) - len(ends) else None
     few = end is not None and end.few is not None
     if end is not None:
@@ -137,7 +140,7 @@ def _judged(
         if s > len(bert.encoder.in_order):
             factor_alone = FACTOR_ALONE_FEW
     errors = error_report(whole[s], bert.dtype, factor=factor, each_text=not few)
-    if few:  # by chance, eager's error is a thirtieth of ours or thirty times it: only the part alone tells
+    if few:  # eager's error varies by chance from 1/30 to 30 times fastbert's: only the part alone counts
         errors = dataclasses.replace(errors, bound=math.inf)
     errors_alone = None
     if s > 0 and not in_8_bits:
@@ -146,13 +149,13 @@ def _judged(
 
 
 def _runs_in_8_bits(bert: EncoderModel) -> bool:
-    """Tells whether a model with a precision takes the 8-bit path, and not the unquantised one as a fallback."""
+    """Tells whether a model with a precision runs in 8 bits, and not unquantised as a fallback."""
     decision = quantized.decide(bert, bert.policy, bert.device, bert.dtype)
     return decision.backend != quantized.UNQUANTISED
 
 
 def _run(bert: EncoderModel, rows: list[Row], ends: Sequence[End]) -> Parts:
-    """The model's hidden states, then its pooled output, then what follows."""
+    """Returns the model's hidden states, then its pooled output, then its ends."""
     input_ids, mask, token_type_ids = (x.to(bert.device) for x in padded(rows))
     encoded = bert.encode(Inputs(input_ids, mask, token_type_ids, output_attentions=False, output_hidden_states=True))
     sizes = [len(row) for row, _ in rows]
@@ -167,14 +170,14 @@ def _run(bert: EncoderModel, rows: list[Row], ends: Sequence[End]) -> Parts:
 
 
 def _run_directly(bert: EncoderModel, rows: list[Row]) -> list[Tensor]:
-    """Returns the last hidden state alone, which is computed in one call, or by a CUDA graph."""
+    """Returns only the last hidden state, computed in one call or by a CUDA graph."""
     input_ids, mask, token_type_ids = (x.to(bert.device) for x in padded(rows))
     encoded = bert.encode(Inputs(input_ids, mask, token_type_ids, output_attentions=False, output_hidden_states=False))
     return list(encoded.last_hidden_state.split([len(row) for row, _ in rows]))
 
 
 def _run_emulation(bert: EncoderModel, rows: list[Row], ends: Sequence[End]) -> Parts:
-    """`_run` of the same quantisation in plain PyTorch, with weights quantised anew."""
+    """Does the same as `_run` with the emulation of the quantisation in plain PyTorch, from newly quantised weights."""
     policy, weights = bert.policy, bert.engine.eight_bit.weights
     bert.policy, bert.engine.eight_bit.weights = Policy("torch"), quantized.QuantizedWeights()
     try:
@@ -190,7 +193,7 @@ def _reference(
     sizes: list[int],
     ends: Sequence[End],
 ) -> Parts:
-    """The same as `_run`, in float64."""
+    """Does the same as `_run` with the reference in float64."""
     try:
         exact = reference.encode(parameters, bert.config, *inputs, output_attentions=False)
     except KeyError as error:
@@ -201,7 +204,7 @@ def _reference(
 
 
 def _with_ends(states: list[Tensor], sizes: list[int], bert: EncoderModel, ends: Sequence[End]) -> Parts:
-    """Padded states (B, S, H) and the pooled output -> the parts of the texts, and then what follows the encoder."""
+    """Splits padded states, (B, S, H), and the pooled output into texts, and appends the ends."""
     n_states = len(bert.encoder.in_order) + 1
     parts: Parts = [[row[:n] for row, n in zip(state, sizes, strict=True)] for state in states[:n_states]]
     parts += [list(state) for state in states[n_states:]]
@@ -212,7 +215,7 @@ def _measure_alone(
     measures: Tensor, places: list[int], bert: EncoderModel, weights: tuple[Any, ...], mask: Tensor,
     ours: Parts, ends: Sequence[End],
 ) -> None:  # fmt: skip
-    """Compares every part but the embeddings with eager and the reference on the input that the part had."""
+    """Compares every part except the embeddings with eager and the reference, on the part's own input."""
     n_layers = len(bert.encoder.in_order)
     sizes = [len(part) for part in ours[0]]
     for s in range(1, len(ours)):
@@ -220,7 +223,7 @@ def _measure_alone(
         source = min(s - 1, n_layers) if end is None else n_layers if end.tokens else n_layers + 1
         before = ours[source]
         if not all(bool(part.isfinite().all()) for part in before):
-            continue  # this part is not to blame for what follows from NaN
+            continue  # this part does not cause results that follow from NaN
         if end is not None:
             outputs = [end.parts(before), end.parts([part.double() for part in before])]
         else:
@@ -236,7 +239,7 @@ def _measure_alone(
 
 
 def _stack(parts: list[Tensor], length: int) -> Tensor:
-    """(n, H) each -> (B, length, H), zeros at padding."""
+    """Stacks parts, (n, H) each -> (B, length, H), with zeros at padding."""
     out = parts[0].new_zeros(len(parts), length, parts[0].shape[1])
     for row, part in zip(out, parts, strict=True):
         row[: len(part)] = part
