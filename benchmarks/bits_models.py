@@ -184,8 +184,7 @@ def trained(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 def record_heads(
     recording: Recording, name: str, make: Callable[..., Any], few: bool = False, train: bool = True
 ) -> None:
-    """Records the models with heads, from make(task, **changes). few: with one mask. train: also one step of training.
-    """
+    """Records the models with heads, from make(task, **changes). few: with one mask. train: also a training step."""
     for task in HEADS:
         recording.group(f"{name}/{task}", _record_head, make, task, few, train)
 

@@ -1,5 +1,4 @@
-"""This module has the parts of a recording: everything on a CPU, and a small model in each mode on the Triton kernels.
-"""
+"""This module has the parts of a recording: everything on a CPU, and a small model in each mode on Triton."""
 
 from __future__ import annotations
 

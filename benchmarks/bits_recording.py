@@ -63,8 +63,7 @@ class Recording:
 
 
 def entries_of(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Returns the entries of a value under a name: one for each tensor or array in it, and one for a value without any.
-    """
+    """Yields the entries of a value under a name: one for each tensor or array, or one for a value without any."""
     if isinstance(value, Mapping) and _holds_numbers(value):
         for key, item in value.items():
             yield from entries_of(f"{name}/{key}", item)

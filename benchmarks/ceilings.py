@@ -68,8 +68,7 @@ def matmul_rate(device: torch.device, dtype: str, size: int) -> float:
 
 
 def _packed_product(x: torch.Tensor, weight: torch.Tensor) -> Callable[[int], object] | None:
-    """Returns x @ weight^T by oneDNN with its own layout of the weight, or None if this PyTorch has no such operation.
-    """
+    """Returns x @ weight^T by oneDNN with its own layout of the weight, or None if PyTorch has no such operation."""
     try:
         ops = torch.ops.mkldnn
         packed = ops._reorder_linear_weight(weight, x.shape[0])

@@ -78,8 +78,7 @@ def spam(job: Job) -> None:
 
 
 def as_read(mail: str) -> str:
-    """Returns the mail with its subject and sender first, then its text, then its other headers. Nothing is left out.
-    """
+    """Returns the mail: subject and sender first, then its text, then its other headers. Nothing is left out."""
     head, _, body = mail.replace("\r\n", "\n").partition("\n\n")
     headers = re.split(r"\n(?![ \t])", head)
     read = [line for line in headers if line.lower().startswith(READ_FIRST)]

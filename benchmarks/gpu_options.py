@@ -1,5 +1,4 @@
-"""`Options` are the settings of a run on a GPU. gpu.py reads them from the command line and passes them to each part.
-"""
+"""`Options` are the settings of a run on a GPU. gpu.py reads them from its arguments and passes them to each part."""
 
 from __future__ import annotations
 

