@@ -77,8 +77,7 @@ def first_of(lengths: list[int]) -> list[int]:
 
 
 def exact_states(model: Any, ids: Tensor, lengths: list[int]) -> Tensor:
-    """Returns the last hidden states of sequences one after the other, (T', H) float64, with the model's own weights.
-    """
+    """Returns the last hidden states of sequences one after the other, (T', H) float64, from the model's weights."""
     params = {name: p.double() for name, p in model.named_parameters()}
     states = [
         reference.bert(params, model.config, part[None], output_attentions=False).last_hidden_state[0]
