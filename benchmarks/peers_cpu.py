@@ -70,8 +70,7 @@ class ONNXRuntime(CPURuntime):
 
 
 class FusedONNXRuntime(ONNXRuntime):
-    """This is ONNX Runtime after its transformers optimizer, which fuses attention, bias + GELU, and residual + norm.
-    """
+    """This is ONNX Runtime after its transformers optimizer, which fuses attention, bias + GELU, residual + norm."""
 
     name = "ONNX Runtime fused"
 
