@@ -53,8 +53,8 @@ __attribute__((noinline)) void products_in_parts(float* to, int64_t stride, cons
         for (int j = 0; j < N; j++) store(to + i * stride + j * VL, sums[i][j] * factor);
 }
 
-// Rows k, (length, size), of size = depth * O::SIZE elements -> keys, [block of VL rows][depth][VL]. The rest of the last
-// block is 0. Pairs of a head of few elements are read past its end, unless BOUNDED.
+// Rows k, (length, size), of size = depth * O::SIZE elements -> keys, [block of VL rows][depth][VL]. The rest of the
+// last block is 0. Pairs of a head of few elements are read past its end, unless BOUNDED.
 template <typename O, bool BOUNDED = false, typename T>
 INLINE void pack_keys(typename O::E* keys, const T* k, int64_t length, int64_t n_blocks, int64_t depth,
                       int64_t row_stride) {
