@@ -1,4 +1,4 @@
-"""These engines are recommended for CPUs, beside those of peers_cpu: int8 of OpenVINO and ONNX Runtime, and zentorch.
+"""This module has further engines that are recommended for CPUs: int8 of OpenVINO and ONNX Runtime, and zentorch.
 
 sentence-transformers' documentation recommends OpenVINO with static quantisation on CPUs, and names ONNX Runtime with
 dynamic quantisation as the other way. Both use the settings of its functions `export_static_quantized_openvino_model`
