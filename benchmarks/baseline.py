@@ -1,6 +1,6 @@
-"""`committed` names the baseline of new results: by default the newest committed results of the same device.
+"""`committed` finds the baseline of new results. By default it is the newest committed results of the same device.
 
-Committed results are read from git's last commit, so that `make bench` may write over the files of the same day.
+Committed results are read from git's last commit. So `make bench` may overwrite the files of the same day.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from fastbert.bench.results import Results
 
 
 def committed(new: Path, results: Path = report.RESULTS) -> tuple[str, Results]:
-    """Name and content of the baseline for `new`, a result file or a folder of them.
+    """Returns name and content of the baseline for `new`, a result file or a folder of them.
 
-    Raises ValueError where there is none: outside a git checkout, or without committed results of this device that
-    differ from the new ones.
+    Raises ValueError outside a git checkout, or without committed results of this device that differ from the new ones.
     """
     now = report.load(new)
     device = now.environment.get("device")

@@ -1,9 +1,10 @@
-"""Tokens a second from mapped ids to packed, masked batches, on one thread: the plan, the batches, and both.
+"""This script measures tokens a second from mapped ids to packed, masked batches on one thread: plan, batches, and
+both.
 
     OMP_NUM_THREADS=1 python benchmarks/batches.py --max-length 512 [--no-nsp] [--whole-words] [--sentences 20]
 
-The corpus is made up and lies in memory: documents with ``--sentences`` sentences of 24 tokens in the mean, geometric
-and Poisson. The time to read shards from a disk comes on top.
+The corpus is synthetic and in memory: documents with ``--sentences`` sentences of 24 tokens in the mean, geometric and
+Poisson. The time to read shards from a disk is not included.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ SPECIAL = SpecialIds(cls=1, sep=2, mask=3, all=(0, 1, 2, 3, 4))
 
 
 class Synthetic:
-    """A Synthetic corpus has random ids, of which two of three begin a word."""
+    """A Synthetic corpus has random ids. Two of three ids begin a word."""
 
     vocab_size = VOCAB_SIZE
     has_words = True

@@ -1,15 +1,15 @@
-"""This tool records the bits of what fastbert computes: a change that shall change no number is proved with it.
+"""This tool records the bits of fastbert's outputs. It proves that a change of the code changes no number.
 
     python benchmarks/bits.py --out before.json                       a CPU: a minute
     python benchmarks/bits.py --out before-triton.json --part triton  a GPU, or Triton's interpreter: minutes
     python benchmarks/bits.py --compare before.json after.json        lists every difference; exit code 1 if bits differ
 
-A recording holds a SHA-256 of each output's bytes, with its shape and dtype, for fixed weights and inputs. A case that
-is refused is recorded by the type of its exception. The tool uses public names alone, so one copy of it runs on commits
-far apart: PYTHONPATH=<checkout>:<checkout>/kernels says which one.
+A recording holds a SHA-256 of each output's bytes, with its shape and dtype, for fixed weights and inputs. If a case is
+refused, the type of its exception is recorded. The tool uses only public names, so one copy of it runs on commits far
+apart. PYTHONPATH=<checkout>:<checkout>/kernels selects the checkout.
 
-Bits also depend on the processor and on the packages. They are recorded too, and a comparison shows where they differ.
-ATEN_CPU_CAPABILITY=avx2, or avx512, records what older processors run.
+Bits also depend on the processor and on the packages. These are recorded too, and a comparison shows where they differ.
+ATEN_CPU_CAPABILITY=avx2, or avx512, records the results of older processors.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from bits_recording import Recording, compare
 
 import fastbert
 
-# One thread adds up in one order. Nothing comes from the network.
+# One thread always adds up in the same order. Nothing comes from the network.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 PACKAGES = ("torch", "triton", "numpy", "transformers", "sentence-transformers", "tokenizers")
 
 
 def environment() -> dict[str, str]:
-    """Describes what bits depend on beside the code, and where the code is."""
+    """Describes the environment on which bits depend beside the code, and the place of the code."""
     versions = {}
     for name in PACKAGES:
         try:
@@ -55,7 +55,7 @@ def _processor() -> str:
 
 
 def record(part: str, path: Path) -> None:
-    """Records a part to a file, in a process that has the settings of ENVIRONMENT."""
+    """Records a part to a file, in a process with the settings of ENVIRONMENT."""
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.part == "triton" and not torch.cuda.is_available():
         wanted["TRITON_INTERPRET"] = "1"
     if any(os.environ.get(name) != value for name, value in wanted.items()):
-        # Libraries read them when they are loaded: the process starts anew with them.
+        # Libraries read these settings when they are loaded, so the process starts again with them.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
     record(options.part, options.out)
     return 0

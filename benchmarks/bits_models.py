@@ -1,4 +1,4 @@
-"""Seeded models and inputs, and the cases of one model: what the parts of `bits_parts.py` are made of."""
+"""This module has seeded models and inputs, and the cases of one model. The parts in `bits_parts.py` use them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def filled(model: Any, dtype: torch.dtype = FP32, device: str = "cpu") -> Any:
-    """The model in eval mode, each weight drawn by its name: the order in which modules are made does not count."""
+    """Returns the model in eval mode. Each weight is drawn by its name, so the order of the modules does not matter."""
     with torch.no_grad():
         for name, tensor in sorted(model.state_dict().items()):
             if tensor.is_floating_point():
@@ -59,7 +59,7 @@ def head_model(
 
 
 def mask_of(kind: str) -> Tensor | None:
-    """(BATCH, LENGTH), None for "none"."""
+    """Returns a mask (BATCH, LENGTH), or None for "none"."""
     columns, lengths = torch.arange(LENGTH)[None], torch.tensor([LENGTH, 9, 1, 5])[:, None]
     if kind == "none":
         return None
@@ -71,7 +71,7 @@ def mask_of(kind: str) -> Tensor | None:
 
 
 def batch_of(model: Any, mask: str = "right") -> dict[str, Any]:
-    """(BATCH, LENGTH) ids and mask on the model's device, and token types where its family has them."""
+    """Returns (BATCH, LENGTH) ids and mask on the model's device, and token types if its family has them."""
     config, random = model.config, generator(3)
     batch = {"input_ids": torch.randint(2, min(config.vocab_size, 20000), (BATCH, LENGTH), generator=random)}
     batch["attention_mask"] = mask_of(mask)
@@ -81,14 +81,14 @@ def batch_of(model: Any, mask: str = "right") -> dict[str, Any]:
 
 
 def packed_of(model: Any, lengths: Iterable[int]) -> tuple[Tensor, Tensor]:
-    """(T,) ids of texts of these lengths, and cu_seqlens."""
+    """Returns (T,) ids of texts of these lengths, and cu_seqlens."""
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(model.device, torch.int32)
     ids = torch.randint(2, min(model.config.vocab_size, 20000), (int(offsets[-1]),), generator=generator(4))
     return ids.to(model.device), offsets
 
 
 def labels_of(task: str, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """The labels of a task for a batch, some of them not asked for."""
+    """Returns the labels of a task for a batch. Some of them are ignored by the loss."""
     classes = torch.tensor([0, 1, 1, 0])
     tokens = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator(7))
     tokens = tokens.where(torch.rand(BATCH, LENGTH, generator=generator(8)) < 0.5, -100)
@@ -115,7 +115,7 @@ def call(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def record_encoder(recording: Recording, name: str, make: Callable[[], Any], few: bool = False) -> None:
-    """Records a BertModel on every kind of input. few: on some of them, for a model that is slow."""
+    """Records a BertModel on every kind of input, or on some kinds with few, for a slow model."""
     model = make()
     for mask in ("right", "holes") if few else MASKS:
         recording.case(f"{name}/{mask}", call, model, **batch_of(model, mask))
@@ -140,7 +140,7 @@ def record_encoder(recording: Recording, name: str, make: Callable[[], Any], few
 
 
 def record_life(recording: Recording, name: str, make: Callable[[], Any]) -> None:
-    """Records what a BertModel gives after a change: kept weights must follow, and what is not plain must be called."""
+    """Records a BertModel's outputs after a change: derived weights must follow, and replaced parts must be called."""
     model = make()
     batch = batch_of(model)
     recording.case(f"{name}/buckets", lambda: fastbert.warmup(model).buckets)
@@ -154,7 +154,7 @@ def record_life(recording: Recording, name: str, make: Callable[[], Any]) -> Non
     first, last = model.encoder.layer[0], model.encoder.layer[1]
     with torch.no_grad():
         first.attention.self.query.weight.mul_(1.5)
-        last.output.dense.weight.data.mul_(0.5)  # which PyTorch does not count
+        last.output.dense.weight.data.mul_(0.5)  # PyTorch does not count this
     recording.case(f"{name}/rewritten", call, model, **batch)
     model.to(FP64)
     recording.case(f"{name}/float64", call, model, **batch)
@@ -172,7 +172,7 @@ def record_life(recording: Recording, name: str, make: Callable[[], Any]) -> Non
 
 
 def trained(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """The loss and all gradients of one step without dropout, and what the model gives after the step."""
+    """Returns the loss and all gradients of one step without dropout, and the model's output after the step."""
     model.train().zero_grad()
     output = model(**batch)
     output.loss.backward()
@@ -184,7 +184,7 @@ def trained(model: Any, batch: dict[str, Any]) -> dict[str, Any]:
 def record_heads(
     recording: Recording, name: str, make: Callable[..., Any], few: bool = False, train: bool = True
 ) -> None:
-    """Records the models with heads: make(task, **changes). few: with one mask. train: one step of training as well."""
+    """Records the models with heads, from make(task, **changes). few: with one mask. train: also a training step."""
     for task in HEADS:
         recording.group(f"{name}/{task}", _record_head, make, task, few, train)
 

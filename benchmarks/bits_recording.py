@@ -1,4 +1,4 @@
-"""A recording of bits: what `bits.py` writes, and how two of them are compared."""
+"""This module defines a recording of bits, which `bits.py` writes, and the comparison of two recordings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from torch import Tensor
 
 
 class Recording:
-    """This class collects cases under their names: each output's bits, or the type of what the case raised.
+    """A Recording collects cases under their names: the bits of each output, or the type of the case's exception.
 
-    text: what is shown by a comparison and decides nothing. messages: those of the exceptions, which are not kept.
+    text: values that a comparison shows, but that decide nothing. messages: those of the exceptions, which are not
+    kept.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,7 @@ class Recording:
         self.messages: dict[str, str] = {}
 
     def case(self, name: str, compute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Records the outputs of compute(...), and returns them; None where it raised."""
+        """Records the outputs of compute(...), and returns them, or None if it raised."""
         try:
             value = compute(*args, **kwargs)
             entries = dict(entries_of(name, value))
@@ -38,7 +39,7 @@ class Recording:
         return value
 
     def group(self, name: str, record: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Calls record(self, name, ...), which records cases; what it raises outside of them is recorded as well."""
+        """Calls record(self, name, ...), which records cases. An exception outside of the cases is recorded as well."""
         print(name, file=sys.stderr, flush=True)
         try:
             record(self, name, *args, **kwargs)
@@ -46,7 +47,7 @@ class Recording:
             self.bits[name] = self._refusal(name, error)
 
     def say(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Records the text that the function's result reads as."""
+        """Records the function's result as text."""
         try:
             self.text[name] = str(function(*args, **kwargs))
         except Exception as error:
@@ -62,7 +63,7 @@ class Recording:
 
 
 def entries_of(name: str, value: Any) -> Iterator[tuple[str, str]]:
-    """The entries of a value under a name: one for each tensor or array in it, and for what holds none."""
+    """Yields the entries of a value under a name: one for each tensor or array, or one for a value without any."""
     if isinstance(value, Mapping) and _holds_numbers(value):
         for key, item in value.items():
             yield from entries_of(f"{name}/{key}", item)
@@ -80,16 +81,16 @@ def entries_of(name: str, value: Any) -> Iterator[tuple[str, str]]:
 
 
 def _holds_numbers(value: Any) -> bool:
-    """Tells whether there is a tensor or an array somewhere in a mapping or a sequence."""
+    """Tells whether a mapping or a sequence contains a tensor or an array."""
     if isinstance(value, (Mapping, list, tuple)):
         return any(_holds_numbers(item) for item in (value.values() if isinstance(value, Mapping) else value))
     return isinstance(value, (Tensor, np.ndarray))
 
 
 def digest(tensor: Tensor, kind: str = "tensor") -> str:
-    """A line with the dtype, the shape, the SHA-256 of the bytes, and the root of the mean square.
+    """Returns a line with the dtype, the shape, the SHA-256 of the bytes, and the RMS.
 
-    The last one is for the reader, whom it tells a rounding from a fault: the bytes say all that it does.
+    The RMS helps the reader to tell a rounding from a fault. The comparison itself uses only the bytes.
     """
     tensor = tensor.detach().cpu().contiguous()
     content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
@@ -103,7 +104,7 @@ def _sha256(content: bytes) -> str:
 
 
 def differences(first: Mapping[str, str], second: Mapping[str, str]) -> list[str]:
-    """Each entry that is in one of the two alone, or differs, with both values."""
+    """Returns each entry that only one recording has, or that differs, with both values."""
     absent = "(not recorded)"
     return [
         f"{name}\n  - {first.get(name, absent)}\n  + {second.get(name, absent)}"
@@ -113,7 +114,7 @@ def differences(first: Mapping[str, str], second: Mapping[str, str]) -> list[str
 
 
 def compare(first: Path, second: Path) -> int:
-    """Prints what differs between two recordings; 1 if bits do, else 0."""
+    """Prints the differences between two recordings. Returns 1 if bits differ, else 0."""
     one, other = (json.loads(path.read_text()) for path in (first, second))
     for line in differences(one["environment"], other["environment"]):
         print(f"environment: {line}")

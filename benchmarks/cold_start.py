@@ -1,9 +1,10 @@
-"""A fresh process times one competitor from nothing to its first vector, and prints JSON.
+"""A fresh process times one competitor from the start of the process to its first vector, and prints JSON.
 
     python benchmarks/cold_start.py fastbert FOLDER cuda bfloat16
 
-Prints {"import": s, "load": s, "first": s, "total": s, "second": s}: importing the library, loading the checkpoint,
-the first vector on the host, their sum, and one more vector. Run by the suites; PyTorch's own import counts.
+It prints {"import": s, "load": s, "first": s, "total": s, "second": s}: the import of the library, the loading of the
+checkpoint, the first vector on the host, their sum, and one more vector. The suites run it. PyTorch's own import
+counts.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ COMPETITORS = ("fastbert", "transformers", "sentence-transformers")
 
 
 def loader(competitor: str) -> Callable[[str, str, str], Callable[[str], Any]]:
-    """Imports a library; returns what loads (folder, device, dtype) to a function from a text to a vector."""
+    """Imports a library. Returns a function that loads (folder, device, dtype) and returns a function from a text to a
+    vector.
+    """
     if competitor == "fastbert":
         import fastbert
 

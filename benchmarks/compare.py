@@ -1,11 +1,11 @@
-"""This script says whether fastbert got slower since a baseline. It compares ratios to peers, never seconds.
+"""This script tells whether fastbert got slower since a baseline. It compares ratios to peers, never seconds.
 
     python benchmarks/compare.py BASELINE NEW          each a result file or a folder of them
     python benchmarks/compare.py NEW                   with the newest committed results of the same device
 
-A regression is a speed-up over a peer that fell by more than the threshold, with intervals that do not overlap; or a
-competitor that ran and now fails or is wrong, or fastbert itself missing. Exit codes: 0 none, 1 regressions, 2 no
-comparison (unreadable, different types of device, nothing in common).
+There are three kinds of regressions. A speed-up over a peer fell by more than the threshold, with intervals that do not
+overlap. A competitor that ran before fails now or is wrong. Or fastbert itself is missing. Exit codes: 0 none, 1
+regressions, 2 no comparison (unreadable, different types of device, nothing in common).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Key = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Change:
-    """One competitor of one contest, then and now."""
+    """A Change is one competitor of one contest, before and now."""
 
     key: Key
     label: str
@@ -50,7 +50,9 @@ class Change:
 
 
 def keyed(results: Results) -> dict[Key, tuple[str, str, Row]]:
-    """Rows by what identifies them from one run to the next, with the contest's label and the competitor's name."""
+    """Returns the rows by the fields that identify them in each run, with the contest's label and the competitor's
+    name.
+    """
     rows_by_key: dict[Key, tuple[str, str, Row]] = {}
     for contest in contests(results.rows):
         for row in contest.rows:
@@ -65,7 +67,7 @@ def keyed(results: Results) -> dict[Key, tuple[str, str, Row]]:
 
 
 def compare(baseline: Results, new: Results, threshold: float = THRESHOLD) -> list[Change]:
-    """Every row of the baseline with what became of it."""
+    """Returns every row of the baseline with its new state."""
     now = keyed(new)
     changes = []
     for key, (label, name, before) in keyed(baseline).items():
@@ -116,7 +118,7 @@ def changes_table(changes: Sequence[Change]) -> Table:
 
 
 def means_table(changes: Sequence[Change]) -> Table:
-    """Geometric means of the speed-ups that both runs have, a line a suite and setting."""
+    """Returns geometric means of the speed-ups that both runs have, with a line for each suite and setting."""
     groups: dict[str, list[tuple[float, float]]] = {}
     for change in changes:
         if change.before.speedup is not None and change.after is not None and change.after.speedup is not None:
@@ -143,7 +145,7 @@ def _said(row: Row | None) -> str:
 
 
 def differences(baseline: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
-    """The differences beside fastbert that may have moved ratios: another device, driver or version of a package."""
+    """Returns the other differences that may have changed ratios: another device, driver or version of a package."""
     for key in ("device", "driver", "cuda", "threads", "python"):
         if baseline.get(key) != new.get(key):
             yield f"{key}: {baseline.get(key)}, now {new.get(key)}"

@@ -1,4 +1,4 @@
-"""Options and fixtures of `pytest benchmarks`."""
+"""This file has the options and fixtures of `pytest benchmarks`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def case_of(item: pytest.Item) -> Case | None:
-    """The case that a test was collected for; None of `test_start`."""
+    """Returns the case of a collected test, or None for `test_start`."""
     spec = getattr(item, "callspec", None)
     return None if spec is None else spec.params.get("case")
 
@@ -48,7 +48,7 @@ def bench_device(request: pytest.FixtureRequest) -> torch.device:
 def session(request: pytest.FixtureRequest, bench_device: torch.device) -> Session:
     options = request.config.option
     cases = [case for case in map(case_of, request.session.items) if case is not None]
-    # A quick look is no result.
+    # A quick run gives no result.
     folder = options.results or (QUICK if options.quick else results_folder(bench_device))
     return Session(
         bench_device,

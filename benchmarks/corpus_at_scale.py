@@ -1,13 +1,13 @@
-"""This tool measures the way from text to shards at scale: tokens/s, peak memory and bytes a token on disk.
+"""This tool measures the path from text to shards at scale: tokens/s, peak memory and bytes a token on disk.
 
     python benchmarks/corpus_at_scale.py                    5 GB of text: about ten minutes, and 8 GB of disk
     python benchmarks/corpus_at_scale.py --bytes 500000000  less
 
 The text is synthetic: sentences of 5 to 30 words, documents of 5 to 60 sentences, words of 2 to 12 letters, drawn from
-``--words`` by Zipf's law. The fewer words there are, the more of the text is looked up, and the less is split by the
-library. The result is JSON. Everything is deleted at the end.
+``--words`` by Zipf's law. With fewer different words, more of the text is looked up, and the library splits less. The
+result is JSON. Everything is deleted at the end.
 
-Peak memory is that of this process with all that it imports. It fails if that is above 1 GB.
+Peak memory is that of this process with all its imports. The tool fails if it is above 1 GB.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LETTERS = np.array(list("etaoinshrdlucmfwypvbgkjqxz"))
 
 
 def make_words(n: int, rng: np.random.Generator) -> list[str]:
-    """Returns n different words. Short ones come first: they are the frequent ones, as in a language."""
+    """Returns n different words. Short words come first: they are the frequent ones, as in a language."""
     words: dict[str, None] = {}
     weights = 1 / (np.arange(26) + 3.0)
     while len(words) < n:
@@ -45,7 +45,7 @@ def make_words(n: int, rng: np.random.Generator) -> list[str]:
 
 
 def write_text(folder: Path, n_bytes: int, words: list[str], rng: np.random.Generator) -> None:
-    """Writes files of text, a sentence a line and a blank line between documents."""
+    """Writes files of text, with one sentence a line and a blank line between documents."""
     cumulative = np.cumsum(1 / np.arange(1, len(words) + 1))
     cumulative /= cumulative[-1]
     written = number = 0
@@ -81,7 +81,7 @@ def memory(name: str) -> int:
 
 
 def main() -> int:
-    """Makes text, tokenises it, reads random documents, and prints what it took."""
+    """Makes text, tokenises it, reads random documents, and prints the time and memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bytes", type=int, default=5 * 10**9, metavar="N", help="of text (default: %(default)s)")
     parser.add_argument("--words", type=int, default=200_000, metavar="N", help="default: %(default)s")

@@ -1,10 +1,10 @@
-"""One `fastbert finetune` in a process of its own, whose steps are timed and whose losses are kept.
+"""This script runs one `fastbert finetune` in its own process, times the steps and keeps the losses.
 
     python benchmarks/finetune_child.py RECORD.json finetune classify --train ...
 
-What follows RECORD.json is what `fastbert` takes. The record has `step_seconds` (forward, backward and update of each
-step), `losses` ((step, loss) as the trainer logs them), `training_seconds`, `seconds` of the whole command without
-imports of Python, and `peak_bytes`, the most memory that the process held.
+The arguments after RECORD.json are those of `fastbert`. The record has `step_seconds` (forward, backward and update of
+each step), `losses` ((step, loss) as the trainer logs them), `training_seconds`, `seconds` of the whole command without
+imports of Python, and `peak_bytes`, the peak memory of the process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A `Job` makes the runs of one part of finetune_report.py: its data, its time, its folder, and rows of its table."""
+"""A `Job` makes the runs of one part of finetune_report.py. It holds its data, time and folder, and the rows of its
+table.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +23,18 @@ ROOT = Path(__file__).resolve().parent.parent
 CHILD = Path(__file__).resolve().with_name("finetune_child.py")
 MODEL_NAME = "all-MiniLM-L6-v2"
 FOR_STEPS = 0.75  # of the time of a part; the rest is for starting, tokenization, evaluation and baselines
-PROBED, LEFT_OUT = 8, 2  # steps whose time is taken, and the first of them that do not count
+PROBED, LEFT_OUT = 8, 2  # timed steps, and the number of first steps that do not count
 QUICK = {"train": 160, "eval": 60}  # records
 QUICK_STEPS = 3
 Records = list[dict[str, Any]]
 
 
 class Failed(RuntimeError):
-    """A run has ended with an error; the message is the end of what it said."""
+    """A run has ended with an error. The message is the end of its output."""
 
 
 def in_child(arguments: Sequence[str], threads: int) -> dict[str, Any]:
-    """Runs `fastbert` with arguments in a fresh process; returns the record of finetune_child.py."""
+    """Runs `fastbert` with arguments in a fresh process. Returns the record of finetune_child.py."""
     record = Path(arguments[arguments.index("--output") + 1]).with_suffix(".record.json")
     paths = [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
@@ -48,7 +50,7 @@ def in_child(arguments: Sequence[str], threads: int) -> dict[str, Any]:
 
 @dataclass
 class Run:
-    """What one command left: metrics.json, the record of its steps, and the folder of its model."""
+    """A Run is the result of one command: metrics.json, the record of its steps, and the folder of its model."""
 
     metrics: dict[str, Any]
     record: dict[str, Any]
@@ -56,7 +58,7 @@ class Run:
     command: str
 
     def facts(self) -> dict[str, Any]:
-        """Times of the run and its command, for a row."""
+        """Returns times of the run and its command, for a row."""
         steps = self.record["step_seconds"]
         return {
             "steps": len(steps),
@@ -70,7 +72,9 @@ class Run:
 
 @dataclass
 class Job:
-    """seconds: for all of the part. work: a folder for data and models, results: one for what stays."""
+    """A Job makes runs. seconds: for the whole part. work: a folder for data and models. results: the folder that is
+    kept.
+    """
 
     name: str
     seconds: float
@@ -85,21 +89,21 @@ class Job:
     notes: list[str] = field(default_factory=list)
 
     def records(self, name: str, part: str) -> Records:
-        """The records of a data set. Raises Unavailable where they cannot be had."""
+        """Returns the records of a data set. Raises Unavailable if they cannot be fetched."""
         with open(self.files(name)[part], encoding="utf-8") as file:
             records = [json.loads(line) for line in file]
         every = math.ceil(len(records) / QUICK[part]) if self.quick else 1
         return records[::every]
 
     def write(self, name: str, records: Records) -> Path:
-        """Writes records as JSON lines into the folder for work."""
+        """Writes records as JSON lines into the work folder."""
         path = self.work / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
         return path
 
     def once(self, name: str, task: str, options: Sequence[str]) -> Run:
-        """Runs one command to the end, into a folder of the work that is made anew."""
+        """Runs one command to the end, in a new folder of the work folder."""
         output = self.work / name
         shutil.rmtree(output, ignore_errors=True)
         arguments = ["finetune", task, "--model", self.model, "--output", str(output), "--no-progress", *options]
@@ -109,7 +113,7 @@ class Job:
 
     def train(self, task: str, train: Records, held: Records, *, batch_size: int, epochs: float,
               options: Sequence[str]) -> Run:  # fmt: skip
-        """Trains for as many steps as the time of the part has room for, and no longer than so many epochs.
+        """Trains for as many steps as the time of the part allows, for at most so many epochs.
 
         There is one evaluation, after the last step, so that the evaluation chooses nothing. metrics.json and the
         report are copied to the results.
@@ -139,12 +143,12 @@ class Job:
             (folder / file).write_text(self.without_paths((run.output / file).read_text("utf-8")), "utf-8")
 
     def without_paths(self, text: str) -> str:
-        """The text with files of the work by their names, and with the model by its public name."""
+        """Returns the text with file names instead of paths of the work folder, and with the model's public name."""
         return text.replace(f"{self.work}/", "").replace(self.model, MODEL_NAME)
 
     def row(self, task: str, data: str, metric: str, value: float, *, baseline: tuple[str, float] | None, bar: float,
             lower: bool = False, strict: bool = True, **facts: Any) -> None:  # fmt: skip
-        """Adds a row. bar: what the value must exceed, or if not strict must reach; lower: the less the better."""
+        """Adds a row. The value must exceed the bar, or reach it if not strict. lower: less is better."""
         ahead = bar - value if lower else value - bar
         reached = ahead > 0 if strict else ahead >= 0
         named = {"baseline": baseline[0], "baseline_value": baseline[1]} if baseline else {}

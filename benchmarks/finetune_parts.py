@@ -1,4 +1,6 @@
-"""The parts of finetune_report.py: what each one trains, on which data, and what it has to beat."""
+"""This module has the parts of finetune_report.py: the training of each part, its data, and the baseline that it must
+beat.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,9 @@ SAME_LOSS = 1e-4
 LEAST_CHARACTERS = 150  # of a paragraph of running text
 READ_FIRST = ("subject:", "from:", "reply-to:", "content-type:", "x-mailer:")
 HELD_SYNSETS = 2_000
-ROUNDS = 3  # of the comparison: each takes both ways in turn
+ROUNDS = 3  # of the comparison; each round runs both variants in turn
 OF_COMPARISON = 2_000  # records
-COMPARED = {  # batch size, tokens of a text at most, steps
+COMPARED = {  # batch size, most tokens of a text, steps
     "wordnet-classes": (32, 64, 30),
     "spam": (8, 256, 12),
 }
@@ -36,7 +38,7 @@ COMPARED = {  # batch size, tokens of a text at most, steps
 
 @dataclass(frozen=True)
 class Part:
-    """minutes: for all of it, where nothing else is asked for."""
+    """A Part has minutes for the whole part, if no other time is given."""
 
     minutes: float
     make: Callable[[Job], None]
@@ -48,7 +50,7 @@ class Part:
 def classes(job: Job) -> None:
     """Trains on definitions of nouns, to tell 26 lexicographer files apart."""
     train, held = job.records("wordnet-classes", "train"), job.records("wordnet-classes", "eval")
-    # A class that a quick look at a few records sees in the evaluation alone would be an error.
+    # In a quick run on few records, a class that is only in the evaluation would be an error.
     labels = {record["label"] for record in train}
     held = [record for record in held if record["label"] in labels]
     name, best = strongest(tf_idf(train, held, accuracy, job.threads))
@@ -62,7 +64,8 @@ def classes(job: Job) -> None:
 def spam(job: Job) -> None:
     """Trains on the first tokens of mails, and TF-IDF on all of them.
 
-    A mail begins with the headers of its way. What a reader sees comes first here, and the other headers last.
+    A mail begins with headers of its delivery. Here the text that a reader sees comes first, and the other headers
+    last.
     """
     train, held = job.records("spam", "train"), job.records("spam", "eval")
     name, best = strongest(tf_idf(train, held, f1_of_spam, job.threads))
@@ -75,7 +78,7 @@ def spam(job: Job) -> None:
 
 
 def as_read(mail: str) -> str:
-    """The mail with its subject and sender first, then its text, then its other headers. Nothing is left out."""
+    """Returns the mail: subject and sender first, then its text, then its other headers. Nothing is left out."""
     head, _, body = mail.replace("\r\n", "\n").partition("\n\n")
     headers = re.split(r"\n(?![ \t])", head)
     read = [line for line in headers if line.lower().startswith(READ_FIRST)]
@@ -86,7 +89,7 @@ def as_read(mail: str) -> str:
 def tf_idf(
     train: Records, held: Records, score: Callable[[list[str], list[str]], float], threads: int
 ) -> dict[str, float]:
-    """Scores of logistic regression on TF-IDF: with sublinear counts and C = 10, and with all defaults."""
+    """Returns scores of logistic regression on TF-IDF: with sublinear counts and C = 10, and with all defaults."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
@@ -113,7 +116,7 @@ def f1_of_spam(true: list[str], predicted: list[str]) -> float:
 
 
 def strongest(baselines: dict[str, float]) -> tuple[str, float]:
-    """The baseline with the best score."""
+    """Returns the baseline with the best score."""
     return max(baselines.items(), key=lambda item: item[1])
 
 
@@ -126,9 +129,9 @@ def interval_of(run: Run, metric: str) -> dict[str, Any]:
 
 
 def embed(job: Job) -> None:
-    """Trains on definitions with their words, and with examples, while running text keeps its vectors.
+    """Trains on definitions with their words, and with examples, and preserves the vectors of running text.
 
-    News (Lee) must stay as similar as people find them. Paragraphs of Wikipedia are the running text.
+    News (Lee) must stay as similar as human ratings say. Paragraphs of Wikipedia are the running text.
     """
     draw = random.Random(SEED)
     train = job.records("wordnet-pairs", "train")
@@ -159,13 +162,13 @@ def embed(job: Job) -> None:
 
 
 def encode(model: str, texts: Sequence[str]) -> np.ndarray:
-    """The vectors of a model in float32, (N, dim)."""
+    """Returns the vectors of a model in float32, (N, dim)."""
     encoder = SentenceEncoder.from_pretrained(model, dtype="float32")
     return np.asarray(encoder.encode(list(texts), show_progress_bar=False), np.float32)
 
 
 def lee(model: str, news: Records) -> dict[str, Any]:
-    """How the cosines of news go with what people say."""
+    """Returns the correlation of the cosines of news with human ratings."""
     scored = ScoredPairs([Example("scored", "", r["sentence1"], r["sentence2"], score=float(r["score"])) for r in news])
     texts = sorted({*scored.firsts, *scored.seconds})
     vectors = dict(zip(texts, encode(model, texts), strict=True))
@@ -173,7 +176,7 @@ def lee(model: str, news: Records) -> dict[str, Any]:
 
 
 def korean(job: Job) -> None:
-    """Teaches the model the vectors that it has of English paragraphs, for their Korean translations."""
+    """Teaches the model to give Korean translations the vectors that it gives the English paragraphs."""
     train, held = job.records("ko-en", "train"), job.records("ko-en", "eval")
     turned = PairRetrieval([Example("pairs", "", r["positive"], r["anchor"]) for r in held])
     before = turned.score(lambda texts, _: encode(job.model, texts))["recall@1"]
@@ -207,7 +210,7 @@ def questions(job: Job) -> None:
 
 
 def guesses(model: str, records: Records) -> dict[str, list[str]]:
-    """Answers that need no training: all of the context, its longest word, and its word most like the question."""
+    """Returns answers without training: the whole context, its longest word, and its word most like the question."""
     words = [[word.strip(".,;:!?'()") or word for word in record["context"].split()] for record in records]
     texts = sorted({word for each in words for word in each} | {record["question"] for record in records})
     vectors = encode(model, texts)
@@ -228,9 +231,9 @@ def guesses(model: str, records: Records) -> dict[str, list[str]]:
 
 
 def names(job: Job) -> None:
-    """Trains to find names in tweets; the baseline gives a word the label that it has most often in the training."""
+    """Trains to find names in tweets. The baseline gives each word its most frequent label in the training."""
     train, held = job.records("names-en", "train"), job.records("names-en", "eval")
-    if job.quick:  # A type that a quick look sees in the evaluation alone would be an error.
+    if job.quick:  # A type that is only in the evaluation of a quick run would be an error.
         labels = {label[2:] for record in train for label in record["labels"]}
         held = [record for record in held if labels.issuperset(label[2:] for label in record["labels"])]
     true = [record["labels"] for record in held]
@@ -243,7 +246,7 @@ def names(job: Job) -> None:
 
 
 def most_frequent(train: Records, held: Records) -> list[list[str]]:
-    """The label that each word of `held` has most often in `train`; O for a word that is not there."""
+    """Returns for each word of `held` its most frequent label in `train`, or O for an unknown word."""
     counts: dict[str, Counter[str]] = {}
     for record in train:
         for token, label in zip(record["tokens"], record["labels"], strict=True):

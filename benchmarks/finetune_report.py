@@ -1,12 +1,12 @@
-"""Whole runs of `fastbert finetune` on public data, beside what they have to beat, as a table.
+"""This script makes whole runs of `fastbert finetune` on public data, compares them with baselines, and writes a table.
 
     make finetune-report FINETUNE_ARGS="--only classes spam --minutes 20 --threads 2"
 
-Each part fetches its data (public_data.py), computes its baseline, times a few steps, trains from the weights of
-all-MiniLM-L6-v2 for as many steps as its time has room for, and evaluates once. A part whose data cannot be had is left
-out, with the reason. The folder benchmarks/results/<device>-<date>/finetuning gets results.json, results.md, and
-metrics.json and report.html of each run; it is written after each part, and parts of an earlier run of the same day
-stay. The models themselves are not kept.
+Each part fetches its data (public_data.py), computes its baseline and times a few steps. Then it trains from the
+weights of all-MiniLM-L6-v2 for as many steps as its time allows, and evaluates once. If the data of a part cannot be
+fetched, the part is left out, with the reason. The folder benchmarks/results/<device>-<date>/finetuning gets
+results.json, results.md, and metrics.json and report.html of each run. It is written after each part, and parts of an
+earlier run of the same day stay. The models themselves are not kept.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def report(
     names: Sequence[str], folder: Path, model: str, *, minutes: float | None = None, quick: bool = False,
     run_command: Any = in_child, files: Any = data_files,
 ) -> int:  # fmt: skip
-    """Runs parts and writes the results into a folder after each; returns how many have failed.
+    """Runs parts and writes the results into a folder after each. Returns the number of failed parts.
 
-    minutes: for all parts together, shared in proportion to PARTS. run_command, files: as of Job.
+    minutes: for all parts together, shared in proportion to PARTS. run_command, files: as in Job.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, failed = folder / RESULTS, 0
@@ -82,7 +82,7 @@ def report(
 
 
 def environment_of() -> dict[str, Any]:
-    """The machine, and the versions of what the parts depend on."""
+    """Returns the machine, and the versions of the packages that the parts use."""
     import sentence_transformers
     import sklearn
 
@@ -96,7 +96,7 @@ def environment_of() -> dict[str, Any]:
 
 
 def page(parts: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table of all parts as Markdown, with notes, commands and versions."""
+    """Returns the table of all parts as Markdown, with notes, commands and versions."""
     ordered = [name for name in PARTS if name in parts]
     lines = ["# Fine-tuning on public data", "",
              "Trained from the weights of all-MiniLM-L6-v2 by `make finetune-report`. Every run is evaluated once, "
@@ -128,7 +128,7 @@ def page(parts: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def cells(row: Mapping[str, Any], part: Mapping[str, Any]) -> list[str]:
-    """The cells of a row, in the order of HEADER."""
+    """Returns the cells of a row, in the order of HEADER."""
     baseline = f"{row['baseline']}: {number(row['baseline_value'])}" if "baseline" in row else ""
     interval = f" [{', '.join(map(number, row['interval']))}]" if row.get("interval") else ""
     ratio = f" ({row['ratio']:.2f}×)" if "ratio" in row else ""
@@ -142,14 +142,14 @@ def cells(row: Mapping[str, Any], part: Mapping[str, Any]) -> list[str]:
 
 
 def number(value: float) -> str:
-    """A share with three digits; other numbers with as many as they need."""
+    """Formats a share with three digits, and other numbers with as many digits as they need."""
     if value == 0 or 0.001 <= abs(value) < 10:
         return f"{value:.3f}"
     return f"{value:,.0f}" if value >= 10 else f"{value:.1e}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the parts that are named, all by default."""
+    """Runs the named parts, by default all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shares = ", ".join(f"{name} {part.minutes:g}" for name, part in PARTS.items())
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="NAME",

@@ -1,13 +1,13 @@
-"""The script counts what a linear asks of an H100 or H200, by tile: a bound from below, in clocks, and no measurement.
+"""The script counts the clocks of a linear on an H100 or H200, by tile. The result is a lower bound, not a measurement.
 
     python benchmarks/gemm_clocks.py                          up + GELU of BERT-base on 16,384 rows
     python benchmarks/gemm_clocks.py --rows 128 --l2 8448     few rows, with twice the rate of the L2 cache
     python benchmarks/gemm_clocks.py --m 2304 --epilogue gated    up and gate of ModernBERT-base
 
-A tile takes, for each step of K, clocks of the tensor cores, of shared memory (written by copies, read by wgmma) and of
-the L2 cache; then instructions of its epilogue. Whatever can overlap is taken to overlap wholly. Assumed, and not known
-here: the rate of the L2 cache for all multiprocessors together, and the latency until the first step is there. So a
-choice is clear only where it holds for both rates.
+For each step of K, a tile takes clocks of the tensor cores, of shared memory (written by copies, read by wgmma) and of
+the L2 cache. Then it takes the instructions of its epilogue. All that can overlap is assumed to overlap fully. Two
+numbers are unknown and assumed: the rate of the L2 cache for all multiprocessors together, and the latency of the first
+step. So a choice is clear only if it holds for both rates.
 
 Source of rates: NVIDIA, "H100 Tensor Core GPU Architecture", 2022: 132 multiprocessors, each with 2,048 multiply-adds
 of bf16, 128 bytes of shared memory and 64 of the L2 cache a clock.
@@ -21,19 +21,19 @@ from dataclasses import dataclass
 
 MULTIPROCESSORS, CLOCKS_A_US = 132, 1755
 MULTIPLY_ADDS, SHARED_BYTES, L2_BYTES = 2048, 128, 64  # a clock and multiprocessor, of bf16
-L2_LOW, L2_HIGH = 4000, 8448  # bytes a clock for all together: 7 TB/s, and as much as the multiprocessors can take
+L2_LOW, L2_HIGH = 4000, 8448  # bytes a clock for all together: 7 TB/s, and the most that the multiprocessors can take
 LATENCY = 1000  # clocks from the start of a program to its first product
-# Instructions of an epilogue a column of the product, for 32 lanes of 4 schedulers: GELU of 16 bits as compiled, 961 a
-# warp of 64; a gate with GELU, 997 of 128, which are 64 outputs.
+# Epilogue instructions for each column of the product, for 32 lanes of 4 schedulers. GELU in 16 bits compiles to 961 a
+# warp of 64 columns; a gate with GELU to 997 of 128 columns, which are 64 outputs.
 INSTRUCTIONS = {"gelu": 15.0, "gated": 8.0, "none": 4.0}
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of a linear, and how its programs run.
+    """A Tile is the tile of a linear, and the way its programs run.
 
-    programs: how many a multiprocessor has at a time. splits: shares of K. prefetches: whether the next tile's first
-    steps are loaded during the epilogue.
+    programs: on a multiprocessor at a time. splits: shares of K. prefetches: whether the next tile's first steps are
+    loaded during the epilogue.
     """
 
     name: str
@@ -61,7 +61,7 @@ FEW = (
 
 
 def clocks(tile: Tile, n_rows: int, k: int, m: int, epilogue: str, l2_rate: float) -> float:
-    """Clocks for x (n_rows, k) times a weight (m, k), at least."""
+    """Returns the least clocks for x (n_rows, k) times a weight (m, k)."""
     n_programs = math.ceil(n_rows / tile.rows) * math.ceil(m / tile.cols) * tile.splits
     busy = min(n_programs, MULTIPROCESSORS)
     each = min(tile.programs, math.ceil(n_programs / MULTIPROCESSORS))  # programs side by side on a multiprocessor

@@ -1,10 +1,11 @@
-"""Runs tests, measurements and suites on one GPU within a time budget: each part a process, most important first.
+"""Runs tests, measurements and suites on one GPU within a time budget. Each part is a process; the most important is
+first.
 
     benchmarks/run_gpu.sh --out DIR                          the parts of PLAN, within 7.5 minutes
     benchmarks/run_gpu.sh --out DIR --only kernels text      some parts
 
-What was measured so far is in DIR at any time, in few files (gpu_results.py), so that a run that is cut short keeps
-what it has. Nothing changes the GPU's clocks.
+DIR always holds the measurements so far, in few files (gpu_results.py), so that an interrupted run keeps its results.
+Nothing changes the GPU's clocks.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from pathlib import Path
 from gpu_options import MINUTES, Options
 
 PLAN = ("compile", "tests", "probe", "model")
-# Seconds of a run of seven and a half minutes; what a part leaves over goes to those after it.
+# Seconds of a run of seven and a half minutes. If a part needs less, the rest goes to the parts after it.
 WEIGHTS = {
     "compile": 35, "tests": 130, "ceilings": 20, "probe": 170, "kernels": 90, "model": 115, "text": 50, "start": 60,
     "train": 180, "tune": 240, "sanitizer": 100,
 }  # fmt: skip
-TIMED = ("kernels", "model", "text", "train")  # these need compiled kernels, and ceilings to be compared with
+TIMED = ("kernels", "model", "text", "train")  # these need compiled kernels, and ceilings for comparison
 PARTS = ("compile", "tests", "ceilings", "probe", "model", "kernels", "text", "start", "train", "tune", "sanitizer")
 RESERVE = 5.0  # seconds kept for the last files
-GRACE = 10.0  # seconds that a part may take beyond its own before it is ended, and a third of its own besides
-PUBLISH = 10.0  # seconds between two looks at what a running part has
+GRACE = 10.0  # seconds beyond its own after which a part is ended, and a third of its own besides
+PUBLISH = 10.0  # seconds between two checks of a running part's results
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit code 0: all parts ran to an end; 1: a part failed, was cut short, or tests failed; 2: could not start."""
+    """Exit code 0: all parts ended; 1: a part failed or was cut short, or tests failed; 2: the run could not start."""
     args = parse(arguments)
     options = Options(args.out.resolve(), args.device, args.minutes, args.model and args.model.resolve(), args.quick)
     if args.part is not None:
@@ -87,16 +88,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def planned(only: Sequence[str] | None, sanitizer: bool, out: Path) -> list[str]:
-    """The parts to run, in order: those asked for and what they need that is not in `out` yet."""
+    """Returns the parts to run, in order: the requested parts, and those they need that are not in `out` yet."""
     wanted = set(only or PLAN) | ({"sanitizer"} if sanitizer else set())
     if wanted & set(TIMED):
-        # The probe measures the ceilings; so has an earlier run.
+        # The probe measures the ceilings; an earlier run has also done so.
         wanted |= {"compile"} if "probe" in wanted or (out / "results.json").exists() else {"compile", "ceilings"}
     return [part for part in PARTS if part in wanted]
 
 
 def device_obstacle(device: str) -> str | None:
-    """The reason why nothing can run here, or None."""
+    """Returns the reason why nothing can run here, or None."""
     try:
         import torch
     except ImportError:
@@ -118,10 +119,10 @@ def run_plan(
     command: Sequence[str] | None = None,
     publish: Callable[[Mapping[str, int]], None] = lambda ended: None,
 ) -> dict[str, int]:
-    """Runs the parts one after the other; returns their exit codes, 124 for one cut short, 125 for one not reached.
+    """Runs the parts one after the other. Returns their exit codes: 124 for one cut short, 125 for one not reached.
 
-    options.out: where the parts leave their files. command: what starts a part, for tests. publish: called now and then
-    with the exit codes so far.
+    options.out: the folder for the files of the parts. command: the command that starts a part, for tests. publish:
+    called at intervals with the exit codes so far.
     """
     from gpu_results import ending
 
@@ -138,7 +139,7 @@ def run_plan(
         seconds = min(left, left * weights[0] / sum(weights))
         _say(started, f"{part}: up to {seconds:.0f} s")
         line = [*(command or (sys.executable, str(Path(__file__).resolve()))), *part_arguments(part, options, seconds)]
-        # A part stops by itself when its seconds are up; the rest is for the work it cannot interrupt.
+        # A part stops by itself when its seconds are over. The rest is for work that it cannot interrupt.
         limit = min(4 / 3 * seconds + GRACE, end - time.monotonic())
         ended[part] = run_part(line, environment, limit, lambda: publish(ended))
         _say(started, f"{part}: {ending(ended[part])}")
@@ -157,9 +158,9 @@ def part_arguments(part: str, options: Options, seconds: float) -> list[str]:
 def run_part(
     line: Sequence[str], environment: Mapping[str, str], seconds: float, meanwhile: Callable[[], None] = lambda: None
 ) -> int:
-    """The exit code of a process that is ended, with all it started, after `seconds` (then 124).
+    """Returns the exit code of a process. It is ended with all its children after `seconds` (then 124).
 
-    meanwhile: called every now and then while it runs.
+    meanwhile: called at intervals while it runs.
     """
     process = subprocess.Popen(line, env={**os.environ, **environment}, start_new_session=True)
     end = time.monotonic() + seconds
@@ -173,7 +174,7 @@ def run_part(
                     return 124
             meanwhile()
     finally:
-        # Its own process group: what it started goes with it, also after an interrupt.
+        # The process has its own process group, so its children end with it, also after an interrupt.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -181,7 +182,7 @@ def run_part(
 
 @contextlib.contextmanager
 def caches() -> Iterator[dict[str, str]]:
-    """Empty caches for compiled kernels, as environment variables, so that cold compilation is cold."""
+    """Returns empty caches for compiled kernels, as environment variables, so that cold compilation is cold."""
     folder = tempfile.mkdtemp(prefix="fastbert-bench-")
     try:
         yield {"TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
@@ -191,7 +192,7 @@ def caches() -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: the part that runs is ended too."""
+    """Lets SIGTERM end the run as Ctrl-C does: the running part is ended too."""
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield

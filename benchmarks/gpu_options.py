@@ -1,4 +1,4 @@
-"""`Options` are the settings of a run on a GPU, which gpu.py reads from the command line and hands to each part."""
+"""`Options` are the settings of a run on a GPU. gpu.py reads them from its arguments and passes them to each part."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MINUTES = 7.5
 
 @dataclass(frozen=True)
 class Options:
-    """The settings of one run.
+    """Options holds the settings of one run.
 
     out: the folder of the results. minutes: for all parts. model: the checkpoint of the text suite, None for MiniLM's.
-    quick: few rounds and small workloads, to try the machinery.
+    quick: few rounds and small workloads, to test the tool.
     """
 
     out: Path

@@ -1,4 +1,4 @@
-"""Each function here is a part of a run on a GPU, in a process of its own (see gpu.py). A CPU will do as the device."""
+"""Each function here is one part of a run on a GPU, in its own process (see gpu.py). The device may also be a CPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from fastbert.ops import quantized
 from fastbert.tune import search
 from fastbert.tune.jobs import TOKENS, default_models, jobs_of
 
-# What is compiled ahead: all that the suites time.
+# The models and precisions that are compiled ahead: all that the suites time.
 COMPILED = (
     ("BERT-base", "bfloat16"), ("BERT-large", "bfloat16"), ("MiniLM", "bfloat16"),
     ("BERT-base", "float16"), ("BERT-base", "float32"),
@@ -41,15 +41,17 @@ COMPILED = (
 
 
 def run(part: str, options: Options, seconds: float) -> int:
-    """Runs one part; its exit code."""
+    """Runs one part. Returns its exit code."""
     device = torch.device(options.device)
     return RUN[part](options, device, seconds)
 
 
 def compile_kernels(options: Options, device: torch.device, seconds: float) -> int:
-    """Fills the cache of compiled kernels: all at once ahead of time, then what the suites time, on the device.
+    """Fills the cache of compiled kernels: first all of them ahead of time, then those that the suites time, on the
+    device.
 
-    The second finds them all compiled, unless the two disagree on a key of the cache; both counts are noted.
+    The second step finds them all compiled, unless the two steps use different keys of the cache. Both counts are
+    noted.
     """
     from fastbert_kernels import events, launch
 
@@ -73,7 +75,7 @@ def compile_kernels(options: Options, device: torch.device, seconds: float) -> i
 
 
 def compile_ahead(arch: int, seconds: float, only: Sequence[str] = ()) -> str:
-    """Compiles the kernels for one architecture into Triton's cache by many processes; returns what to note.
+    """Compiles the kernels for one architecture into Triton's cache by many processes. Returns the notes.
 
     only: more arguments of the offline compile.
     """
@@ -94,7 +96,7 @@ def compile_ahead(arch: int, seconds: float, only: Sequence[str] = ()) -> str:
 
 
 def _warmups(device: torch.device) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The names of what is to be compiled, and calls that compile it unless that has been done."""
+    """Returns the names of the kernels to compile, and calls that compile each one unless it is compiled already."""
     for model, dtype in COMPILED:
         yield f"{model} {dtype}", functools.partial(suite_kernels.warm, device, model, dtype)
     for precision in _precisions(device):
@@ -123,7 +125,7 @@ def measure_ceilings(options: Options, device: torch.device, seconds: float) -> 
 
 def kernels(options: Options, device: torch.device, seconds: float) -> int:
     cases = suite_kernels.cases(device.type)
-    n_first = len(cases) // len(suite_kernels.CUDA_ROUNDS)  # one model's in 16 bits come before all in 8 bits
+    n_first = len(cases) // len(suite_kernels.CUDA_ROUNDS)  # models in 16 bits come before all in 8 bits
     cases = [*cases[:n_first], *suite_quantized.cases(device.type), *cases[n_first:]]
     return _suite("kernels", cases, options, device, seconds)
 
@@ -145,7 +147,7 @@ def train(options: Options, device: torch.device, seconds: float) -> int:
 
 
 def start(options: Options, device: torch.device, seconds: float) -> int:
-    """Cold start, first with empty caches of compiled kernels, then with those that this left."""
+    """Measures cold start, first with empty caches of compiled kernels, then with the caches of that first start."""
     recorder = Recorder(options.out / "start.json", device)
     deadline = Deadline(seconds)
     with tempfile.TemporaryDirectory() as temporary:
@@ -169,7 +171,7 @@ def start(options: Options, device: torch.device, seconds: float) -> int:
 
 
 def tuned_table(options: Options, device: torch.device, seconds: float) -> int:
-    """The table that `fastbert tune` would make for this GPU, in the folder of the results and not in the cache."""
+    """Makes the table of `fastbert tune` for this GPU, in the folder of the results and not in the cache."""
     recorder = Recorder(options.out / "tune.json", device)
     obstacle = search.device_obstacle(device)
     if obstacle is not None:
@@ -180,7 +182,7 @@ def tuned_table(options: Options, device: torch.device, seconds: float) -> int:
     name, arch = torch.cuda.get_device_name(device), launch.arch(device)
     tokens = TOKENS[:1] if options.quick else TOKENS
     jobs = jobs_of(default_models(), [torch.bfloat16], arch, precisions=_precisions(device))
-    # In a folder of its own: it is no result file.
+    # The table has a separate folder: it is no result file.
     path, deadline, outcomes = options.out / "tuned" / tables.file_name(name), Deadline(seconds), []
     for job in jobs:
         if deadline.left <= 0:
@@ -192,7 +194,7 @@ def tuned_table(options: Options, device: torch.device, seconds: float) -> int:
 
 
 def sanitizer(options: Options, device: torch.device, seconds: float) -> int:
-    """compute-sanitizer's memcheck on each kernel, on a few tokens of several lengths."""
+    """Runs compute-sanitizer's memcheck on each kernel, on a few tokens of several lengths."""
     recorder = Recorder(options.out / "sanitizer.json", device)
     tool = shutil.which("compute-sanitizer")
     if tool is None or device.type != "cuda":
@@ -218,13 +220,15 @@ def sanitizer(options: Options, device: torch.device, seconds: float) -> int:
 def _suite(
     part: str, cases: Sequence[Case], options: Options, device: torch.device, seconds: float, **notes: Any
 ) -> int:
-    """Runs the cases of a suite into its result file; exit code 1 if fastbert itself failed or was wrong somewhere."""
+    """Runs the cases of a suite into its result file. The exit code is 1 if fastbert itself failed or was wrong in a
+    case.
+    """
     deadline = Deadline(seconds)
     known_ceilings = ceilings.cached(device, options.out, quick=options.quick)
     recorder = Recorder(options.out / f"{part}.json", device, known_ceilings)
     tested = read_notes(options.out / "tests.json")
     recorder.note(**notes, tests="run before" if tested else "not run", **_remarks(tested))
-    # Beside a model and a text the failed tests are a remark: both are checked against float64 before they are timed.
+    # For a model and for a text, failed tests are a remark: both are checked against float64 before they are timed.
     refused = gpu_tests.refusals(tested) if part == "kernels" else {}
     run_cases(cases, device, recorder, deadline=deadline, refused=refused, quick=options.quick, say=_say)
     ours = [row for row in recorder.results.rows if row.competitor == OURS]
@@ -237,7 +241,7 @@ def _remarks(tested: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _precisions(device: torch.device) -> list[str]:
-    """The 8-bit precisions in which this GPU multiplies; none on a CPU."""
+    """Returns the 8-bit precisions in which this GPU multiplies; none on a CPU."""
     if device.type != "cuda":
         return []
     return [name for name in quantized.PRECISIONS if quantized.device_obstacle(name, device) is None]

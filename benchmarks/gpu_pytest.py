@@ -1,9 +1,9 @@
-"""This pytest plugin runs the tests that touch a GPU, the most telling first, and records each at once.
+"""This pytest plugin runs the tests that use a GPU, the most informative first, and records each result at once.
 
     pytest -p gpu_pytest --record FILE tests/ops/test_op_linear.py ...
 
-FILE gets a line of JSON for what was collected, and one for each test that ended, so that a run that is cut short keeps
-what it found. Under pytest-xdist a worker that has lost its CUDA context ends, and another takes its place.
+FILE gets one line of JSON for the collected tests, and one for each finished test, so that an interrupted run keeps its
+results. Under pytest-xdist a worker that has lost its CUDA context ends, and another takes its place.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     kept = [item for item in items if touches_the_device(item)]
     groups = config.getoption("--groups")
-    kept.sort(key=lambda item: gpu_tests.place(item.nodeid, groups))  # stable: within a group as they stand
+    kept.sort(key=lambda item: gpu_tests.place(item.nodeid, groups))  # stable: the order within a group does not change
     chosen = set(map(id, kept))
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in chosen])
     items[:] = kept
 
 
 def touches_the_device(item: pytest.Item) -> bool:
-    # A parameter of that name is no fixture.
+    # A parameter with that name is not a fixture.
     fixtures = set(getattr(item, "fixturenames", ())) - set(getattr(getattr(item, "callspec", None), "params", ()))
     return bool({"device", "cuda"} & fixtures) or item.get_closest_marker("gpu") is not None
 
 
 class Record:
-    """Writes the file, in the process that the workers report to."""
+    """A Record writes the file, in the process to which the workers report."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.collected = path, False
@@ -60,7 +60,7 @@ class Record:
             file.write(json.dumps(line) + "\n")
 
     def collect(self, ids: list[str]) -> None:
-        if not self.collected:  # each worker collects the same
+        if not self.collected:  # each worker collects the same tests
             self.collected = True
             self.write(collected=ids)
 
@@ -77,14 +77,14 @@ class Record:
             self.write(test=report.nodeid, outcome="failed", detail=f"cannot be collected: {_reason(report)}")
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        # One line from its call or from what kept it from being called, and one more for a failure after that.
+        # A test has one line for its call or for its failed setup or skip, and one more for a failure after that.
         if report.when == "call" or report.outcome != "passed":
             detail = _reason(report) if report.failed else ""
             self.write(test=report.nodeid, outcome=report.outcome, detail=detail, seconds=round(report.duration, 3))
 
 
 class Worker:
-    """Ends a worker of pytest-xdist whose CUDA context is lost: all its later tests would fail."""
+    """A Worker ends a worker of pytest-xdist that has lost its CUDA context, because all its later tests would fail."""
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> None:
@@ -93,7 +93,7 @@ class Worker:
 
 
 def lost() -> bool:
-    """True if CUDA is in use in this process, and fails."""
+    """Returns True if CUDA is in use in this process, and fails."""
     import torch
 
     if not torch.cuda.is_initialized():

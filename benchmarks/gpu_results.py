@@ -1,13 +1,13 @@
-"""The result files of a run on a GPU are few, readable, and there from the first minute on.
+"""The result files of a run on a GPU are few, readable, and present from the first minute on.
 
-Parts write a file each into a folder of the run's own. `publish` makes of them, in DIR:
+Each part writes a file into a folder of the run. From these, `publish` makes in DIR:
 
     results.json     all rows, ceilings and notes, as fastbert/bench/results.py describes; report.py reads it
     summary.txt      the short tables, what failed, what was not reached
     tests.log        what pytest printed, where tests were run
     tuned/NAME.json  the table of block sizes, where one was made
 
-`resume` gives a later run into the same DIR what the earlier ones left.
+`resume` gives a later run into the same DIR the results of the earlier runs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ENDINGS = {
 
 
 def publish(work: Path, out: Path, ended: Mapping[str, int]) -> None:
-    """Makes the files of DIR anew from those of the parts. ended: the exit code of each part that ended, in order."""
+    """Makes the files of DIR again from those of the parts. ended: the exit code of each part that ended, in order."""
     parts = {path.stem: Results.load(path) for path in sorted(work.glob("*.json"))}
     lines = []
     if parts:
@@ -51,7 +51,9 @@ def publish(work: Path, out: Path, ended: Mapping[str, int]) -> None:
 
 
 def resume(out: Path, work: Path, plan: Sequence[str], commit: str | None) -> None:
-    """Writes what results.json has of this commit into `work`, a file for each part that is not in the plan."""
+    """Writes the content of results.json for this commit into `work`, with one file for each part that is not in the
+    plan.
+    """
     if not (out / RESULTS).exists():
         return
     before = Results.load(out / RESULTS)
@@ -65,7 +67,7 @@ def resume(out: Path, work: Path, plan: Sequence[str], commit: str | None) -> No
 
 
 def separated(results: Results) -> dict[str, Results]:
-    """The results of each part, of which `combined` made one."""
+    """Splits results that `combined` joined, and returns those of each part."""
     notes: dict[str, dict[str, Any]] = {}
     for name, value in results.notes.items():
         part, _, key = name.partition(": ")

@@ -1,8 +1,9 @@
-"""The tests on a GPU run in one pytest of many processes, which compile side by side, and lose one CUDA context each.
+"""The tests on a GPU run in one pytest of many processes. They compile in parallel, and one lost CUDA context ends only
+one.
 
 The plugin gpu_pytest.py chooses the tests, orders them and keeps a record.
 
-What they find decides which operation may be timed: `refusals` names those that failed, and why.
+The results of the tests decide which operations may be timed: `refusals` names the failed ones, with the reason.
 """
 
 from __future__ import annotations
@@ -24,12 +25,11 @@ OPS = ("attention", "embedding", "gelu", "layer_norm", "linear", "pooling")
 
 
 def _files(*names: str) -> tuple[str, ...]:
-    """Paths of test files: "ops/op_gelu" is tests/ops/test_op_gelu.py."""
+    """Returns paths of test files: "ops/op_gelu" is tests/ops/test_op_gelu.py."""
     return tuple(f"tests/{folder}/test_{name}.py" for folder, _, name in (each.partition("/") for each in names))
 
 
-# What is tested -> its test files, in the order of what a run that is cut short should know. Half of all kernels are in
-# 8 bits.
+# Group of tests -> its test files, in order of importance for an interrupted run. Half of all kernels are in 8 bits.
 GROUPS: dict[str, tuple[str, ...]] = {
     **{op: _files(f"ops/op_{op}") for op in OPS},
     "attention": _files("ops/op_attention", "on_kernels/attention_short", "on_kernels/attention_tiles"),
@@ -110,14 +110,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "engine/quantized_families",
         "engine/graphs_quantized",
     ),
-    # Last: a kernel with specialised warps that is wrong may not end.
+    # This is last because a wrong kernel with specialised warps may not end.
     "specialized": _files("ops/specialized_on_a_gpu"),
 }
 REFUSED = (*OPS, "quantized")  # the groups that are an operation of the kernel suite
 SELECTION = ("-m", "gpu or not slow")
-# As the command `pytest` does: `python -m pytest` would put the working folder, with its folder kernels/, on the path.
+# This is how the command `pytest` runs: `python -m pytest` would put the working folder, with its folder kernels/, on
+# the path.
 PYTEST = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.console_main())"
-GRACE = 5.0  # seconds that pytest has to print its failures once it is interrupted
+GRACE = 5.0  # seconds that pytest has to print its failures after an interrupt
 WORKERS = 14
 LOG = 1_000_000  # characters of pytest's output that are kept, the last ones
 
@@ -126,7 +127,9 @@ PASSED, FAILED, INCOMPLETE = "passed", "failed", "incomplete"
 
 @dataclass
 class Verdict:
-    """The outcome of the tests of one group. incomplete: none failed, but the time was up before the last."""
+    """A Verdict is the outcome of the tests of one group. incomplete: none failed, but the time ended before the last
+    test.
+    """
 
     status: str
     passed: int = 0
@@ -137,12 +140,12 @@ class Verdict:
 
 
 def place(test: str, groups: Mapping[str, Sequence[str]] = GROUPS) -> int:
-    """The place of a test's group in the order. Raises ValueError for a test that is in none."""
+    """Returns the place of a test's group in the order. Raises ValueError for a test without a group."""
     return list(groups).index(group_of(test, groups))
 
 
 def group_of(test: str, groups: Mapping[str, Sequence[str]]) -> str:
-    """The group of a test, which pytest calls "tests/test_x.py::test_y[z]"."""
+    """Returns the group of a test, which pytest calls "tests/test_x.py::test_y[z]"."""
     name = Path(test.partition("::")[0]).name
     for group, files in groups.items():
         if name in (Path(file).name for file in files):
@@ -158,17 +161,18 @@ def run(
     workers: int | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[dict[str, Verdict], str]:
-    """Runs all groups within `seconds`, and some more for pytest to end; returns their verdicts and pytest's output.
+    """Runs all groups within `seconds`, with some more for the end of pytest. Returns their verdicts and pytest's
+    output.
 
-    folder: for that output and the record of what ran. workers: processes, 1 for pytest's own alone, which it is where
-    pytest-xdist is not installed.
+    folder: for that output and the record of the tests. workers: the number of processes; 1 is pytest's own process
+    alone, also if pytest-xdist is not installed.
     """
     record, log = folder / "record.jsonl", folder / "pytest.log"
     if workers is None:
         workers = max(1, min(WORKERS, (os.cpu_count() or 2) - 2))
     spread = []
     if workers > 1 and importlib.util.find_spec("xdist") is not None:
-        # Two tests ahead at most, so that they run in about the order of the groups.
+        # A worker gets at most two tests ahead, so that they run in about the order of the groups.
         spread = ["-n", str(workers), "--maxschedchunk", "2", "--max-worker-restart", str(4 * workers)]
     options = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short", "-p", "gpu_pytest"]
     files = [file for files in groups.values() for file in files]
@@ -190,7 +194,7 @@ def run(
 def judge(
     record: Sequence[Mapping[str, Any]], groups: Mapping[str, Sequence[str]], returncode: int, interrupted: bool
 ) -> dict[str, Verdict]:
-    """The verdicts that a record and pytest's exit code amount to; a test with two lines counts as its worse one."""
+    """Returns the verdicts from a record and pytest's exit code. A test with two lines counts as its worse one."""
     expected: dict[str, set[str]] = {group: set() for group in groups}
     outcomes: dict[str, dict[str, str]] = {group: {} for group in groups}
     details: dict[str, str] = {}
@@ -227,14 +231,14 @@ def _verdict(
 
 
 def summary(verdict: Verdict) -> str:
-    """A verdict in a line."""
+    """Returns a verdict in a line."""
     counts = f"{verdict.passed} passed, {verdict.failed} failed, {verdict.skipped} skipped"
     counts += f", {verdict.missed} not reached" if verdict.missed else ""
     return f"{verdict.status}, {counts}" + (f": {verdict.detail}" if verdict.detail else "")
 
 
 def failures(notes: Mapping[str, Any]) -> dict[str, str]:
-    """Group -> what failed first, of the groups with a failed test, from the notes of the tests' result file."""
+    """Returns group -> its first failure, for groups with a failed test, from the notes of the tests' results."""
     return {
         group: f"the tests of {group} failed: {verdict['detail']}"
         for group, verdict in notes.get("tests", {}).items()
@@ -243,10 +247,10 @@ def failures(notes: Mapping[str, Any]) -> dict[str, str]:
 
 
 def refusals(notes: Mapping[str, Any]) -> dict[str, str]:
-    """Operation -> why it is not timed alone, from the notes of the tests' result file.
+    """Returns operation -> the reason why it is not timed alone, from the notes of the tests' result file.
 
-    A model and a text's vector are not refused for it: whatever failed, their own output is compared with float64
-    before they are timed. `failures` stand beside them.
+    A model and a text's vector are not refused: their own output is compared with float64 before they are timed.
+    `failures` are shown beside them.
     """
     return {group: reason for group, reason in failures(notes).items() if group in REFUSED}
 
@@ -256,7 +260,7 @@ def as_notes(verdicts: Mapping[str, Verdict]) -> dict[str, Any]:
 
 
 def _lines(record: Path) -> list[dict[str, Any]]:
-    """The lines of the record, without a last one that was cut short."""
+    """Returns the lines of the record, without a last line that was cut short."""
     records = []
     for line in record.read_text(encoding="utf-8").splitlines() if record.exists() else ():
         with suppress(json.JSONDecodeError):
@@ -265,7 +269,7 @@ def _lines(record: Path) -> list[dict[str, Any]]:
 
 
 def _wait(process: subprocess.Popen[Any], seconds: float) -> bool:
-    """Waits; true if the process had to be interrupted. pytest then still prints the failures that it saw."""
+    """Waits. Returns True if the process had to be interrupted; pytest then still prints its failures so far."""
     interrupted = False
     try:
         process.wait(max(0.0, seconds))
@@ -274,7 +278,7 @@ def _wait(process: subprocess.Popen[Any], seconds: float) -> bool:
         process.send_signal(signal.SIGINT)
         with suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-    # Its own process group: workers that hang in the driver go with it.
+    # The process has its own process group, so workers that hang in the driver end with it.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,11 +1,11 @@
-"""A process measures what the host does for a batch on a GPU, with a driver that launches nothing, and prints JSON.
+"""A process measures the host's work for a batch on a GPU, with a driver that launches nothing, and prints JSON.
 
     python benchmarks/host_child.py [--seconds 20]
 
-CPU tensors stand for those of a GPU of compute capability 9.0: kernels are compiled for sm_90 and not run, and products
-that would be cuBLAS's, and copies of results, are replaced by the allocation of what they fill, as a call of PyTorch's
-own would queue one. What is left is the time of the host until everything is queued, apart from the calls of CUDA's
-driver, cuBLAS and copies. Ids are on the host, where their values are looked at.
+CPU tensors stand for those of a GPU of compute capability 9.0. Kernels are compiled for sm_90 and not run. Products of
+cuBLAS, and copies of results, are replaced by the allocation of their outputs, because a call of PyTorch would only
+queue them. The rest is the time of the host until everything is queued, without the calls of CUDA's driver, cuBLAS and
+copies. Ids are on the host, where their values are checked.
 
 Prints a list of {"workload", "model", "setting", "samples": seconds of one, "n": how many launches or layers one pass
 has, "calls": Python calls of one pass}.
@@ -27,18 +27,18 @@ import torch
 from torch import Tensor
 
 SAMPLES = 30
-clock = time.thread_time  # of the processor, since nothing here waits: other programs of the machine do not count
+clock = time.thread_time  # processor time; nothing here waits, so other programs of the machine do not count
 LENGTHS = {
     "1x16": [16], "1x128": [128], "32x128": [128] * 32, "8x512": [512] * 8,
     "ragged": [7, 180, 33, 91, 12, 256, 64, 140, 5, 77, 201, 48],
 }  # fmt: skip
-# Batches whose lengths never came before: how many texts, of at least and of at most so many tokens.
+# Batches with new lengths: the number of texts, and the least and the most tokens of a text.
 NEW_LENGTHS = {"1 new text": (1, 5, 400), "12 new texts": (12, 5, 200), "32 new texts": (32, 60, 196)}
 SIZES: dict[str, dict[str, int]] = {
     "BERT-base": {},
     "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
 }
-# Other families in their published sizes, but for the number of layers and of words: of these a layer is measured.
+# Other families in their published sizes, except for the number of layers and of words: one layer is measured.
 _BASE = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 6, "vocab_size": 1000}
 FAMILIES: dict[str, dict[str, Any]] = {
     "MPNet-base": {**_BASE, "model_type": "mpnet", "intermediate_size": 3072},
@@ -54,7 +54,7 @@ BF16 = torch.bfloat16
 
 
 class Replay:
-    """A captured graph that launches nothing, and notes when it was asked to."""
+    """A Replay is a captured graph that launches nothing, and notes when its launch was requested."""
 
     launched = 0.0
 
@@ -63,7 +63,7 @@ class Replay:
 
 
 class StandIn:
-    """A capturer without a device: it runs what it captures once, and the graph does nothing."""
+    """A StandIn is a capturer without a device: it runs the captured function once, and the graph does nothing."""
 
     def capture(self, function: Callable[[], None]) -> Replay:
         function()
@@ -81,8 +81,8 @@ def stand_for_a_gpu() -> Any:
 
     packing.makes_later = lambda device: True
     driver = stand_in_driver.install()
-    silent_writes.waits = lambda device: True  # as on a GPU, where numbers are not looked at,
-    noting.possible_on = lambda device: True  # and kernels note what is wrong with ids and weights
+    silent_writes.waits = lambda device: True  # as on a GPU, where the host does not check numbers,
+    noting.possible_on = lambda device: True  # and kernels note wrong ids and weights
     torch.nn.functional.linear = _queued_linear  # type: ignore[assignment]
     Tensor.clone = _queued_clone  # type: ignore[method-assign]
     Tensor.copy_ = lambda self, *arguments, **options: self  # type: ignore[method-assign]
@@ -98,7 +98,7 @@ def _queued_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 
 def calls_of(function: Callable[[], Any]) -> int:
-    """Counts the Python functions that are called, warmed up."""
+    """Counts the calls of Python functions after a warm-up."""
     function()
     n_calls = 0
 
@@ -115,7 +115,7 @@ def calls_of(function: Callable[[], Any]) -> int:
 
 
 def samples_of(function: Callable[[], Any], seconds: float) -> list[float]:
-    """The seconds of one call: means of a few calls each, of as many as there is time for."""
+    """Returns the seconds of one call: means of a few calls each, for as many samples as the time allows."""
     for _ in range(3):
         function()
     started = clock()
@@ -131,7 +131,7 @@ def samples_of(function: Callable[[], Any], seconds: float) -> list[float]:
 
 
 def operations() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Each operation on 128 tokens of BERT-base: through `fastbert.ops`, and its kernel alone."""
+    """Measures each operation on 128 tokens of BERT-base: through `fastbert.ops`, and its kernel alone."""
     from fastbert import ops
     from fastbert.ops import attention_plan, launched, packing
 
@@ -159,7 +159,7 @@ def operations() -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
 
 
 def model_of(name: str) -> Any:
-    """A model with random weights in bfloat16, in eval mode, made as users make one: outside of inference mode."""
+    """Makes a model with random weights in bfloat16, in eval mode, outside of inference mode as users do."""
     import fastbert
 
     of_family = name in FAMILIES
@@ -169,12 +169,12 @@ def model_of(name: str) -> Any:
 
 
 def batch_of(lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Ids (T,) and offsets (B + 1,) of a batch."""
+    """Returns ids (T,) and offsets (B + 1,) of a batch."""
     return torch.zeros(sum(lengths), dtype=torch.int64), torch.tensor([0, *lengths]).cumsum(0).int()
 
 
 def measure(driver: Any, seconds: float) -> Iterator[dict[str, Any]]:
-    """Everything, in about so many seconds."""
+    """Measures everything in about so many seconds."""
     each = seconds / 28
 
     def entry(
@@ -204,7 +204,7 @@ def measure(driver: Any, seconds: float) -> Iterator[dict[str, Any]]:
 
 
 def _layer(model: Any, name: str, entry: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-    """A layer on the plain path, of 128 tokens in one text."""
+    """Measures a layer on the plain path, with 128 tokens in one text."""
     from fastbert.ops import packing
     from fastbert.ops.angles import rotations_of
 
@@ -226,7 +226,7 @@ def _plain(model: Any, name: str, entry: Callable[..., dict[str, Any]]) -> Itera
 
 
 def _replayed(model: Any, name: str, seconds: float) -> Iterator[dict[str, Any]]:
-    """A replayed graph: the time until it is launched, and in all."""
+    """Measures a replayed graph: the time until it is launched, and the whole time."""
     from fastbert.engine import capture
 
     capturer, without = StandIn(), capture.capturer

@@ -1,13 +1,12 @@
-"""The input pipeline of pre-training is timed from text to packed, masked batches, on one core and on all.
+"""This script times the input pipeline of pre-training, from text to packed, masked batches, on one core and on all.
 
     python benchmarks/input_pipeline.py [--out FILE.json] [--megabytes 8] [--rounds 3]
 
-Each number of cores has a process of its own, which may use no others. Two parts are timed: text to shards (reading,
-splitting into sentences, tokenising, writing), which happens once; and shards to batches (the plan, pairs, masks,
-packing), which happens beside every step. A document is some docstrings of the standard library, drawn from a seed, of
-about as many tokens as in the synthetic corpus; three words in a hundred are made up, since in running text some words
-are always new. Tokens of batches count special tokens. A CPU second is one of any thread of the process: what else runs
-on the machine hardly changes it.
+Each number of cores has its own process, which may use no other cores. Two parts are timed. Text to shards (reading,
+splitting into sentences, tokenising, writing) happens once. Shards to batches (the plan, pairs, masks, packing) happens
+beside every step. A document is some docstrings of the standard library, drawn from a seed, of about as many tokens as
+in the synthetic corpus. Three words in a hundred are made up, since in running text some words are always new. Tokens
+of batches count special tokens. A CPU second is one of any thread of the process, so other programs hardly change it.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ MADE_UP = 0.03  # of all words
 
 
 def write_text(path: Path, n_characters: int) -> None:
-    """Writes documents with a sentence or more a line, and a blank line between them."""
+    """Writes documents with one sentence or more a line, and a blank line between documents."""
     texts = [lines for text in docstrings() if (lines := "\n".join(filter(str.strip, text.splitlines())))]
     draw, size = random.Random(workloads.SEED), 0
     with path.open("w", encoding="utf-8") as file:
@@ -67,7 +66,7 @@ def write_text(path: Path, n_characters: int) -> None:
 
 
 def _some_new(words: list[str], draw: random.Random) -> list[str]:
-    """The words, some of them replaced by letters that nobody has seen before."""
+    """Returns the words, and replaces some of them by random letters."""
     return [
         "".join(draw.choices(string.ascii_lowercase, k=draw.randint(4, 9)))
         if word and draw.random() < MADE_UP
@@ -77,7 +76,7 @@ def _some_new(words: list[str], draw: random.Random) -> list[str]:
 
 
 class Clock:
-    """The seconds of each round: of the wall, and of the process's threads together."""
+    """A Clock holds the seconds of each round: wall time, and the time of the process's threads together."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -117,7 +116,7 @@ def time_batches(corpus: Corpus, tokenizer: Tokenizer, workers: int, rounds: int
 
 
 def child(cores: int, text: Path, folder: Path, rounds: int) -> None:
-    """Runs in a process of its own, on so many cores, and prints what was measured as JSON."""
+    """Runs in its own process, on so many cores, and prints the measurements as JSON."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     tokenizer = Tokenizer.from_pretrained(folder)
@@ -128,7 +127,7 @@ def child(cores: int, text: Path, folder: Path, rounds: int) -> None:
 
 
 def measure(cores: int, text: Path, folder: Path, rounds: int) -> list[Row]:
-    """The rows of both parts on so many cores."""
+    """Returns the rows of both parts on so many cores."""
     line = [sys.executable, __file__, "--child", str(cores), str(text), str(folder), "--rounds", str(rounds)]
     variables = {name: str(cores) for name in ("RAYON_NUM_THREADS", "OMP_NUM_THREADS")}
     done = subprocess.run(line, env={**os.environ, **variables}, capture_output=True, text=True)

@@ -1,7 +1,7 @@
 """Each fused operation is described for the kernel suite: inputs, our function, eager PyTorch's, and the least work.
 
-fastbert and the packed library kernels take (T, ...) tokens; eager PyTorch takes the padded (B, S, ...) batch, which
-has the same tokens where all lengths are equal.
+fastbert and the packed library kernels take (T, ...) tokens. Eager PyTorch takes the padded (B, S, ...) batch, which
+has the same tokens if all lengths are equal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ EPS = 1e-12
 
 @dataclass
 class Shape:
-    """Sizes of one case. batch and mask, (B, S) bool, say where the tokens are; padded copies are made with them."""
+    """A Shape has the sizes of one case. batch and mask, (B, S) bool, give the places of tokens; padded copies use
+    them.
+    """
 
     hidden: int
     inner: int
@@ -53,7 +55,7 @@ class Shape:
 
     @property
     def policy(self) -> Policy:
-        """Strict, so that a fallback is a failure and is not timed under the kernel's name."""
+        """The policy is strict: a fallback is a failure, and is not timed under the kernel's name."""
         return Policy("cpu" if self.device.type == "cpu" else "triton", strict=True)
 
     def randn(self, *shape: int, scale: float = 1.0, mean: float = 0.0) -> Tensor:
@@ -61,9 +63,9 @@ class Shape:
 
 
 class Op:
-    """One operation in one shape. needs: the operations whose tests must have passed.
+    """An Op is one operation in one shape. needs: the operations whose tests must have passed.
 
-    ours and eager take activations and weights, as do functions of `library`; exact takes them in float64 with the
+    ours and eager take activations and weights, as do functions of `library`. exact takes them in float64 with the
     offsets of their sequences. per_sequence: the output has a row a sequence instead of one a token.
     """
 
@@ -75,7 +77,7 @@ class Op:
         self.shape = shape
 
     def activations(self) -> tuple[Tensor, ...]:
-        """Fresh (T, ...) tensors."""
+        """Returns new (T, ...) tensors."""
         raise NotImplementedError
 
     def weights(self) -> tuple[Tensor, ...]:
@@ -165,7 +167,7 @@ class LinearGelu(Op):
 
 
 class LinearLayerNorm(Op):
-    """The second half of a layer: (T, I) -> (T, H), bias, residual, LayerNorm."""
+    """LinearLayerNorm is the second half of a layer: (T, I) -> (T, H), bias, residual, LayerNorm."""
 
     name, needs = "linear + residual + LayerNorm", ("linear", "layer_norm")
 
@@ -222,13 +224,13 @@ class Embedding(Op):
         return reference.embedding_layer_norm(*ids, word, position, token_type, *norm, EPS)
 
     def work(self, *tensors: Tensor) -> Work:
-        # Rows of the tables that occur, once each; out written: T H; three ids of 8 bytes a token.
+        # The used rows of the tables once each; out written: T H; three ids of 8 bytes a token.
         rows = sum(int(t.unique().numel()) for t in tensors[:3]) + self.shape.n_tokens
         return Work(n_bytes=rows * self.shape.hidden * self.shape.itemsize + 24 * self.shape.n_tokens)
 
 
 class Pooling(Op):
-    """Mean over each sequence, to length 1."""
+    """Pooling is the mean over each sequence, normalised to length 1."""
 
     name, needs, per_sequence = "mean pooling", ("pooling",), True
 
@@ -288,11 +290,11 @@ class Attention(Op):
         return out.flatten(1)
 
     def split(self, qkv: Tensor) -> Any:
-        """(B, S, 3H) -> q, k, v, each (B, N, S, D), views."""
+        """Splits (B, S, 3H) into q, k, v, each (B, N, S, D), as views."""
         return qkv.unflatten(-1, (3, self.shape.heads, -1)).permute(2, 0, 3, 1, 4)
 
     def join(self, out: Tensor) -> Tensor:
-        """(B, N, S, D) -> (B, S, H)"""
+        """Joins (B, N, S, D) to (B, S, H)."""
         return out.transpose(1, 2).flatten(2)
 
 

@@ -1,4 +1,4 @@
-"""A training step has laps, forward and backward, and each has a row of its own beside the row of the whole step."""
+"""A training step has two laps, forward and backward. Each lap has its own row beside the row of the whole step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOKENS, RATE = "tokens/s", "TFLOP/s"
 
 
 class Lapped(Peer):
-    """A peer whose run marks its start, and the ends of its laps and of itself."""
+    """A Lapped is a peer whose run marks its start, the ends of its laps, and its own end."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -42,7 +42,7 @@ class Lapped(Peer):
         self.mark()
 
     def mark(self) -> None:
-        """Ends a lap. A GPU notes the time when it gets there."""
+        """Ends a lap. A GPU notes the time when it reaches this point."""
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record(torch.cuda.current_stream(self.device))
@@ -51,7 +51,7 @@ class Lapped(Peer):
             self._marks[-1].append(time.perf_counter())
 
     def laps(self, rounds: int) -> dict[str, Timing]:
-        """The times of the laps and of the whole in the last runs."""
+        """Returns the times of the laps and of the whole in the last runs."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         runs = self._marks[-rounds:]
@@ -66,9 +66,9 @@ def _seconds(begin: Any, end: Any) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Bar:
-    """What a competitor should reach with a whole step.
+    """A Bar is the goal of a competitor for a whole step.
 
-    of: TOKENS or RATE, or the name of another competitor, whose speed it should have so many times.
+    of: TOKENS or RATE, or the name of another competitor, whose speed it should exceed by this factor.
     """
 
     competitor: str
@@ -81,14 +81,14 @@ class Bar:
 
 
 def timed_laps(peers: Sequence[Peer], rows: Sequence[Row]) -> dict[str, dict[str, Timing]]:
-    """The times of each competitor that was timed, by name and lap."""
+    """Returns the times of each timed competitor, by name and lap."""
     rows_by_name = {row.competitor: row for row in rows if row.status == OK and row.rounds}
     lapped = [peer for peer in peers if isinstance(peer, Lapped) and peer.name in rows_by_name]
     return {peer.name: peer.laps(rows_by_name[peer.name].rounds) for peer in lapped}
 
 
 def lap_rows(rows: Sequence[Row], laps: Mapping[str, Mapping[str, Timing]], names: Iterable[str]) -> Iterator[Row]:
-    """Yields for each lap of these names the rows of a contest of its own, fastbert's first."""
+    """Yields for each lap of these names the rows of its own contest, fastbert's first."""
     for lap in names if laps else ():
         ours = laps[OURS][lap] if OURS in laps else None
         for row in rows:
@@ -106,7 +106,7 @@ def lap_rows(rows: Sequence[Row], laps: Mapping[str, Mapping[str, Timing]], name
 
 
 def note_bars(bars: Sequence[Bar], rows: Sequence[Row], laps: Mapping[str, Mapping[str, Timing]]) -> None:
-    """Writes into the rows of whole steps what was reached, and what should be: {name: [reached, least]}."""
+    """Writes the reached and the required values into the rows of whole steps: {name: [reached, least]}."""
     for row in rows:
         reached = {bar.name: [value, bar.least] for bar in bars if (value := _reached(bar, row, laps)) is not None}
         if reached:
@@ -122,7 +122,7 @@ def _reached(bar: Bar, row: Row, laps: Mapping[str, Mapping[str, Timing]]) -> fl
 
 
 def bar_lines(rows: Iterable[Row]) -> Iterator[str]:
-    """Yields what was reached of each bar, in a line each."""
+    """Yields a line for each bar, with the reached value."""
     for row in rows:
         for name, (reached, least) in row.extra.get("bars", {}).items():
             verdict = "reached" if reached >= least else "missed"

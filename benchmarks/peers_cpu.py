@@ -23,7 +23,7 @@ EXPORT_LIMIT = 2**31  # bytes of one ONNX file
 
 
 class CPURuntime(Padded):
-    """A runtime that takes ids and mask as arrays. package: what it needs. computes_in: its dtype."""
+    """A CPURuntime takes ids and mask as arrays. package: the package that it needs. computes_in: its dtype."""
 
     package: str
     computes_in = "float32"
@@ -39,7 +39,7 @@ class CPURuntime(Padded):
         return package_obstacle(self.package) or super().obstacle()
 
     def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
-        """(B, S) int64, twice -> (B, S, H) float32."""
+        """Runs the model: (B, S) int64, twice -> (B, S, H) float32."""
         raise NotImplementedError
 
     def hidden(self, ids: Tensor, mask: Tensor | None) -> Tensor:
@@ -48,7 +48,7 @@ class CPURuntime(Padded):
 
 
 class ONNXRuntime(CPURuntime):
-    """ONNX Runtime with its own optimisations of the graph, all of them."""
+    """This engine is ONNX Runtime with all its own optimisations of the graph."""
 
     name, package = "ONNX Runtime", "onnxruntime"
 
@@ -57,7 +57,7 @@ class ONNXRuntime(CPURuntime):
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # Its threads wait busily for work; between two runs they would take the processor from the next competitor.
+        # Its threads wait busily for work. Between two runs they would take the processor from the next competitor.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         options.log_severity_level = 3
         self.session = onnxruntime.InferenceSession(self.graph(), options, providers=["CPUExecutionProvider"])
@@ -70,7 +70,7 @@ class ONNXRuntime(CPURuntime):
 
 
 class FusedONNXRuntime(ONNXRuntime):
-    """ONNX Runtime after its optimizer for transformers, which fuses attention, bias + GELU, residual + LayerNorm."""
+    """This is ONNX Runtime after its transformers optimizer, which fuses attention, bias + GELU, residual + norm."""
 
     name = "ONNX Runtime fused"
 
@@ -100,7 +100,9 @@ class FusedONNXRuntime(ONNXRuntime):
 
 
 class OpenVINO(CPURuntime):
-    """OpenVINO, one request at a time on all threads. precision: its hint for what it computes in."""
+    """This engine is OpenVINO, with one request at a time on all threads. precision: its hint for the dtype of
+    computation.
+    """
 
     name, package = "OpenVINO", "openvino"
     precision, capability = "f32", "FP32"
@@ -126,7 +128,7 @@ class OpenVINO(CPURuntime):
         self.request = core.compile_model(self.model(core), "CPU", settings).create_infer_request()
 
     def model(self, core: Any) -> Any:
-        """The model to compile: the exported one in float32."""
+        """Returns the model to compile: the exported one in float32."""
         return core.read_model(exported(self.source))
 
     def run(self, ids: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -138,7 +140,7 @@ class OpenVINOBfloat16(OpenVINO):
 
 
 class CTranslate2(CPURuntime):
-    """CTranslate2 in one of its compute types."""
+    """This engine is CTranslate2 in one of its compute types."""
 
     name, package = "CTranslate2", "ctranslate2"
     compute_type = "float32"
@@ -171,7 +173,7 @@ class CTranslate2Int8(CTranslate2):
 
 
 def engines(dtype: torch.dtype) -> tuple[type[Engine], ...]:
-    """The engines that compete with fastbert in a dtype: in float32 the exact ones, else those in fewer bits."""
+    """Returns the competing engines in a dtype: in float32 the exact ones, else those in fewer bits."""
     if dtype == torch.float32:
         return ONNXRuntime, FusedONNXRuntime, OpenVINO, CTranslate2
     return OpenVINOBfloat16, CTranslate2Bfloat16, CTranslate2Int8
@@ -179,18 +181,18 @@ def engines(dtype: torch.dtype) -> tuple[type[Engine], ...]:
 
 @functools.cache
 def workdir() -> Path:
-    """A temporary folder for converted models, removed when the process ends."""
+    """Returns a temporary folder for converted models. It is removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="fastbert-peers-")
     atexit.register(folder.cleanup)
     return Path(folder.name)
 
 
 def exported(source: Source) -> Path:
-    """The checkpoint as an ONNX file in float32: ids and mask, (B, S) int64 -> hidden states (B, S, H)."""
+    """Exports the checkpoint as an ONNX file in float32: ids and mask, (B, S) int64 -> hidden states (B, S, H)."""
     path = workdir() / f"{_key(source)}.onnx"
     if path.exists():
         return path
-    # Eager attention: the form that ONNX Runtime's optimizer knows.
+    # ONNX Runtime's optimizer knows the form of eager attention.
     model = source.transformers("eager", torch.float32)
     size = sum(p.numel() for p in model.parameters()) * 4
     if size >= EXPORT_LIMIT:
@@ -217,7 +219,7 @@ class _HiddenStates(nn.Module):
 
 
 def converted(source: Source) -> str:
-    """The checkpoint as a folder for CTranslate2, in float32."""
+    """Converts the checkpoint to a folder for CTranslate2, in float32."""
     path = workdir() / f"{_key(source)}-ctranslate2"
     if path.exists():
         return str(path)
@@ -225,7 +227,7 @@ def converted(source: Source) -> str:
     from ctranslate2.converters import TransformersConverter
 
     class Vocabulary:
-        """Stands for a tokenizer: the encoder is given ids, and never looks at a token."""
+        """A Vocabulary stands for a tokenizer: the encoder gets ids, and never reads a token."""
 
         unk_token = "0"
 
@@ -237,7 +239,7 @@ def converted(source: Source) -> str:
             import transformers
 
             model = transformers.AutoModel.from_pretrained(source.folder, dtype=torch.float32).eval()
-            model.config.position_embedding_type = "absolute"  # which newer configs no longer say
+            model.config.position_embedding_type = "absolute"  # newer configs leave this out
             return model
 
         def load_tokenizer(self, *args: Any, **kwargs: Any) -> Any:
@@ -248,7 +250,7 @@ def converted(source: Source) -> str:
 
 
 def _ctranslate2() -> Any:
-    # Where its OpenMP is Intel's, the threads wait busily for 200 ms: see ONNXRuntime.
+    # If its OpenMP is Intel's, the threads wait busily for 200 ms: see ONNXRuntime.
     os.environ.setdefault("KMP_BLOCKTIME", "1")
     import ctranslate2
 

@@ -1,8 +1,8 @@
-"""Engines recommended for CPUs beside those of peers_cpu are int8 of OpenVINO and ONNX Runtime, and zentorch.
+"""This module has further engines that are recommended for CPUs: int8 of OpenVINO and ONNX Runtime, and zentorch.
 
 sentence-transformers' documentation recommends OpenVINO with static quantisation on CPUs, and names ONNX Runtime with
-dynamic quantisation as the other way. Both are made here with the settings that its functions
-`export_static_quantized_openvino_model` and `export_dynamic_quantized_onnx_model` choose.
+dynamic quantisation as the other way. Both use the settings of its functions `export_static_quantized_openvino_model`
+and `export_dynamic_quantized_onnx_model`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SMOOTH_QUANT = 0.95  # likewise
 
 
 class ONNXRuntimeInt8(peers_cpu.ONNXRuntime):
-    """ONNX Runtime with dynamic quantisation: a scale for each weight, activations quantised at run time."""
+    """This is ONNX Runtime with dynamic quantisation: a scale for each weight, activations quantised at run time."""
 
     name, computes_in = "ONNX Runtime int8", "int8"
 
@@ -48,7 +48,9 @@ class ONNXRuntimeInt8(peers_cpu.ONNXRuntime):
 
 
 class OpenVINOInt8(OpenVINO):
-    """OpenVINO with static quantisation by NNCF, with ranges from docstrings that the benchmark does not time."""
+    """This is OpenVINO with static quantisation by NNCF. Its ranges come from docstrings that the benchmark does not
+    time.
+    """
 
     name, computes_in = "OpenVINO int8", "int8"
 
@@ -77,7 +79,7 @@ class OpenVINOInt8(OpenVINO):
 
 
 class Zentorch(Compiled):
-    """AMD's plug-in for PyTorch on its processors: torch.compile with its own backend."""
+    """This engine is AMD's plug-in for PyTorch on its processors: torch.compile with its own backend."""
 
     name, package = "zentorch", "zentorch"
 
@@ -88,7 +90,7 @@ class Zentorch(Compiled):
         if obstacle is None:
             try:
                 import zentorch  # noqa: F401
-            except (ImportError, OSError, RuntimeError) as error:  # it is built for one release of PyTorch each
+            except (ImportError, OSError, RuntimeError) as error:  # each build is for one release of PyTorch
                 obstacle = f"zentorch does not load: {str(error).splitlines()[0]}"
         return obstacle
 
@@ -98,7 +100,9 @@ class Zentorch(Compiled):
 
 
 def calibration(source: Source) -> list[dict[str, np.ndarray]]:
-    """Ids and mask, (1, S) int64, of texts for ranges of activations: every other docstring, as they are not timed."""
+    """Returns ids and mask, (1, S) int64, of texts for ranges of activations: every other docstring, as they are not
+    timed.
+    """
     tokenizer = Tokenizer.from_pretrained(source.folder)
     texts = spread(docstrings()[1::2], CALIBRATION_TEXTS)
     longest = min(CALIBRATION_TOKENS, source.config.max_length)
@@ -107,5 +111,5 @@ def calibration(source: Source) -> list[dict[str, np.ndarray]]:
 
 
 def engines(dtype: torch.dtype) -> tuple[type[Engine], ...]:
-    """The engines that compete with fastbert in a dtype."""
+    """Returns the engines that compete with fastbert in a dtype."""
     return (Zentorch,) if dtype == torch.float32 else (Zentorch, ONNXRuntimeInt8, OpenVINOInt8)

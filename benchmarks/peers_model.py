@@ -28,9 +28,10 @@ N_INPUTS = 2  # sets of ids, which rotate
 
 
 class ModelTask:
-    """A BERT checkpoint, and batches of sequences with these lengths, of random ids.
+    """A ModelTask is a BERT checkpoint, and batches of sequences with these lengths and random ids.
 
-    folder: as of transformers; batches: the lengths of each batch, in order. dtype: what fastbert computes in.
+    folder: as in transformers; batches: the lengths of each batch, in order. dtype: the dtype in which fastbert
+    computes.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class ModelTask:
 
     @property
     def n_tokens(self) -> int:
-        """Valid tokens of a pass over all batches."""
+        """Counts the valid tokens of a pass over all batches."""
         return sum(map(sum, self.batches))
 
     @property
@@ -62,12 +63,12 @@ class ModelTask:
 
     @property
     def varied(self) -> bool:
-        """True if some batch needs padding, or batches differ in shape."""
+        """Tells whether some batch needs padding, or batches differ in shape."""
         return len({(len(lengths), n) for lengths in self.batches for n in lengths}) > 1
 
     @functools.cached_property
     def inputs(self) -> list[list[list[np.ndarray]]]:
-        """The ids of each input set, batch and sequence."""
+        """Returns the ids of each input set, batch and sequence."""
         vocab_size, sets = self.source.config.vocab_size, []
         for number in range(N_INPUTS):
             ids = iter(workloads.token_ids([n for lengths in self.batches for n in lengths], vocab_size, number))
@@ -76,7 +77,7 @@ class ModelTask:
 
     @functools.cached_property
     def checked(self) -> list[list[int]]:
-        """The sequences of each batch that the reference covers."""
+        """Returns the sequences of each batch that the reference covers."""
         places = [(b, i) for b, lengths in enumerate(self.batches) for i in range(len(lengths))]
         lengths = [self.batches[b][i] for b, i in places]
         numbers: list[list[int]] = [[] for _ in self.batches]
@@ -86,7 +87,7 @@ class ModelTask:
 
     @torch.no_grad()
     def reference(self) -> Tensor:
-        """The hidden states of the checked sequences of input set 0, one after the other: (T', H) float64."""
+        """Returns the hidden states of the checked sequences of input set 0, one after the other: (T', H) float64."""
         model = BertModel.from_pretrained(self.source.folder)
         params = {name: p.to(self.source.device, torch.float64) for name, p in model.named_parameters()}
         states = []
@@ -99,7 +100,7 @@ class ModelTask:
 
 
 class FastBert(Engine):
-    """fastbert.BertModel."""
+    """This engine is fastbert.BertModel."""
 
     def obstacle(self) -> str | None:
         return None
@@ -110,7 +111,7 @@ class FastBert(Engine):
 
 
 class FastBertPacked(FastBert, Packed):
-    """forward_packed, with the offsets on the host."""
+    """This engine is forward_packed, with the offsets on the host."""
 
     name = OURS
 
@@ -123,7 +124,9 @@ class FastBertPacked(FastBert, Packed):
 
 
 class FastBertInt8(FastBertPacked):
-    """forward_packed with the encoder's linears in int8. backend: strict, so that nothing else is timed in its name."""
+    """This is forward_packed with int8 linears in the encoder. backend: strict, so that no fallback is timed in its
+    name.
+    """
 
     name, precision, backend = f"{OURS} int8", "int8", "triton"
     needs = ("quantized",)
@@ -141,13 +144,13 @@ class FastBertInt8(FastBertPacked):
 
 
 class FastBertFp8(FastBertInt8):
-    """`FastBertInt8` in fp8."""
+    """This is `FastBertInt8` in fp8."""
 
     name, precision = f"{OURS} fp8", "fp8"
 
 
 class FastBertPadded(FastBert, Padded):
-    """fastbert in the place of transformers' model, with padded batches in and out."""
+    """Here fastbert replaces transformers' model, with padded inputs and outputs."""
 
     name = "fastbert padded"
 
@@ -156,7 +159,7 @@ class FastBertPadded(FastBert, Padded):
 
 
 class Hidden(Peer):
-    """An engine on all batches of a task. The output is that of the sequences which `ModelTask.reference` covers."""
+    """A Hidden is an engine on all batches of a task. Its output has the sequences of `ModelTask.reference`."""
 
     def __init__(self, task: ModelTask, engine: type[Engine], **settings: Any) -> None:
         self.task = task
@@ -170,7 +173,7 @@ class Hidden(Peer):
     def prepare(self) -> None:
         self.engine.load()
         self.inputs = [[self.engine.batch(rows) for rows in batches] for batches in self.task.inputs]
-        self.engine.compute(*self.inputs[0][0])  # which compiles what is to be compiled
+        self.engine.compute(*self.inputs[0][0])  # this compiles everything
 
     def run(self, i: int) -> Tensor:
         for batch in self.inputs[i % len(self.inputs)]:
@@ -183,7 +186,7 @@ class Hidden(Peer):
         states = []
         for lengths, chosen, batch in zip(self.task.batches, self.task.checked, self.inputs[0], strict=True):
             hidden = self.engine.valid(self.engine.compute(*batch), batch).split(lengths)
-            # Copies, since a graph's next replay overwrites its output.
+            # These are copies, since a graph's next replay overwrites its output.
             states += [hidden[i].to("cpu", torch.float32, copy=True) for i in chosen]
         return torch.cat(states)
 
@@ -193,13 +196,13 @@ class Hidden(Peer):
 
 
 def model_peers(task: ModelTask) -> list[Hidden]:
-    """fastbert, transformers eager and all others that are tried on the task's device and in its dtype."""
+    """Returns fastbert, transformers eager and all others for the task's device and dtype."""
     engines = [FastBertPacked, *TRANSFORMERS_ENGINES, FastBertPadded, *peers_torch.engines(task.source.device)]
     if task.source.device.type == "cuda" and task.source.dtype.itemsize == 2:
         engines += [FastBertInt8, FastBertFp8]
     if task.source.device.type == "cpu":
         engines += peers_cpu.engines(task.source.dtype)
-    if task.source.config.family.text != "bert":  # what the others convert is BERT's layers
+    if task.source.config.family.text != "bert":  # the other engines convert BERT's layers only
         kept = FastBertPacked, *TRANSFORMERS_ENGINES, peers_cpu.OpenVINO
         engines = [engine for engine in engines if issubclass(engine, kept)]
     return [Hidden(task, engine) for engine in engines]

@@ -27,12 +27,12 @@ from fastbert.bench.engines import (
 from fastbert.bench.exact import choose_checked
 from fastbert.bench.peers import OURS, Peer
 
-BATCH_SIZE = {"cpu": 16, "cuda": 256}  # pairs, of those that pad
+BATCH_SIZE = {"cpu": 16, "cuda": 256}  # pairs in a padded batch
 Pair = tuple[str, str]
 
 
 class PairTask:
-    """A folder of a cross-encoder with one label, pairs of texts, a dtype and a device."""
+    """A PairTask has a folder of a cross-encoder with one label, pairs of texts, a dtype and a device."""
 
     def __init__(self, folder: Path, pairs: Sequence[Pair], *, dtype: str, device: torch.device) -> None:
         self.folder, self.pairs, self.dtype, self.device = folder, list(pairs), dtype, device
@@ -43,12 +43,12 @@ class PairTask:
 
     @functools.cached_property
     def checked(self) -> list[int]:
-        """The numbers of the pairs that the reference covers."""
+        """Returns the numbers of the pairs that the reference covers."""
         return choose_checked(self.lengths, self.exact.model.config, self.device)
 
     @torch.no_grad()
     def reference(self) -> Tensor:
-        """The logits of the checked pairs, (n, 1) float64, each pair alone, by fastbert.reference."""
+        """Returns the logits of the checked pairs, (n, 1) float64, each pair alone, by fastbert.reference."""
         model, tokenizer = self.exact.model, self.exact.tokenizer
         parameters = {name: p.to(self.device, torch.float64) for name, p in model.named_parameters()}
         logits = []
@@ -61,13 +61,13 @@ class PairTask:
 
 
 class PairScorer(Peer):
-    """One way to score pairs. Subclasses set `name` and fill in `prepare` and `logits`."""
+    """A PairScorer is one way to score pairs. Subclasses set `name` and define `prepare` and `logits`."""
 
     def __init__(self, task: PairTask) -> None:
         self.task, self.dtype = task, task.dtype
 
     def logits(self) -> Any:
-        """The logits of all pairs in order, (n,), on the host."""
+        """Returns the logits of all pairs in order, (n,), on the host."""
         raise NotImplementedError
 
     def run(self, i: int) -> Any:
@@ -79,7 +79,7 @@ class PairScorer(Peer):
 
 
 class FastBertPairs(PairScorer):
-    """fastbert.CrossEncoder, as it is."""
+    """This is fastbert.CrossEncoder with its default settings."""
 
     name = OURS
 
@@ -91,7 +91,7 @@ class FastBertPairs(PairScorer):
 
 
 class TransformersPairs(PairScorer):
-    """transformers' model on padded batches, pairs sorted by their tokens."""
+    """This is transformers' model on padded batches of pairs, sorted by their tokens."""
 
     name, attention = EAGER, "eager"
 
@@ -128,13 +128,13 @@ class TransformersPairs(PairScorer):
 
 
 class SdpaPairs(TransformersPairs):
-    """`TransformersPairs` with SDPA."""
+    """This is `TransformersPairs` with SDPA."""
 
     name, attention = SDPA.name, "sdpa"
 
 
 class SentenceTransformersPairs(PairScorer):
-    """sentence-transformers' CrossEncoder with SDPA, in the task's dtype."""
+    """This is sentence-transformers' CrossEncoder with SDPA, in the task's dtype."""
 
     name = "sentence-transformers CrossEncoder"
 
@@ -159,7 +159,7 @@ class SentenceTransformersPairs(PairScorer):
 
 
 class FlashPairs(SentenceTransformersPairs):
-    """sentence-transformers' CrossEncoder in float16 with FlashAttention-2, which leaves its inputs padded."""
+    """This is sentence-transformers' CrossEncoder in float16 with FlashAttention-2, which leaves its inputs padded."""
 
     name = "sentence-transformers CrossEncoder FlashAttention-2"
 
@@ -175,7 +175,7 @@ class FlashPairs(SentenceTransformersPairs):
 
 
 class VllmPairs(PairScorer):
-    """vLLM's `LLM.score`, with its own tokenization. Its scores are sigmoids of the logits."""
+    """This is vLLM's `LLM.score`, with its own tokenization. Its scores are sigmoids of the logits."""
 
     name = "vLLM"
 
@@ -193,7 +193,8 @@ class VllmPairs(PairScorer):
 
 
 class TensorRtLlmPairs(PairScorer):
-    """TensorRT-LLM's `LLM.encode` for encoders, on token ids. It takes no segments, so the check may find it wrong.
+    """This is TensorRT-LLM's `LLM.encode` for encoders, on token ids. It has no segments, so the check may find it
+    wrong.
 
     Source: github.com/NVIDIA/TensorRT-LLM, pull requests 12801 and 14326.
     """

@@ -1,6 +1,6 @@
 """Engines of servers are competitors here, called in this process: vLLM's and TensorRT-LLM's encoders.
 
-Both take token ids, so that tokenization is that of transformers, as for the other peers, and cuts texts alike.
+Both take token ids. So transformers tokenizes for them, as for the other peers, and truncates texts in the same way.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MEMORY = 0.3  # the share of the GPU's memory that vLLM may take, beside the oth
 
 
 def import_obstacle(package: str, module: str) -> str | None:
-    """The reason why a package that is installed cannot be imported, or is not installed, or None.
+    """Returns the reason why a package is not installed or cannot be imported, or None.
 
     Both packages are built for one PyTorch and one CUDA, and fail in many ways with others.
     """
@@ -28,14 +28,14 @@ def import_obstacle(package: str, module: str) -> str | None:
         return missing
     try:
         __import__(module)
-    except Exception as error:  # whatever its libraries raise is the reason
+    except Exception as error:  # any exception of its libraries is the reason
         lines = str(error).strip().splitlines()
         return f"{package} cannot be imported: {type(error).__name__}: {lines[0] if lines else ''}"[:300]
     return None
 
 
 def vllm_of(folder: Path, dtype: str, longest: int) -> Any:
-    """vLLM's engine on a folder, for pooling, without a cache of what it has computed before.
+    """Returns vLLM's engine on a folder, for pooling, without a cache of earlier results.
 
     Source: docs.vllm.ai, "Pooling Models", and `EngineArgs`.
     """
@@ -48,7 +48,7 @@ def vllm_of(folder: Path, dtype: str, longest: int) -> Any:
 
 
 class VllmEmbeddings(TextEncoder):
-    """vLLM's `LLM.embed`, which batches by itself and pools as the folder of sentence-transformers says."""
+    """This is vLLM's `LLM.embed`. It makes its own batches, and pools by the folder of sentence-transformers."""
 
     name = "vLLM"
 

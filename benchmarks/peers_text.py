@@ -1,4 +1,4 @@
-"""`text_encoders` are all that fastbert is compared with from strings to vectors."""
+"""`text_encoders` returns all competitors of fastbert from strings to vectors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastbert_kernels import cpu
 
 
 class FastBertInt8(FastBert):
-    """SentenceEncoder with linears in int8, on a CPU; strict, so that nothing else is timed in its name."""
+    """This is SentenceEncoder with int8 linears on a CPU. It is strict, so that no fallback is timed in its name."""
 
     name = f"{OURS} int8"
 
@@ -34,7 +34,7 @@ class FastBertInt8(FastBert):
 
 
 def text_encoders(task: TextTask) -> list[TextEncoder]:
-    """fastbert first, what `fastbert bench` compares it with, and all others for the task's device and dtype."""
+    """Returns fastbert first, then the peers of `fastbert bench`, and all others for the task's device and dtype."""
     engines = [*peers_torch.engines(task.device)]
     if task.device.type == "cpu":
         engines += [*peers_cpu.engines(task.source.dtype), *peers_int8.engines(task.source.dtype)]

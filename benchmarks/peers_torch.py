@@ -1,4 +1,4 @@
-"""PyTorch's own strong ways to run BERT are engines here: one SDPA backend each, varlen_attn, nested tensors."""
+"""PyTorch's own fast ways to run BERT are engines here: one SDPA backend each, varlen_attn, nested tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 class ForcedSDPA(SDPA):
-    """transformers with one backend of scaled_dot_product_attention and no other."""
+    """This is transformers with only one backend of scaled_dot_product_attention."""
 
     backend: SDPBackend
 
@@ -28,7 +28,7 @@ class ForcedSDPA(SDPA):
         return super().obstacle() or self._rejected()
 
     def _rejected(self) -> str | None:
-        """The reason why the backend does not take such queries, with a mask if batches have padding, or None."""
+        """Returns the reason why the backend refuses such queries, with a mask if batches have padding, or None."""
         config, device = self.source.config, self.source.device
         shape = (2, config.num_attention_heads, 64, config.head_size)
         q = torch.zeros(shape, dtype=self.source.dtype, device=device)
@@ -40,7 +40,7 @@ class ForcedSDPA(SDPA):
                 return None
             except RuntimeError as error:
                 reasons = [re.sub(r"\(Triggered internally.*", "", str(w.message), flags=re.DOTALL) for w in told]
-                # Among the reasons are headings, and that the other backends are switched off.
+                # The reasons contain headings, and the message that the other backends are switched off.
                 noise = "kernel not used because", "runtime disabled"
                 told_reasons = dict.fromkeys(r.strip() for r in reasons if not any(part in r for part in noise))
                 return f"rejected: {' '.join(told_reasons) or str(error).strip()}"[:300]
@@ -61,10 +61,10 @@ class CudnnSDPA(ForcedSDPA):
 
 
 class FlashAttention(SDPA):
-    """transformers with FlashAttention-2, from flash-attn or through PyPI's kernels: without padding in attention."""
+    """This is transformers with FlashAttention-2, from flash-attn or PyPI's kernels, without padding in attention."""
 
     name = "transformers FlashAttention-2"
-    always_masked = True  # without a mask it would have to be told that nothing is padding
+    always_masked = True  # without a mask it needs the information that nothing is padding
 
     def obstacle(self) -> str | None:
         if self.source.device.type != "cuda":
@@ -79,7 +79,7 @@ class FlashAttention(SDPA):
 
 
 class VarlenAttention(Packed):
-    """BERT without padding in plain PyTorch: transformers' modules on (T, H), and varlen_attn between them."""
+    """This is BERT without padding in plain PyTorch: transformers' modules on (T, H), and varlen_attn between them."""
 
     name = "PyTorch varlen_attn"
 
@@ -116,7 +116,7 @@ class VarlenAttention(Packed):
 
 
 class NestedTransformer(Padded):
-    """nn.TransformerEncoder with BERT's weights. With a padding mask its fast path runs on nested tensors."""
+    """This is nn.TransformerEncoder with BERT's weights. With a padding mask its fast path runs on nested tensors."""
 
     name = "PyTorch nn.TransformerEncoder"
 
@@ -135,7 +135,7 @@ class NestedTransformer(Padded):
             config.hidden_size, config.num_attention_heads, config.intermediate_size, 0.0, config.hidden_act,
             config.layer_norm_eps, batch_first=True, device="meta",
         )  # fmt: skip
-        encoder = nn.TransformerEncoder(layer, config.num_hidden_layers, mask_check=False)  # masks here are as it needs
+        encoder = nn.TransformerEncoder(layer, config.num_hidden_layers, mask_check=False)  # these masks have its form
         state: dict[str, Any] = {}
         for i, layer_of_bert in enumerate(model.encoder.layer):
             attention = layer_of_bert.attention
@@ -162,5 +162,5 @@ CPU_ENGINES: tuple[type[Engine], ...] = (NestedTransformer,)
 
 
 def engines(device: torch.device) -> tuple[type[Engine], ...]:
-    """The engines that are tried on a device."""
+    """Returns the engines for a device."""
     return GPU_ENGINES if device.type == "cuda" else CPU_ENGINES

@@ -1,4 +1,4 @@
-"""Peers of the training level do one optimiser step: AdamW on a model with a head, float32 weights, dropout as usual.
+"""Peers of the training level do one optimiser step: AdamW on a model with a head, float32 weights, usual dropout.
 
 All take the same padded ids, masks and labels, already on the device. Before the first step their gradients without
 dropout are compared with those of the reference, in float64.
@@ -35,13 +35,14 @@ MASKED = 0.15  # of all tokens have a label in pre-training
 IGNORED = -100  # the label of the others
 LEARNING_RATE = 1e-5
 NO_GPU = "needs an NVIDIA GPU"
-# The softmax does not change with a constant on all of a query's scores, so these gradients are zero but for rounding.
+# The softmax does not change with a constant on all of a query's scores, so these gradients are zero except for
+# rounding.
 WITHOUT_GRADIENT = "attention.self.key.bias"
 Batch = dict[str, Tensor]
 
 
 class TrainTask:
-    """A model, what it is trained for, and batches of sequences with these lengths.
+    """A TrainTask is a model, its objective, and batches of sequences with these lengths.
 
     model: a shape in models.CONFIGS. objective: CLASSES, WORDS or PRETRAINING. dtype: float32, or that of autocast.
     """
@@ -65,14 +66,14 @@ class TrainTask:
 
     @functools.cached_property
     def checked(self) -> Batch:
-        """A few sequences, from the shortest to the longest."""
+        """Returns a few sequences, from the shortest to the longest."""
         return self._batch(spread_of(sorted(self.lengths)), N_INPUTS)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), LEARNING_RATE, fused=True)
 
     def _batch(self, lengths: Sequence[int], seed: int) -> Batch:
-        """Ids, a mask where some are padding, and labels."""
+        """Returns ids, a mask if some are padding, and labels."""
         rows = workloads.token_ids(lengths, self.config.vocab_size, seed)
         ids = np.zeros((len(rows), max(lengths)), np.int64)
         for i, row in enumerate(rows):
@@ -92,7 +93,7 @@ class TrainTask:
 
     @functools.cached_property
     def _exact(self) -> dict[str, Tensor]:
-        """Samples of the gradients of the checked sequences in float64, without dropout, by name."""
+        """Returns samples of the gradients of the checked sequences in float64, without dropout, by name."""
         model = self.own_model()
         params = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
         self._loss_of_reference(params, model.config).backward()
@@ -109,11 +110,11 @@ class TrainTask:
         return _cross_entropy(out["logits"], labels["labels"])
 
     def reference(self) -> Tensor:
-        """What `sampled` should give."""
+        """Returns the expected result of `sampled`."""
         return torch.cat([exact / _rms(exact) for exact in self._exact.values()])
 
     def sampled(self, gradients: Mapping[str, Tensor]) -> Tensor:
-        """Some numbers of every gradient, each over the RMS of its reference, one after the other, on the CPU."""
+        """Returns some numbers of every gradient, each over the RMS of its reference, joined, on the CPU."""
         return torch.cat([self._sample(name, gradients[name]) / _rms(exact) for name, exact in self._exact.items()])
 
     def _sample(self, name: str, gradient: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class TrainTask:
         return kind.from_pretrained(self.folder, dtype=torch.float32, device=self.device)
 
     def transformers(self, attention: str) -> Any:
-        """transformers' model with the head, float32."""
+        """Returns transformers' model with the head, float32."""
         import transformers
 
         silence_transformers()
@@ -137,12 +138,12 @@ class TrainTask:
 
 
 def spread_of(ascending: Sequence[Any]) -> list[Any]:
-    """CHECKED of the items, evenly from the whole list; the last of them is the last one."""
+    """Returns CHECKED of the items, evenly from the whole list, with the last item as the last one."""
     return spread(ascending, CHECKED - 1) + [ascending[-1]]
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The mean over labels that are not IGNORED; logits (..., C), in float32 at least."""
+    """Returns the mean over labels that are not IGNORED; logits (..., C), in float32 at least."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return F.cross_entropy(logits.flatten(0, -2).to(dtype), labels.flatten())
 
@@ -152,9 +153,9 @@ def _rms(x: Tensor) -> Tensor:
 
 
 class Trained(Lapped):
-    """One model and its optimiser. Subclasses set `name` and fill in `load`.
+    """A Trained is one model and its optimiser. Subclasses set `name` and define `load`.
 
-    autocast: the dtype to compute in where it is not the task's.
+    autocast: the dtype to compute in, if it is not the task's.
     """
 
     def __init__(self, task: TrainTask, autocast: torch.dtype | None = None) -> None:
@@ -164,12 +165,12 @@ class Trained(Lapped):
 
     @property
     def inputs(self) -> list[Any]:
-        """The batches that rotate, as `loss` takes them."""
+        """Returns the batches that rotate, in the form that `loss` takes."""
         return self.task.inputs
 
     @property
     def checked(self) -> Any:
-        """The sequences whose gradients are compared, likewise."""
+        """Returns the sequences whose gradients are compared, in the same form."""
         return self.task.checked
 
     def load(self) -> nn.Module:
@@ -183,7 +184,7 @@ class Trained(Lapped):
         return torch.autocast(self.device.type, self.autocast, enabled=self.autocast != torch.float32)
 
     def loss(self, batch: Any) -> Tensor:
-        """The loss of a batch, with dropout where the modules have it."""
+        """Returns the loss of a batch, with dropout if the modules have it."""
         with self.autocasting():
             return self.compute(batch)
 
@@ -204,7 +205,7 @@ class Trained(Lapped):
         return loss.detach()
 
     def output(self) -> Tensor:
-        """Compares gradients without dropout, and then makes a whole step, for the peak of memory."""
+        """Compares gradients without dropout, and then makes a whole step, to measure peak memory."""
         gradients = self._gradients()
         self.run(0)
         return gradients
@@ -228,11 +229,11 @@ class Trained(Lapped):
         return {"padding_waste": 1.0 - self.task.n_tokens / positions, **self._saved(batch)}
 
     def positions(self, batch: Any) -> int:
-        """The number of positions that are computed, padding included."""
+        """Returns the number of computed positions, padding included."""
         return batch["input_ids"].numel()
 
     def _saved(self, batch: Any) -> dict[str, float]:
-        """The bytes kept for the backward pass; and how they grow, in units of H bytes a token and layer."""
+        """Returns the bytes kept for the backward pass, and their growth in units of H bytes a token and layer."""
         whole, few = self._saved_bytes(batch), self._saved_bytes(self.checked)
         more_tokens = self.task.n_tokens - _n_tokens(self.task.checked)
         facts: dict[str, float] = {"saved_bytes": whole}
@@ -251,7 +252,7 @@ def _n_tokens(batch: Batch) -> int:
 
 
 class FastBert(Trained):
-    """Our own model with a head."""
+    """This is our own model with a head."""
 
     name = OURS
 
@@ -263,7 +264,7 @@ class FastBert(Trained):
 
 
 class FastBert32(FastBert):
-    """The same in float32, beside which autocast should be faster."""
+    """This is the same in float32; autocast should be faster."""
 
     name = f"{OURS} float32"
 
@@ -290,7 +291,7 @@ class SDPA(Transformers):
 
 
 class Accelerated(Transformers):
-    """transformers' model after fastbert.accelerate."""
+    """This is transformers' model after fastbert.accelerate."""
 
     name, attention = f"{OURS} accelerated", "sdpa"
 
@@ -302,7 +303,7 @@ class Accelerated(Transformers):
         return facts | ({"note": f"ran as before: {'; '.join(reasons)}"} if reasons else {})
 
     def reasons(self) -> list[str]:
-        """The reasons why calls so far ran by the original forward."""
+        """Returns the reasons why calls so far ran by the original forward."""
         return [reason for reason in acceleration.counts(self.model) if reason != "fastbert"]
 
     def positions(self, batch: Any) -> int:
@@ -310,7 +311,7 @@ class Accelerated(Transformers):
 
 
 class Compiled(SDPA):
-    """transformers' model and loss through torch.compile, for shapes that vary where they do."""
+    """This is transformers' model and loss through torch.compile, for variable shapes if the batches vary."""
 
     name = "transformers compiled"
 
@@ -328,11 +329,11 @@ class Compiled(SDPA):
         return super().output()
 
     def _saved(self, batch: Any) -> dict[str, float]:
-        return {}  # hooks on saved tensors would have it compiled anew
+        return {}  # hooks on saved tensors would compile it again
 
 
 class Flattened(Transformers):
-    """transformers without padding: one row of all tokens, and FlashAttention-2 with the offsets of the texts."""
+    """This is transformers without padding: one row of all tokens, and FlashAttention-2 with the texts' offsets."""
 
     name, attention = "transformers flattened, FlashAttention-2", "flash_attention_2"
 
@@ -369,7 +370,7 @@ class Flattened(Transformers):
 
 
 class Liger(SDPA):
-    """transformers with Liger's LayerNorm in the place of each of PyTorch's."""
+    """This is transformers with Liger's LayerNorm instead of PyTorch's."""
 
     name = "transformers, Liger's layers"
 
@@ -392,7 +393,7 @@ class Liger(SDPA):
 
 
 def train_peers(task: TrainTask) -> list[Trained]:
-    """fastbert, plain PyTorch, the baseline, and all others that are tried on the task's device."""
+    """Returns fastbert, plain PyTorch (the baseline), and all others for the task's device."""
     kinds = [FastBert, Eager, SDPA, Accelerated, Compiled]
     kinds += [Flattened, Liger] if task.device.type == "cuda" else []
     kinds += [FastBert32] if task.dtype != torch.float32 else []

@@ -1,12 +1,11 @@
-"""The probe says in minutes whether every kernel is right, how fast it is, and where a forward loses its time.
+"""The probe finds in minutes whether every kernel is right, how fast it is, and where a forward pass loses its time.
 
     python benchmarks/probe.py --out DIR --seconds 170             on a GPU; run_gpu.sh does it as its part `probe`
     python benchmarks/probe.py --out DIR --dry                     every line of it in small, on the CPU
 
-What is measured is in SECTIONS, the most important first (probe_models.py, probe_kernels.py, probe_gemms.py). Each
-piece is a row in DIR/probe.json, written at once, with its error against float64; a piece that raises is a row that
-says so, and the rest goes on. Where a kernel takes the CUDA context with it, another process goes on with the next
-section.
+SECTIONS lists the measurements, the most important first (probe_models.py, probe_kernels.py, probe_gemms.py). Each
+piece is a row in DIR/probe.json, written at once, with its error against float64. If a piece raises, its row holds the
+error, and the other pieces run. If a kernel destroys the CUDA context, another process continues with the next section.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ LOST = 3  # exit code: the CUDA context is lost
 
 @dataclass(frozen=True)
 class Section:
-    """weight: its share of the time, beside the others'."""
+    """A Section has a weight, its share of the time relative to the others."""
 
     run: Callable[[Probe], None]
     weight: float
@@ -55,7 +54,7 @@ SECTIONS = {
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """The probe's part of a summary: a heading for each section, and a line for each row."""
+    """Yields the probe's part of a summary: a heading for each section, and a line for each row."""
     lines_of_text: list[str] = []
     section = ""
     for row in rows:
@@ -77,9 +76,9 @@ def run(
     say: Callable[[str], None] = print,
     command: Sequence[str] = (sys.executable, str(Path(__file__).resolve())),
 ) -> int:
-    """Runs all sections in a process of their own, and after one that lost its context the rest in another.
+    """Runs all sections in one separate process. If a section loses the context, another process runs the rest.
 
-    Returns an exit code: 1 where a piece failed. command: what starts a process, for tests.
+    Returns an exit code: 1 if a piece failed. command: the command that starts a process, for tests.
     """
     (out / FILE).unlink(missing_ok=True)
     deadline, left, ended = Deadline(seconds), list(SECTIONS), 0
@@ -127,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def probe_all(probe: Probe, names: Sequence[str]) -> int:
-    """Runs the sections within their shares of the time; the exit code of `main`."""
+    """Runs the sections within their shares of the time. Returns the exit code of `main`."""
     whole = probe.deadline
     for number, name in enumerate(names):
         section = SECTIONS[name]
@@ -150,4 +149,4 @@ def probe_all(probe: Probe, names: Sequence[str]) -> int:
 if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
-    os._exit(code)  # a lost CUDA context can fail, or hang, in what runs at exit
+    os._exit(code)  # with a lost CUDA context, functions that run at exit can fail or hang

@@ -1,4 +1,4 @@
-"""The probe measures linears in these sections, by kernel and tile. T tokens, K and M a weight's sizes."""
+"""The probe measures linears in these sections, by kernel and tile. T is the number of tokens; a weight is (M, K)."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 BF16 = torch.bfloat16
 TOKENS, FEW = 16384, 64  # of a kernel's case; in small
 CHECKED = 256  # rows of a GEMM that are compared with float64
-# Model, product of a layer and activation of each linear.
+# Model, linear of a layer, and its activation.
 GEMMS = (
     ("BERT-base", "up", "gelu"), ("BERT-base", "qkv", "none"), ("BERT-base", "out", "none"),
     ("BERT-base", "down", "none"), ("BERT-large", "up", "gelu"), ("BERT-large", "down", "none"),
 )  # fmt: skip
-# Kernel; rows, columns, K, warps, stages of its tile; options. Today's first, specialised warps last.
+# Kernel; rows, columns, K, warps, stages of its tile; options. The present default is first, specialised warps are
+# last.
 TILES: tuple[tuple[str, tuple[int, int, int, int, int], dict[str, int]], ...] = (
     ("linear_persistent", (128, 256, 64, 8, 3), {}),
     ("linear_persistent", (128, 128, 64, 8, 4), {}),

@@ -1,4 +1,6 @@
-"""The probe measures single kernels in these sections. T tokens, H hidden, K and M a weight's sizes."""
+"""The probe measures single kernels in these sections. T is the number of tokens, H the hidden size; a weight is (M,
+K).
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ TOKENS, FEW = 16384, 64  # of a kernel's case; in small
 
 
 def measure_ceilings(probe: Probe) -> None:
-    """Measures the copy and the products that other numbers are held against; in 8 bits as libraries do them."""
+    """Measures the copy and the products with which other numbers are compared, in 8 bits by the libraries."""
 
     def usual() -> None:
         values = ceilings.cached(probe.device, probe.recorder.path.parent, quick=probe.tiny)
@@ -59,7 +61,7 @@ ATTENTION = ((128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3),
 
 
 def measure_attention(probe: Probe) -> None:
-    """Measures attention in bf16, D = 64, by tile and lengths, beside SDPA; also with the list of tiles of a graph."""
+    """Measures attention in bf16, D = 64, by tile and lengths, beside SDPA, and also with a graph's list of tiles."""
     sizes = (FEW, 2, 16) if probe.tiny else (TOKENS, 12, 64)
     for kind in ("queries", "S32") if probe.tiny else ("S512", "S128", "squad", "queries"):
         measure_attention_on(probe, kind, *sizes)
@@ -83,7 +85,7 @@ def measure_attention_on(probe: Probe, kind: str, n: int, heads: int, d: int) ->
         config = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "BLOCK_D": d, "num_warps": warps, "num_stages": stages}
         tiles, row_spans = work_list.build_work_list(batch.cu_seqlens_cpu.numpy(), block_q)
         lists = {"": tiles}
-        if stages == 3:  # what fills lists of graphs up: programs without rows
+        if stages == 3:  # fills lists of graphs up: programs without rows
             for name, length in (("dense", work_list.dense_tiles), ("longest", work_list.max_tiles)):
                 static = torch.zeros(max(length(n, block_q), len(tiles)), tiles.shape[1], dtype=torch.int32)
                 static[: len(tiles)] = tiles
@@ -103,7 +105,7 @@ def measure_attention_on(probe: Probe, kind: str, n: int, heads: int, d: int) ->
 def measure_specialized(
     probe: Probe, qkv: Tensor, batch: Any, heads: int, kind: str, work: Work, exact: Tensor
 ) -> None:
-    """Measures attention with warps that only fetch keys, where the architecture has it."""
+    """Measures attention with warps that only fetch keys, if the architecture supports it."""
     from fastbert_kernels import attention, attention_specialized, launch, work_list
 
     if launch.arch(qkv.device) != attention_specialized.ARCH:
@@ -143,14 +145,14 @@ def measure_rows_of(probe: Probe, n: int, h: int) -> None:
         exact = F.normalize(x.double().view(-1, length, h).mean(1), dim=1)
         name = f"pooling, texts of {length}"
         probe.measure(f"{n} x {h}", name, partial(pool, batch), work=Work(0.0, 2.0 * n * h), exact=exact)
-    short = packing.from_lengths([min(n, 512)], probe.device)  # one text, on which a single program works
+    short = packing.from_lengths([min(n, 512)], probe.device)  # one text, which occupies only one program
     exact = F.normalize(x[: short.n_tokens].double().mean(0, keepdim=True), dim=1)
     work = Work(0.0, 2.0 * short.n_tokens * h)
     probe.measure(f"{short.n_tokens} x {h}", "pooling, one text", partial(pool, short), work=work, exact=exact)
 
 
 def measure_eight_bit(probe: Probe) -> None:
-    """Measures the 8-bit linears of BERT-large by both kernels and by libraries, as the kernel suite has them."""
+    """Measures the 8-bit linears of BERT-large by both kernels and by libraries, as in the kernel suite."""
     sizes = (64, 128, 2) if probe.tiny else suite_kernels.MODELS["BERT-large"]
     for precision in ("fp8", "int8"):
         obstacle = quantized.device_obstacle(precision, probe.device)
@@ -174,7 +176,7 @@ def _output(peer: Any, out: Any) -> Tensor:
 
 
 def measure_copies(probe: Probe) -> None:
-    """Measures whether positions that are copied from the host wait for what the GPU is doing."""
+    """Measures whether positions that are copied from the host wait for the GPU's work."""
     for n in (4,) if probe.tiny else (4, 32, 128):
         probe.attempt(f"{n} texts of 512", "from_lengths", partial(measure_copy, probe, n), "int64")
 

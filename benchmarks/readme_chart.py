@@ -1,10 +1,10 @@
-"""The chart of the README: how many tokens a second each library turns from text into vectors.
+"""This module makes the chart of the README: how many tokens a second each library turns from text into vectors.
 
     python benchmarks/report.py --readme
 
-draws it as docs/speed.svg, from the newest results that have a contest of throughput in the text suite, and writes its
-caption between the two markers of README.md. The numbers also stand in the file as text (<desc>), one line a bar, so
-that a test can compare them with the committed results where matplotlib is not installed.
+draws it as docs/speed.svg, from the newest results that have a contest of throughput in the text suite. It also writes
+the caption between the two markers of README.md. The file also has the numbers as text (<desc>), one line a bar. So a
+test can compare them with the committed results without matplotlib.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ XMLNS = 'xmlns="http://www.w3.org/2000/svg"'
 
 @dataclass(frozen=True)
 class Headline:
-    """The contest of the chart, and the machine on which it was measured."""
+    """A Headline is the contest of the chart, and the machine on which it was measured."""
 
     contest: Contest
     environment: Mapping[str, object]
 
     @property
     def rows(self) -> list[Row]:
-        """The competitors that ran, the fastest first."""
+        """Returns the competitors that ran, the fastest first."""
         ran = [row for row in self.contest.rows if row.status == OK and row.tokens_per_second is not None]
         return sorted(ran, key=lambda row: -_speed(row))
 
@@ -43,17 +43,17 @@ class Headline:
 
     @property
     def workload(self) -> str:
-        """The head of the chart's one panel: what all competitors encode."""
+        """Returns the head of the chart's one panel: the workload of all competitors."""
         ours = self.contest.ours
         counts = "" if ours is None else f", {ours.items} texts with {ours.tokens:,} tokens in all"
         return f"{self.contest.workload}{counts}, {short_dtype(self.contest.dtype)}"
 
     def lines(self) -> list[str]:
-        """One line a bar: the competitor and its speed."""
+        """Returns one line for each bar: the competitor and its speed."""
         return [f"{self.contest.name_of(row)}: {si(_speed(row))} tokens/s" for row in self.rows]
 
     def svg(self) -> str:
-        """The chart as a file that stands alone: dark on white, in a light and in a dark page."""
+        """Returns the chart as a complete file: dark on white, in a light and in a dark page."""
         names = [self.contest.name_of(row) for row in self.rows]
         cells: dict[tuple[int, int], Bar | str] = {
             (i, 0): Bar(_speed(row) / 1000, si(_speed(row)), BLUE if row.competitor == OURS else GREY)
@@ -67,7 +67,7 @@ class Headline:
         return f'{head}</title><desc>{data}</desc><rect width="100%" height="100%" fill="white"/>{rest.rstrip()}\n'
 
     def caption(self) -> str:
-        """The caption under the chart."""
+        """Returns the caption under the chart."""
         ours = self.contest.ours
         first = f"![{self.title}. {'; '.join(self.lines())}.]({CHART.as_posix()})"
         if ours is None or ours.tokens_per_second is None:
@@ -87,7 +87,7 @@ def _speed(row: Row) -> float:
 
 
 def headline(results_by_folder: Mapping[Path, Results]) -> Headline | None:
-    """The first contest of throughput in the text suite of the newest results that have one."""
+    """Returns the first contest of throughput in the text suite of the newest results that have one."""
     for results in sorted(
         results_by_folder.values(), key=lambda results: str(results.environment.get("date")), reverse=True
     ):

@@ -1,9 +1,9 @@
-"""The numbers of docs/numbers.md: a short table for each device, from its newest committed results.
+"""This module makes the numbers of docs/numbers.md: a short table for each device, from its newest committed results.
 
     python benchmarks/report.py --readme
 
-rewrites what stands between the two markers in docs/numbers.md, and in README.md the caption of its chart
-(readme_chart.py). Tests compare both with what the committed results give, so no number gets there by hand.
+rewrites the text between the two markers in docs/numbers.md, and the caption of the chart in README.md
+(readme_chart.py). Tests compare both with the committed results, so no number gets there by hand.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fastbert.pages.markdown import markdown_table, markdown_text
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 DEVICE_TYPES = {"cuda": "GPU", "cpu": "CPU"}
-LEFT_OUT = ("kernel", "start", "host")  # suites whose name begins so: single operations, what happens once, the host
+LEFT_OUT = ("kernel", "start", "host")  # suites whose name begins so: single operations, one-time work, the host
 HEADER = ("suite", "fastbert, valid tokens/s", "faster than the fastest peer", "faster than the median peer")
 
 
 def section(folders: Mapping[Path, Results]) -> str:
-    """The text between the markers, of the newest of these folders for each device, the newest device first."""
+    """Returns the text between the markers, from the newest folder for each device, the newest device first."""
     newest: dict[tuple[str, str], tuple[str, Path, Results]] = {}
     for folder, results in sorted(folders.items()):
         kind, device, date = (str(results.environment.get(name)) for name in ("device_type", "device", "date"))
@@ -64,7 +64,7 @@ def _device(title: str, folder: Path, results: Results) -> str:
 
 
 def _not_everywhere(all_contests: Sequence[Contest]) -> str:
-    """Peers that were missing, failed or wrong, and in how many of their contests."""
+    """Returns the peers that were missing, failed or wrong, and in how many of their contests."""
     statuses: dict[str, Counter[str]] = {}
     for contest in all_contests:
         for row in contest.peers:
@@ -78,7 +78,7 @@ def _not_everywhere(all_contests: Sequence[Contest]) -> str:
 
 
 def _line(name: str, group: Sequence[Contest]) -> Line:
-    """Speeds of fastbert, its ratios to the fastest and to the median peer of each workload."""
+    """Returns the speeds of fastbert, and its ratios to the fastest and to the median peer of each workload."""
     over_best: list[float] = []
     over_median: list[float] = []
     best: Counter[str] = Counter()
@@ -97,13 +97,13 @@ def _line(name: str, group: Sequence[Contest]) -> Line:
 
 
 def _mean(ratios: Sequence[float]) -> str:
-    """The geometric mean, with the range where there are several."""
+    """Returns the geometric mean, with the range if there are several values."""
     text = times(geometric_mean(ratios))
     return text if len(ratios) == 1 else f"{text} ({times(min(ratios))} to {times(max(ratios))})"
 
 
 def _speeds(group: Sequence[Contest]) -> str:
-    """Valid tokens/s from the slowest workload to the fastest, and what came of those without."""
+    """Returns valid tokens/s from the slowest workload to the fastest, and the status of workloads without a speed."""
     ours: list[Row] = [contest.ours for contest in group if contest.ours is not None]
     speeds = sorted(row.tokens_per_second for row in ours if row.tokens_per_second is not None and row.status == OK)
     ends = list(dict.fromkeys(si(speed) for speed in (speeds[:1] + speeds[-1:])))
@@ -113,9 +113,9 @@ def _speeds(group: Sequence[Contest]) -> str:
 
 
 def committed(results: Path) -> list[Path]:
-    """The folders with committed (or staged) results; all of them outside a git checkout.
+    """Returns the folders with committed (or staged) results; outside of a git checkout all of them.
 
-    Folders inside these hold results of other kinds, such as those of fine-tuning, and are left out.
+    Folders inside of these hold other results, such as those of fine-tuning, and are left out.
     """
     try:
         args = ["git", "-C", str(results.parent), "ls-files", "-z", "--", results.name]
@@ -127,18 +127,18 @@ def committed(results: Path) -> list[Path]:
 
 
 def rewrite(page: Path, text: str) -> None:
-    """Replaces what is between the markers by the text."""
+    """Replaces the text between the markers."""
     before, _, after = _parts(page)
     write_text(page, f"{before}{START}\n{text}\n{END}{after}")
 
 
 def written(page: Path) -> str:
-    """The text that stands between the markers now."""
+    """Returns the present text between the markers."""
     return _parts(page)[1].strip("\n")
 
 
 def _parts(page: Path) -> tuple[str, str, str]:
-    """Before, between and after the markers. Raises ValueError if the file has not each of them once, in order."""
+    """Returns the text before, between and after the markers. Raises ValueError unless each is there once, in order."""
     content = page.read_text(encoding="utf-8")
     before, start, rest = content.partition(START)
     text, end, after = rest.partition(END)

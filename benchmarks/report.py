@@ -1,4 +1,4 @@
-"""The page of a folder of results, and the numbers and the chart of the README and of docs/.
+"""This script makes the page of a folder of results, and the numbers and the chart of the README and of docs/.
 
     python benchmarks/report.py                                 the newest folder in benchmarks/results
     python benchmarks/report.py benchmarks/results/FOLDER       index.md and index.html in that folder
@@ -28,10 +28,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def load(path: Path) -> Results:
-    """The results of a file, or of all *.json files of a folder as one.
+    """Returns the results of a file, or all *.json files of a folder joined into one.
 
-    Raises ValueError, with the name of the file or folder, if there are none, if one is cut short, of another version
-    or something else, or if they come from different devices.
+    Raises ValueError with the name of the file or folder in these cases: there is no file; a file is cut short, has
+    another version or is no result file; or the files come from different devices.
     """
     if not path.is_dir():
         return Results.load(path)
@@ -42,9 +42,9 @@ def load(path: Path) -> Results:
 
 
 def combined(parts: dict[str, Results], where: str) -> Results:
-    """Several results of one device as one. Notes get the name of their file, and environments that differ are joined.
+    """Joins several results of one device. Notes get the name of their file, and different environments are joined.
 
-    Of ceilings that two files have, those of the later file count.
+    If two files have ceilings, those of the later file count.
     """
     devices = {name: part.environment.get("device") for name, part in parts.items()}
     if len(set(devices.values())) > 1:
@@ -61,7 +61,7 @@ def combined(parts: dict[str, Results], where: str) -> Results:
 
 
 def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Both environments in one; of dates the later, of other things that differ "this / that"."""
+    """Joins two environments. Of dates it takes the later; of other differences it writes "this / that"."""
     joined = dict(one)
     for key, value in other.items():
         before = joined.get(key)
@@ -77,12 +77,12 @@ def _joined(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def folders(results: Path = RESULTS) -> dict[Path, Results]:
-    """Every folder of results, read."""
+    """Reads every folder of results."""
     return {folder: load(folder) for folder in sorted(results.glob("*/")) if any(folder.glob("*.json"))}
 
 
 def newest(results: Path = RESULTS) -> Path:
-    """The folder with the latest results. Raises ValueError if there is none."""
+    """Returns the folder with the latest results. Raises ValueError if there is none."""
     results_by_folder = folders(results)
     if not results_by_folder:
         raise ValueError(f"{results}: no folder with result files in it; run `make bench` first")
@@ -90,7 +90,7 @@ def newest(results: Path = RESULTS) -> Path:
 
 
 def write_pages(results: Results, out: Path) -> list[Path]:
-    """The page, at `out` if that is named .md or .html, else as index.md and index.html in the folder `out`."""
+    """Writes the page to `out` if that is named .md or .html, else to index.md and index.html in the folder `out`."""
     pages = [out] if out.suffix.lower() in (".md", ".html") else [out / "index.md", out / "index.html"]
     title = f"fastbert on {results.environment.get('device') or 'an unknown device'}"
     for page in pages:
@@ -99,7 +99,9 @@ def write_pages(results: Results, out: Path) -> list[Path]:
 
 
 def write_readme(root: Path, results_by_folder: Mapping[Path, Results]) -> list[Path]:
-    """The table of docs/numbers.md, the chart docs/speed.svg and its caption in README.md. Gives the files written."""
+    """Writes the table of docs/numbers.md, the chart docs/speed.svg and its caption in README.md. Returns the written
+    files.
+    """
     numbers, chart, readme = root / "docs" / "numbers.md", root / readme_chart.CHART, root / "README.md"
     readme_figures.rewrite(numbers, readme_figures.section(results_by_folder))
     headline = readme_chart.headline(results_by_folder)
@@ -111,7 +113,7 @@ def write_readme(root: Path, results_by_folder: Mapping[Path, Results]) -> list[
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 written, 1 something is wrong with the results."""
+    """Returns the exit code: 0 for written, 1 for invalid results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, metavar="RESULTS_DIR", help="default: the newest folder")
     parser.add_argument("--out", type=Path, metavar="PATH", help="page (.md, .html) or folder; default: RESULTS_DIR")

@@ -1,15 +1,16 @@
-"""Servers of embeddings are asked by 1, 2, 8 and 64 callers: requests and tokens a second, and the time of an answer.
+"""1, 2, 8 and 64 callers send requests to servers of embeddings: requests and tokens a second, and the time of an
+answer.
 
 Usage: `python benchmarks/serve_load.py --model FOLDER [--seconds 10] [--latency] [--out FILE.json]`. It starts the
-servers one after the other: `fastbert serve`, a plain one of sentence-transformers, and infinity and vLLM where they
-are installed. Both need other versions than this project does: `--python infinity=PATH/bin/python` names the
-environment of one. A server that runs already is named by `--server NAME=URL`. So must text-embeddings-inference be,
-which is built or comes as a container: no package registry of Python, npm or Debian has it.
+servers one after the other: `fastbert serve`, a plain one of sentence-transformers, and infinity and vLLM if they are
+installed. These two need other versions than this project: `--python infinity=PATH/bin/python` names the environment of
+one. `--server NAME=URL` names a server that runs already. text-embeddings-inference needs this option, because it is
+built or comes as a container: no package registry of Python, npm or Debian has it.
 
 Each request has one text, a docstring of Python's library. Answers are base64. `encode` in the table is
 `SentenceEncoder.encode` in this process, a text at a time, without HTTP. `--latency` compares it, in turn, by the
-length of texts, with one caller of `fastbert serve` and of two servers that show what HTTP alone takes: "encode in
-starlette" calls `encode` where it reads the request, and "starlette" always answers the same vector.
+length of texts, with one caller of `fastbert serve` and of two servers that show the cost of HTTP alone. "encode in
+starlette" calls `encode` in the thread that reads the request, and "starlette" always answers the same vector.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from fastbert.bench import texts  # noqa: E402
 
 Inputs = list[tuple[str, int]]  # texts and their tokens
 LENGTHS = (8, 32, 128)  # tokens, of `--latency`
-IN_TURN = 10  # texts that one side computes before the other does
+IN_TURN = 10  # texts that one side computes before the other side
 
 SIDES = (serve_rivals.OURS, serve_rivals.INLINE, serve_rivals.BARE)  # beside encode, of `--latency`
 HEAD = f"{'server':32} {'callers':>7} {'requests/s':>11} {'tokens/s':>9} {'p50 ms':>8} {'p99 ms':>8}"
@@ -48,7 +49,7 @@ HEAD = f"{'server':32} {'callers':>7} {'requests/s':>11} {'tokens/s':>9} {'p50 m
 
 @dataclass(frozen=True)
 class Row:
-    """A Row is what some callers saw of a server. seconds: of each answer."""
+    """A Row has the measurements of some callers of a server. seconds: of each answer."""
 
     server: str
     n_callers: int
@@ -57,7 +58,7 @@ class Row:
     seconds: list[float]
 
     def facts(self) -> dict[str, Any]:
-        """Returns what is kept of it."""
+        """Returns the values to keep."""
         return {
             "server": self.server,
             "callers": self.n_callers,
@@ -90,7 +91,7 @@ class Connection:
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def ask(self, text: str) -> bytes:
-        """Returns the answer to a request with one text. Raises RuntimeError for any other status than 200."""
+        """Returns the answer to a request with one text. Raises RuntimeError for any status except 200."""
         body = json.dumps({"model": "model", "input": text, "encoding_format": "base64"}).encode()
         lines = (b"POST /v1/embeddings HTTP/1.1", b"Host: " + self._host, b"Content-Type: application/json")
         self._socket.sendall(b"\r\n".join((*lines, b"Content-Length: %d" % len(body), b"", body)))
@@ -117,7 +118,7 @@ class Connection:
 
 
 def ask(name: str, url: str, inputs: Inputs, n_callers: int, seconds: float) -> Row:
-    """Lets that many callers ask for that long, one request after the other each."""
+    """Lets so many callers send requests for so many seconds, one request after the other each."""
     end = time.perf_counter() + seconds
     took: list[float] = []
     n_tokens: list[int] = []
@@ -157,14 +158,14 @@ def alone(encode: Callable[[str], object], inputs: Inputs, seconds: float) -> Ro
 
 
 def in_turn(sides: list[Callable[[str], object]], some: list[str], seconds: float) -> list[list[float]]:
-    """Returns how long each side took for texts, some of which it computes before the next side has its turn."""
+    """Returns the time of each side for the texts. The sides take turns with some texts each."""
     took: list[list[float]] = [[] for _ in sides]
     end, place = time.perf_counter() + seconds, 0
     while time.perf_counter() < end:
         block = [some[(place + i) % len(some)] for i in range(IN_TURN)]
         place += IN_TURN
         for side, own in zip(sides, took, strict=True):
-            side(block[-1])  # the other side has had the caches
+            side(block[-1])  # the caches hold the other side's data
             for text in block:
                 start = time.perf_counter()
                 side(text)
@@ -177,7 +178,7 @@ def print_latency(
 ) -> list[dict[str, Any]]:
     """Prints the p25 and p50 of `encode` and of one caller of each server, for texts of some lengths and for all.
 
-    Ratios are over `encode`. Returns what it printed.
+    Ratios are over `encode`. Returns the printed text.
     """
     connections = [Connection(name, url) for name, url in urls.items()]
     rows: list[dict[str, Any]] = []
@@ -213,11 +214,11 @@ def main() -> None:
     parser.add_argument("--server", action="append", default=[], metavar="NAME=URL", help="one that runs already")
     options = parser.parse_args()
     if options.threads is not None:
-        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # which PyTorch reads when it is loaded
+        os.environ["OMP_NUM_THREADS"] = str(options.threads)  # PyTorch reads this when it is loaded
 
     from fastbert import SentenceEncoder
 
-    logging.getLogger("fastbert").setLevel(logging.ERROR)  # longer texts are cut, and encode says so of each
+    logging.getLogger("fastbert").setLevel(logging.ERROR)  # longer texts are truncated, and encode reports each one
     encoder = SentenceEncoder.from_pretrained(options.model, device="cpu", dtype="float32")
     some = texts.spread(texts.docstrings(), options.texts)
     limit = encoder.max_seq_length
@@ -247,7 +248,7 @@ def main() -> None:
         try:
             with serve_rivals.started(name, options.model, python) as url:
                 rows += _measure(f"{name} {version or ''}".strip(), url, inputs, options)
-        except RuntimeError as error:  # a rival that fails is no reason to leave out the next
+        except RuntimeError as error:  # a failed rival does not stop the next one
             print(f"{name:32} {str(error).strip().splitlines()[-1]}", flush=True)
     for each in options.server:
         name, _, url = each.partition("=")
@@ -256,7 +257,7 @@ def main() -> None:
 
 
 def _measure(name: str, url: str, inputs: Inputs, options: argparse.Namespace) -> list[Row]:
-    ask(name, url, inputs, 2, min(options.seconds, 2.0))  # warm
+    ask(name, url, inputs, 2, min(options.seconds, 2.0))  # warm-up
     rows = []
     for n_callers in options.callers:
         rows.append(ask(name, url, inputs, n_callers, options.seconds))
@@ -269,7 +270,7 @@ def _name_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _save(path: Path | None, part: str, rows: list[dict[str, Any]]) -> None:
-    """Writes rows and their machine into a part of a file. What the part has of other servers or texts stays."""
+    """Writes rows and their machine into a part of a file. Rows of other servers or texts in the part stay."""
     if path is None:
         return
     import torch

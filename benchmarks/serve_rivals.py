@@ -1,4 +1,5 @@
-"""Servers of embeddings that a load tool starts: `fastbert serve` and its rivals, each in a process and an environment.
+"""A load tool starts these servers of embeddings: `fastbert serve` and its rivals, each in a process and an
+environment.
 
 All of them answer OpenAI's `/v1/embeddings`, and call the model "model".
 """
@@ -21,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_TO_START = 300
 
-# starlette is what FastAPI stands on: without FastAPI's checks, it is a little faster than the tutorials' server.
+# FastAPI is built on starlette. Without FastAPI's checks, this is a little faster than the tutorials' server.
 PLAIN = """
 import asyncio, base64, sys
 import numpy as np, uvicorn
@@ -44,7 +45,7 @@ app = Starlette(routes=[Route("/v1/embeddings", embeddings, methods=["POST"]), R
 uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, log_level="warning")
 """
 
-# What HTTP takes: with `encode` in the thread of the event loop, and with nothing that is computed.
+# The cost of HTTP: with `encode` in the thread of the event loop, and without any computation.
 FLOOR = """
 import base64, json, os, sys
 import uvicorn
@@ -70,8 +71,8 @@ uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, log_level="warni
 
 @dataclass(frozen=True)
 class Kind:
-    """A Kind of server. packages: one of them has it, whose version is told. command: arguments of Python, for a folder
-    and a port. ready: the route that says 200 when it can be asked.
+    """A Kind is a kind of server. packages: one of them has it, and its version is shown. command: arguments of Python,
+    for a folder and a port. ready: the route that answers 200 when the server is ready.
     """
 
     packages: tuple[str, ...]
@@ -112,7 +113,7 @@ RIVALS = (OURS, "sentence-transformers", "infinity", "vllm")
 
 
 def version_of(python: str, *packages: str) -> str | None:
-    """Returns the version of the first package that is in the environment of a Python, None where none is."""
+    """Returns the version of the first package in the environment of a Python, or None if there is none."""
     for package in packages:
         code = f"import importlib.metadata as m; print(m.version({package!r}))"
         done = subprocess.run([python, "-c", code], capture_output=True, text=True)
@@ -129,7 +130,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(name: str, folder: str, python: str = sys.executable) -> Iterator[str]:
-    """Starts a server, and gives its address when it is ready. Raises RuntimeError with its last words."""
+    """Starts a server, and gives its address when it is ready. Raises RuntimeError with the end of its output."""
     kind, port = KINDS[name], free_port()
     env = {**os.environ, **kind.env}
     if name in (OURS, INLINE):

@@ -1,4 +1,4 @@
-"""A `Session` is one run of `pytest benchmarks` on one device: it shares time among cases and keeps their rows."""
+"""A `Session` is one run of `pytest benchmarks` on one device. It shares time among cases and keeps their rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ TIME_UP = "the time was up (--minutes, BENCH_MINUTES)"
 
 
 class Session:
-    """cases: those that `run` will be asked for. model: the checkpoint of the text suite, None for the usual one.
+    """A Session runs cases. cases: those that `run` gets. model: the checkpoint of the text suite, None for the usual
+    one.
 
     Ceilings are measured when the first case runs.
     """
@@ -37,14 +38,14 @@ class Session:
         return self.schedule.deadline.left
 
     def recorder(self, suite: str) -> Recorder:
-        """The result file of a suite, in the session's folder."""
+        """Returns the result file of a suite, in the session's folder."""
         if suite not in self._recorders:
             measured_ceilings = ceilings.cached(self.device, self.folder, quick=self.quick)
             self._recorders[suite] = Recorder(self.folder / f"{suite}.json", self.device, measured_ceilings)
         return self._recorders[suite]
 
     def run(self, case: Case) -> Outcome | None:
-        """Holds the contest of a case and saves its rows; None, with a note, where there is no time for it."""
+        """Holds the contest of a case and saves its rows. Returns None, with a note, if there is no time for it."""
         recorder = self.recorder(case.suite)
         with self.schedule.turn(case) as seconds:
             if seconds is None:

@@ -1,7 +1,7 @@
 """This driver for Triton loads and launches nothing, so that the path to a launch runs without a GPU.
 
-Kernels are compiled for sm_90, and all the Python of a launch runs, that of Triton's own launcher included. For
-processes without TRITON_INTERPRET: `install()` before the first launch.
+Kernels are compiled for sm_90, and all the Python of a launch runs, including Triton's own launcher. It is for
+processes without TRITON_INTERPRET: call `install()` before the first launch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Driver:
         outer = self
 
         class Launcher(nvidia.CudaLauncher):
-            """Triton's launcher of a kernel without what it compiles, which is the call of CUDA's driver."""
+            """A Launcher is Triton's launcher of a kernel without its compiled part, which calls CUDA's driver."""
 
             def __init__(self, source: Any, metadata: Any) -> None:
                 signature, descriptors = dict(source.signature), getattr(metadata, "tensordesc_meta", None)

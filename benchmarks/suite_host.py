@@ -1,7 +1,7 @@
-"""The host suite times what the host does for a batch on a GPU, on any machine, with a driver that launches nothing.
+"""The host suite times the host's work for a batch on a GPU, on any machine, with a driver that launches nothing.
 
-host_child.py measures, in a process of its own, since it lets CPU tensors stand for those of a GPU. A row is one
-operation, layer or forward pass; `bar_seconds` says what it should stay under.
+host_child.py measures in its own process, since it lets CPU tensors stand for those of a GPU. A row is one operation,
+layer or forward pass. `bar_seconds` is the limit that it should stay under.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ ROOT = SCRIPT.parent.parent
 COMPILING = 240.0  # seconds that compiling may take beside the timing, on a busy machine
 DTYPE = "bfloat16"
 
-# What a launch, a layer of BERT-base and a replay should stay under, in seconds.
+# The limits of a launch, a layer of BERT-base and a replay, in seconds.
 BARS = {
     "kernel alone": 12e-6, "layer, plain path": 90e-6, "replay, before the launch": 40e-6, "replay, in all": 60e-6,
 }  # fmt: skip
 
 
 def run(seconds: float = 20.0) -> list[Row]:
-    """The rows; one that FAILED, with the reason, where the process does."""
+    """Returns the rows. If the process fails, the row is FAILED, with the reason."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     command = [sys.executable, str(SCRIPT), "--seconds", str(seconds)]
@@ -46,7 +46,9 @@ def run(seconds: float = 20.0) -> list[Row]:
 
 
 def rows(measured: list[dict[str, Any]]) -> Iterator[Row]:
-    """A row for each measurement of host_child.py; a layer's is the whole encoder's over the number of layers."""
+    """Returns a row for each measurement of host_child.py. A layer's row is the whole encoder's time over the number of
+    layers.
+    """
     for each in measured:
         row = Row(SUITE, each["workload"], OURS, DTYPE, OK)
         n = each["n"] or 1

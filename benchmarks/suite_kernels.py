@@ -1,8 +1,8 @@
-"""The kernel suite holds each fused operation against eager PyTorch, torch.compile and the best library kernel.
+"""The kernel suite compares each fused operation with eager PyTorch, torch.compile and the best library kernel.
 
-On a GPU: T tokens in the shapes of three models, device events, L2 overwritten before each sample, inputs that rotate.
-On a CPU, in a short form: the cpu backend on packed tokens against PyTorch on the padded batch. Forward only; the train
-suite has attention's backward pass.
+On a GPU it runs T tokens in the shapes of three models, with device events, L2 overwritten before each sample, and
+inputs that rotate. On a CPU it is short: the cpu backend on packed tokens against PyTorch on the padded batch. It runs
+forward only; the train suite has attention's backward pass.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fastbert.ops import packing
 SUITE = "kernels"
 EAGER = "PyTorch eager"
 MODELS = {"BERT-base": (768, 3072, 12), "BERT-large": (1024, 4096, 16), "MiniLM": (384, 1536, 12)}  # H, I, N
-WEIGHT = 0.4  # of a case, where those of models have about 1
+WEIGHT = 0.4  # weight of a case; those of models have about 1
 INPUT_SETS = 2
 CHECKED = 4  # sequences at either end whose output is checked; the operations' own tests check everything
 CPU_TOKENS = 2048
 
-# (model, tokens, dtype), the most telling first: what the time does not reach is left out.
+# (model, tokens, dtype), the most informative first, because a run may end before the last one.
 CUDA_ROUNDS = (
     ("BERT-base", 16384, "bfloat16"),
     ("BERT-large", 16384, "bfloat16"),
@@ -45,7 +45,7 @@ CPU_LENGTHS = {Attention.name: ("squad", "S128")}
 
 
 class Contender(Peer):
-    """One function on rotating inputs. pick: the checked part of its output. compiled: through torch.compile."""
+    """A Contender is a function on rotating inputs. pick: the checked part of its output. compiled: torch.compile."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Contender(Peer):
 
 
 def cases(device_type: str) -> list[Case]:
-    """The cases for "cuda" or "cpu", the most important first."""
+    """Returns the cases for "cuda" or "cpu", the most important first."""
     if device_type == "cuda":
         return [
             _case(device_type, op, model, tokens, dtype, lengths)
@@ -93,7 +93,7 @@ def cases(device_type: str) -> list[Case]:
 
 
 def lengths_of(kind: str, tokens: int) -> tuple[int, ...]:
-    """Sequences of `tokens` in all: "S512" (all of one length), "squad" or "queries" (see workloads)."""
+    """Returns sequences of `tokens` in all: "S512" (all of one length), "squad" or "queries" (see workloads)."""
     if kind.startswith("S"):
         return (int(kind[1:]),) * (tokens // int(kind[1:]))
     drawn = workloads.squad if kind == "squad" else workloads.queries
@@ -108,7 +108,7 @@ def lengths_of(kind: str, tokens: int) -> tuple[int, ...]:
 def build(
     op_type: type[Op], sizes: tuple[int, int, int], lengths: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Built:
-    """The contest of one operation on sequences of these lengths."""
+    """Builds the contest of one operation on sequences of these lengths."""
     torch.manual_seed(0)
     shape = Shape(*sizes, lengths, dtype, device)
     op = op_type(shape)
@@ -158,11 +158,11 @@ def library_peers(
     padded: Sequence[tuple[Tensor, ...]],
     pick: Callable[[Tensor], Tensor],
 ) -> Iterator[Peer]:
-    """The best library kernels for an operation, beyond those that eager PyTorch calls."""
+    """Returns the best library kernels for an operation, beyond those that eager PyTorch calls."""
     shape = op.shape
     on_cpu = "needs an NVIDIA GPU" if shape.device.type == "cpu" else None
     if isinstance(op, LinearGelu) and on_cpu is None:
-        # The GELU in cuBLASLt's epilogue is the tanh form: not BERT's function, near enough to be a peer.
+        # The GELU in cuBLASLt's epilogue is the tanh form. It is not BERT's function, but near enough for a peer.
         yield Contender("cuBLASLt tanh GELU", _addmm_gelu, packed, pick)
     if not isinstance(op, Attention):
         return
@@ -178,7 +178,7 @@ def library_peers(
 
 
 def warm(device: torch.device, model: str, dtype: str) -> None:
-    """Runs each kernel of a model once on a few tokens, which compiles it."""
+    """Runs each kernel of a model once on a few tokens, to compile it."""
     for op in OPS.values():
         shape = Shape(*MODELS[model], (40, 24), getattr(torch, dtype), device)
         instance = op(shape)

@@ -1,7 +1,7 @@
 """The model suite goes from token ids to hidden states, over the workloads (a) to (e) of workloads.py.
 
-Weights are random, so that nothing has to be fetched: speed does not depend on them. On a GPU `torch.compile`, which
-tunes for minutes, meets fastbert in a case of its own, unless the run is a long one.
+Weights are random, so that nothing has to be fetched: speed does not depend on them. On a GPU `torch.compile` tunes for
+minutes, so it meets fastbert in a separate case, unless the run is a long one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fastbert.bench.engines import EAGER, SDPA, Compiled
 from fastbert.bench.peers import OURS, Peer
 
 SUITE = "model"
-FEW_DOCUMENTS = 2048  # of workload (d), where a run is short: tokens a second are the same, the time is a quarter
+FEW_DOCUMENTS = 2048  # of workload (d) in a short run: tokens a second are the same, the time is a quarter
 POSITIONS = 1024  # of BERT-base, for the longest of workload (c)
 ONLY_EAGER = ("mpnet", "deberta-v2")  # models of transformers
 ALL, WITHOUT_COMPILED, ONLY_COMPILED = "all", "without compiled", "only compiled"
@@ -30,7 +30,7 @@ ALL, WITHOUT_COMPILED, ONLY_COMPILED = "all", "without compiled", "only compiled
 
 @dataclass(frozen=True)
 class Plan:
-    """One case. weight: its share of the time, beside the others'."""
+    """A Plan is one case. weight: its share of the time, relative to the others."""
 
     model: str
     workload: Workload
@@ -40,7 +40,7 @@ class Plan:
 
 
 def cases(device_type: str, *, long: bool = False) -> list[Case]:
-    """The cases for "cuda" or "cpu", the most important first.
+    """Returns the cases for "cuda" or "cpu", the most important first.
 
     long: the run has time for all 8,192 documents of workload (d), and for torch.compile in every case on a GPU.
     """
@@ -63,7 +63,7 @@ def cases(device_type: str, *, long: bool = False) -> list[Case]:
 
 
 def cuda_plans(n_documents: int) -> list[Plan]:
-    """The plans for a GPU, what a short run should know first. n_documents: of workload (d)."""
+    """Returns the plans for a GPU, the most important for a short run first. n_documents: of workload (d)."""
     bf16 = "bfloat16"
     squad, mixed, fixed = workloads.squad(), workloads.mixed(), workloads.fixed
     documents = [workloads.documents(variable, n_documents) for variable in (False, True)]
@@ -87,9 +87,9 @@ def cuda_plans(n_documents: int) -> list[Plan]:
 
 
 def cpu_plans() -> list[Plan]:
-    """The plans for a CPU, small so that every competitor of every case has its turn within minutes on two cores.
+    """Returns the plans for a CPU, small enough that every competitor of every case runs within minutes on two cores.
 
-    torch.compile takes part where all lengths are equal: for lengths that vary it compiles for half a minute a case.
+    torch.compile takes part if all lengths are equal. For variable lengths it compiles for half a minute a case.
     """
     fixed, squad, fp32, bf16 = workloads.fixed, workloads.squad, "float32", "bfloat16"
     documents = [workloads.documents(variable, n=4, batch_size=4) for variable in (False, True)]
@@ -112,7 +112,7 @@ def cpu_plans() -> list[Plan]:
 
 
 def build(plan: Plan, device: torch.device, peers_of: Callable[[ModelTask], Sequence[Hidden]] = model_peers) -> Built:
-    """The contest of one plan; peers_of: who takes part."""
+    """Builds the contest of one plan. peers_of: the competitors."""
     workload = plan.workload
     longest = max(workload.lengths)
     short = longest > models.CONFIGS[plan.model].max_position_embeddings

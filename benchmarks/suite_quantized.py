@@ -1,7 +1,7 @@
-"""The kernel suite times the 8-bit linears of a layer here: both our kernels, PyTorch's, cuBLAS in 16 bits.
+"""This part of the kernel suite times the 8-bit linears of a layer: both our kernels, PyTorch's, cuBLAS in 16 bits.
 
-On a GPU only. A case is one linear as a layer calls it, with its bias and GELU, and with a result in 8 bits where the
-next linear takes one. What is compared is what a result stands for.
+It runs on a GPU only. A case is one linear as a layer calls it, with its bias and GELU, and with an 8-bit result if the
+next linear takes one. The comparison uses the dequantised results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastbert.engine.block import product_shapes
 from fastbert.ops import Policy, quantized
 from fastbert.ops.quantized import OUT_GROUP, Quantized
 
-WEIGHT = 0.3  # of a case, where those of models have about 1
+WEIGHT = 0.3  # weight of a case; those of models have about 1
 CHECKED = 64  # rows at either end whose output is checked; the operations' own tests check everything
 CUDA_ROUNDS = (
     ("BERT-large", 16384, "fp8"),
@@ -32,7 +32,7 @@ CUDA_ROUNDS = (
 
 
 class Linear(NamedTuple):
-    """(T, K) -> (T, M). group: columns of x that share a scale, None where a row has one. gelu: a result in 8 bits."""
+    """A Linear is (T, K) -> (T, M). group: columns of x with one scale, None for one a row. gelu: 8-bit result."""
 
     k: int
     m: int
@@ -41,7 +41,7 @@ class Linear(NamedTuple):
 
 
 def linears(hidden: int, inner: int, heads: int) -> dict[str, Linear]:
-    """The linears of a layer by name, the most important first."""
+    """Returns the linears of a layer by name, the most important first."""
     shapes = product_shapes(hidden, inner)
 
     def linear(product: str, group: int | None = None, gelu: bool = False) -> Linear:
@@ -57,7 +57,7 @@ def linears(hidden: int, inner: int, heads: int) -> dict[str, Linear]:
 
 
 def cases(device_type: str) -> list[Case]:
-    """The cases for "cuda", the most important first; none for "cpu"."""
+    """Returns the cases for "cuda", the most important first; none for "cpu"."""
     if device_type != "cuda":
         return []
     return [
@@ -68,7 +68,7 @@ def cases(device_type: str) -> list[Case]:
 
 
 def build(linear: Linear, tokens: int, precision: str, device: torch.device) -> Built:
-    """The contest of one linear."""
+    """Builds the contest of one linear."""
     torch.manual_seed(0)
     k, m, group, _ = linear
     inputs = [quantized.quantize(_randn(tokens, k, device), precision, group) for _ in range(INPUT_SETS)]
@@ -152,7 +152,7 @@ def _peers(
 def _pointers(
     linear: Linear, weight: Quantized, bias: Tensor, device: torch.device
 ) -> tuple[Callable[..., Any], str | None]:
-    """Our kernel without tensor descriptors, and why it is not timed, or None."""
+    """Returns our kernel without tensor descriptors, and the reason why it is not timed, or None."""
     from fastbert_kernels import launch, quantized_configs
     from fastbert_kernels.quantized_linear import quantized_linear_pointer_forward, sums_outside
 
@@ -173,7 +173,7 @@ def _pointers(
 
 
 def warm(device: torch.device, model: str, precision: str) -> None:
-    """Runs each 8-bit linear of a model once on a few tokens, by both kernels, which compiles them."""
+    """Runs each 8-bit linear of a model once on a few tokens by both kernels, to compile them."""
     for linear in linears(*MODELS[model]).values():
         for peer in build(linear, 64, precision, device).peers:
             if peer.name.startswith(OURS) and peer.obstacle() is None:

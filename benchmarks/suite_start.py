@@ -1,4 +1,4 @@
-"""The start suite times from nothing to the first vector, each competitor in processes of its own, in turn."""
+"""The start suite times from the start of a process to the first vector, each competitor in processes, in turn."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ def run(
     competitors: Sequence[str] = COMPETITORS,
     environment: Mapping[str, str] | None = None,
 ) -> list[Row]:
-    """A row a competitor; fastbert's first. max_seconds: for all of it; rounds that do not fit are left out."""
+    """Returns a row for each competitor, fastbert's first. max_seconds: for all of it; rounds that do not fit are left
+    out.
+    """
     rows = {name: Row(SUITE, workload, name, dtype, extra={"model": model}) for name in competitors}
     runs_of: dict[str, list[dict[str, float]]] = {name: [] for name in competitors}
     for name, row in rows.items():
@@ -81,7 +83,7 @@ def once(
     environment: Mapping[str, str] | None = None,
     timeout: float | None = None,
 ) -> dict[str, Any]:
-    """The seconds that cold_start.py prints. Raises RuntimeError, with its last line, where it fails."""
+    """Returns the seconds that cold_start.py prints. Raises RuntimeError, with its last line, if it fails."""
     paths = [str(ROOT), str(ROOT / "kernels")]
     set_apart = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", **(environment or {})}
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

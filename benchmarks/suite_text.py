@@ -1,8 +1,8 @@
 """The text suite goes from strings to vectors, on docstrings of the standard library (workload f).
 
-Throughput: all texts at once. Latency: one short text at a time. The model is MiniLM, or the one given. On a GPU there
-is a cross-encoder too, from pairs of docstrings to scores. On CPUs there
-is the throughput of a BERT-base with random weights too, on fewer texts: it works eight times as long for each.
+Throughput: all texts at once. Latency: one short text at a time. The model is MiniLM, or the given one. On a GPU there
+is also a cross-encoder, from pairs of docstrings to scores. On CPUs there is also the throughput of a BERT-base with
+random weights, on fewer texts: it works eight times as long for each.
 """
 
 from __future__ import annotations
@@ -36,20 +36,21 @@ N_TEXTS_BASE, N_TEXTS_BASE_LONG = 16, 64
 N_PAIRS = 4096  # at most, on a GPU
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16")}
 SETTINGS = ((THROUGHPUT, "docstrings", 2.0), (LATENCY, "short docstrings, one at a time", 1.0))  # and their weights
-# On a CPU a process each, which takes several seconds: in one dtype, and of what most would use.
+# On a CPU each competitor has a process, which takes several seconds. So there is one dtype, and only the usual
+# choices.
 MEMORY = (OURS, SDPA.name, SentenceTransformers.name, TunedSentenceTransformers.name)
 LATENCY_ROUNDS = 50  # enough for percentiles
 BASE_ROUNDS, BASE_BATCH = {"rounds": 3, "min_rounds": 2}, 8  # the batch that all competitors choose for MiniLM
-# How long a case takes beside MiniLM's longest, in short and in long runs.
+# The time of a case relative to MiniLM's longest, in short and in long runs.
 BASE_SCALE = {"float32": (2.0, 1.2), "bfloat16": (1.0, 0.6)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The parts of a case.
+    """A Plan has the parts of a case.
 
-    folder: makes or finds the checkpoint. n_texts: at most. left_out: competitors that are too slow
-    for it. base: a large model, which no other case uses.
+    folder: makes or finds the checkpoint. n_texts: at most. left_out: competitors that are too slow for it. base: a
+    large model, which no other case uses.
     """
 
     folder: Callable[[], Path]
@@ -61,9 +62,10 @@ class Plan:
 
 
 def cases(device_type: str, model: Path | None = None, *, long: bool = False) -> list[Case]:
-    """The cases for "cuda" or "cpu", the most important first. model: a checkpoint, else MiniLM (models.text_model).
+    """Returns the cases for "cuda" or "cpu", the most important first. model: a checkpoint, else MiniLM
+    (models.text_model).
 
-    long: the run has time for torch.compile on a GPU, where it tunes for minutes, and on a CPU for more texts.
+    long: the run has time for torch.compile on a GPU, which tunes for minutes, and on a CPU for more texts.
     """
     fast = device_type == "cuda" or fast_at_bfloat16(torch.device("cpu"))
     dtypes = [dtype for dtype in DTYPES[device_type] if fast or dtype != "bfloat16"]
@@ -88,7 +90,7 @@ def cases(device_type: str, model: Path | None = None, *, long: bool = False) ->
 
 
 def pair_case(dtype: str, device_type: str, name: str = "MiniLM", n_pairs: int = N_PAIRS) -> Case:
-    """Pairs of docstrings to the scores of a cross-encoder with random weights, of a shape in models.CONFIGS."""
+    """Returns a case from pairs of docstrings to scores of a random cross-encoder of a shape in models.CONFIGS."""
 
     def build_pairs(device: torch.device) -> Built:
         texts = spread(all_texts(), 2 * n_pairs)
@@ -107,7 +109,7 @@ def pair_case(dtype: str, device_type: str, name: str = "MiniLM", n_pairs: int =
 
 
 def _base_cases(dtypes: list[str], long: bool) -> list[Case]:
-    """BERT-base on a CPU: the fewest bits first, as the fastest; the others after all suites."""
+    """Returns BERT-base on a CPU: the fewest bits first, because they are fastest; the others after all suites."""
     n_texts = N_TEXTS_BASE_LONG if long else N_TEXTS_BASE
     left_out = () if long else (Compiled.name, SentenceTransformers.name)
     return [
@@ -166,5 +168,7 @@ def prepared(
 
 @functools.cache
 def all_texts() -> list[str]:
-    """The docstrings, the same for all cases: modules that competitors bring along change what there is."""
+    """Returns the docstrings, the same for all cases. Competitors import modules, which would change the docstrings
+    found.
+    """
     return docstrings()

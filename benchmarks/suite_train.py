@@ -1,8 +1,8 @@
-"""The train suite times one optimiser step, and its forward and backward apart: AdamW, dropout, float32 weights.
+"""The train suite times one optimiser step, and its forward and backward separately: AdamW, dropout, float32 weights.
 
-float32, and bfloat16 by autocast; half of the batch padding, and all lengths equal. Pre-training is a step of the loop
-of `fastbert pretrain` on synthetic shards. On a GPU also losses over tokens where all lengths are equal, and attention
-alone. Weights are random. Every competitor's gradients are compared with float64 before it is timed.
+It runs float32, and bfloat16 by autocast; batches with half padding, and with equal lengths. Pre-training is a step of
+the loop of `fastbert pretrain` on synthetic shards. On a GPU there are also losses over tokens with equal lengths, and
+attention alone. Weights are random. Every competitor's gradients are compared with float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -41,23 +41,25 @@ from fastbert.bench.peers import OURS, Peer
 
 SUITE = "train"
 BF16, FP32 = "bfloat16", "float32"
-OBJECTIVES = {CLASSES: "", WORDS: "MLM, ", PRETRAINING: "MLM + NSP, "}  # as names of workloads begin
+OBJECTIVES = {CLASSES: "", WORDS: "MLM, ", PRETRAINING: "MLM + NSP, "}  # names of workloads begin so
 ATTENTION = (12, 64)  # heads of BERT-base, and their size
-BASE_SCALE = 2.0  # how long a case of BERT-base takes on a CPU, beside MiniLM's longest
+BASE_SCALE = 2.0  # the time of a case of BERT-base on a CPU, relative to MiniLM's longest
 SLOW = {"rounds": 3, "min_rounds": 2}  # of cases whose steps take seconds
-# What a step should reach; docs and results say what it does.
+# The goals of a step. docs and results report the reached values.
 CPU_BARS = {True: 2.2, False: 1.25}  # in float32, over transformers with SDPA; True: half of the batch is padding
 CPU_BAR_BF16 = 1.8  # over our own float32
 GPU_BARS = ((Compiled.name, 2.0), (SDPA.name, 2.0), (Flattened.name, 1.2))
 BARS_TOKENS = {("BERT-large", PRETRAINING): 270e3, ("BERT-base", WORDS): 700e3}
-PRETRAIN_BARS_TOKENS = {"BERT-large": 270e3, "BERT-base": 700e3}  # the second is of MLM alone, which is less work
+PRETRAIN_BARS_TOKENS = {"BERT-large": 270e3, "BERT-base": 700e3}  # the second is MLM alone, which is less work
 PRETRAIN_CPU_BAR = 2.2  # in float32, over transformers with SDPA
 BAR_ATTENTION = 215.0  # TFLOP/s
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One case. weight: its share of the time. compiled: whether torch.compile has time. slow: steps take seconds."""
+    """A Plan is one case. weight: its share of the time. compiled: there is time for torch.compile. slow: steps take
+    seconds.
+    """
 
     model: str
     workload: Workload
@@ -74,7 +76,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class PretrainPlan:
-    """One case of pre-training. tokens: of a step, at most. weight, compiled: as in Plan."""
+    """A PretrainPlan is one case of pre-training. tokens: of a step, at most. weight, compiled: as in Plan."""
 
     model: str
     max_length: int
@@ -89,7 +91,7 @@ class PretrainPlan:
 
 
 def cases(device_type: str, *, long: bool = False) -> list[Case]:
-    """The cases for "cuda" or "cpu", the most important first. long: the run has time for torch.compile."""
+    """Returns the cases for "cuda" or "cpu", the most important first. long: the run has time for torch.compile."""
     plans = cuda_plans() if device_type == "cuda" else cpu_plans()
     made = [_case(dataclasses.replace(plan, compiled=long and not plan.slow), device_type) for plan in plans]
     pretraining = [
@@ -127,7 +129,7 @@ def _attention_case() -> Case:
 
 
 def cuda_plans() -> list[Plan]:
-    """The plans for a GPU, what a short run should know first."""
+    """Returns the plans for a GPU, the most important for a short run first."""
     fixed, half_padded = workloads.fixed, workloads.half_padded
     return [
         Plan("BERT-base", half_padded(512, 32), BF16),
@@ -142,7 +144,7 @@ def cuda_plans() -> list[Plan]:
 
 
 def cpu_plans() -> list[Plan]:
-    """The plans for a CPU, where a step of BERT-base takes seconds: it comes after all suites."""
+    """Returns the plans for a CPU. There a step of BERT-base takes seconds, so it comes after all suites."""
     fixed, half_padded = workloads.fixed, workloads.half_padded
     dtypes = cpu_dtypes()
     minilm = [Plan("MiniLM", workload(128, 16), dtype) for dtype in dtypes for workload in (half_padded, fixed)]
@@ -151,7 +153,7 @@ def cpu_plans() -> list[Plan]:
 
 
 def pretrain_plans(device_type: str) -> list[PretrainPlan]:
-    """The plans of pre-training: on a GPU with a whole batch of `fastbert pretrain`, on a CPU with half of one."""
+    """Returns the plans of pre-training: a whole batch of `fastbert pretrain` on a GPU, half of one on a CPU."""
     if device_type == "cuda":
         return [
             PretrainPlan(model, 512, 16_384, BF16, weight)
@@ -165,7 +167,7 @@ def cpu_dtypes() -> list[str]:
 
 
 def build_pretraining(plan: PretrainPlan, device: torch.device) -> Built:
-    """The contest of a step of pre-training."""
+    """Builds the contest of a step of pre-training."""
     task = PretrainTask(plan.model, plan.max_length, plan.tokens, getattr(torch, plan.dtype), device)
     peers = [_if_compiled(peer, plan.compiled) for peer in pretrain_peers(task)]
     timing = {"warmup": 1} | (SLOW if device.type == "cpu" else {})
@@ -175,7 +177,7 @@ def build_pretraining(plan: PretrainPlan, device: torch.device) -> Built:
 
 
 def pretrain_bars(plan: PretrainPlan, device_type: str) -> tuple[Bar, ...]:
-    """What a step of `fastbert pretrain` should reach."""
+    """Returns the goals of a step of `fastbert pretrain`."""
     if device_type == "cuda":
         tokens = PRETRAIN_BARS_TOKENS.get(plan.model)
         over = [Bar(OURS, least, other) for other, least in GPU_BARS]
@@ -190,7 +192,7 @@ def _if_compiled(peer: Trained, has_time: bool, reason: str = f"needs a run of {
 
 
 def build(plan: Plan, device: torch.device, peers_of: Callable[[TrainTask], Sequence[Trained]] = train_peers) -> Built:
-    """The contest of one plan; peers_of: who takes part."""
+    """Builds the contest of one plan. peers_of: the competitors."""
     workload = plan.workload
     task = TrainTask(plan.model, workload.lengths, getattr(torch, plan.dtype), device, plan.objective)
     reasons = ["takes too long to compile here"] if plan.slow else []
@@ -212,7 +214,7 @@ def build(plan: Plan, device: torch.device, peers_of: Callable[[TrainTask], Sequ
 
 
 def bars_of(plan: Plan, device_type: str) -> tuple[Bar, ...]:
-    """What our own model and an accelerated one should reach."""
+    """Returns the goals of our own model and of an accelerated one."""
     both = OURS, Accelerated.name
     if device_type == "cuda":
         tokens = BARS_TOKENS.get((plan.model, plan.objective))

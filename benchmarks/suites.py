@@ -1,4 +1,4 @@
-"""The suites share cases, the way to run one, what its work costs at least, and where results go."""
+"""The suites share cases, the way to run one, the least cost of its work, and the place of results."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 @dataclass(frozen=True)
 class Work:
-    """The least that a case must do: floating-point operations, and bytes through memory (each operand once)."""
+    """Work is the least work of a case: floating-point operations, and bytes through memory (each operand once)."""
 
     flops: float = 0.0
     n_bytes: float = 0.0
 
     def floor(self, dtype: str, ceilings: Mapping[str, float]) -> float | None:
-        """Seconds that the device needs at least, None where a ceiling was not measured.
+        """Returns the least seconds that the device needs, or None if a ceiling was not measured.
 
         max(FLOPs / product rate, bytes / copy bandwidth)
         """
@@ -45,7 +45,7 @@ class Work:
         return max(amount / ceiling for amount, ceiling in needed if ceiling)
 
     def fill(self, row: Row, ceilings: Mapping[str, float]) -> None:
-        """Writes the rate a row reached, TFLOP/s if there are operations and else GB/s, and its share of the floor."""
+        """Writes the rate of a row, TFLOP/s if there are operations and else GB/s, and its share of the floor."""
         if row.status != OK or not row.seconds:
             return
         row.rate, row.rate_unit = self.n_bytes / row.seconds / 1e9, "GB/s"
@@ -57,11 +57,11 @@ class Work:
 
 @dataclass
 class Built:
-    """A case made ready: who competes (fastbert first), on what, and what is right.
+    """A Built is a case that is ready to run: the competitors (fastbert first), their task, and the right result.
 
     eager: the name of plain PyTorch, whose error bounds that of fastbert. extra: goes into every row. timing: further
-    arguments of `contest`. laps: the laps of a training step that get rows of their own, and their work. bars: what
-    should be reached with the whole step.
+    arguments of `contest`. laps: the laps of a training step that get their own rows, and their work. bars: the goals
+    of the whole step.
     """
 
     peers: Sequence[Peer]
@@ -78,11 +78,11 @@ class Built:
 
 @dataclass(frozen=True)
 class Case:
-    """One workload of one suite, built only when it runs.
+    """A Case is one workload of one suite. It is built only when it runs.
 
-    needs: the operations whose tests must have passed. weight: its share of the time, beside the other cases'. keep:
-    whether the next case uses what this one loaded and compiled. scale: how long it takes, by experience, beside the
-    longest case of its suite with another model; None where nothing is known. late: after the cases of all suites.
+    needs: the operations whose tests must have passed. weight: its share of the time, relative to the other cases'.
+    keep: whether the next case uses what this one loaded and compiled. scale: its time relative to the longest case of
+    its suite with another model, by experience; None if it is unknown. late: runs after the cases of all suites.
     """
 
     suite: str
@@ -105,7 +105,7 @@ class Case:
 
 
 class LeftOut(Peer):
-    """A competitor that is not part of a contest, and says so."""
+    """A LeftOut is a competitor outside of a contest, with a reason."""
 
     def __init__(self, name: str, reason: str, dtype: str | None = None) -> None:
         self.name, self.reason, self.dtype = name, reason, dtype
@@ -116,7 +116,7 @@ class LeftOut(Peer):
 
 @dataclass
 class Outcome:
-    """The rows of a case, fastbert's first, and fastbert's peer, prepared, where it may be timed once more."""
+    """An Outcome has the rows of a case, fastbert's first, and fastbert's prepared peer if it may be timed again."""
 
     rows: list[Row]
     ours: Peer | None = None
@@ -132,10 +132,10 @@ def run_case(
     quick: bool = False,
     on_step: Callable[[str], None] | None = None,
 ) -> Outcome:
-    """Builds a case, holds its contest and adds rates; what goes wrong becomes a row, not an exception.
+    """Builds a case, holds its contest and adds rates. An error becomes a row, not an exception.
 
-    refused: operations whose tests failed, with the reason: no speed is measured for what needs one of them.
-    max_seconds: after that no new round of timing begins. quick: two rounds of the first few competitors.
+    refused: operations whose tests failed, with the reason. No case is timed that needs one of them. max_seconds: after
+    that no new round of timing begins. quick: two rounds of the first few competitors.
     """
     for op in case.needs:
         if refused and op in refused:
@@ -145,7 +145,7 @@ def run_case(
         return Outcome([_row(case, OURS, status=FAILED, detail=reason)])
     try:
         built = case.build(device)
-    except Exception as error:  # too little memory, a package that is missing: the case's result
+    except Exception as error:  # too little memory, a missing package: the case's result
         return Outcome([_row(case, OURS, status=FAILED, detail=f"{type(error).__name__}: {error}"[:300])])
     timing = {"rounds": 30 if device.type == "cuda" else 7, "min_rounds": 3, "max_seconds": max_seconds}
     timing |= built.timing | ({"rounds": 2, "min_rounds": 2} if quick else {})
@@ -171,7 +171,7 @@ def run_case(
 
 
 def _laps_of(built: Built, peers: Sequence[Peer], rows: Sequence[Row], ceilings: Mapping[str, float]) -> list[Row]:
-    """The rows of the laps of a training step, whose own rows get what the bars ask for."""
+    """Returns the rows of the laps of a training step. The rows of the whole step get the values of the bars."""
     laps = timed_laps(peers, rows)
     note_bars(built.bars, rows, laps)
     more_rows = list(lap_rows(rows, laps, built.laps))
@@ -186,7 +186,7 @@ def _if_tested(peer: Peer, refused: Mapping[str, str]) -> Peer:
 
 
 def tidy(device: torch.device) -> None:
-    """Frees what a case held: memory, captured graphs, and compiled code, of which PyTorch keeps eight versions."""
+    """Frees a case's resources: memory, captured graphs, and compiled code, of which PyTorch keeps eight versions."""
     gc.collect()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -201,7 +201,7 @@ def _row(case: Case, competitor: str, dtype: str | None = None, **fields: Any) -
 
 
 class Recorder:
-    """A result file that grows: written after every case, so that a run that is killed keeps what it has."""
+    """A Recorder is a result file that is written after every case, so that a killed run keeps its results."""
 
     def __init__(self, path: Path, device: torch.device, ceilings: Mapping[str, float] | None = None) -> None:
         self.path = path
@@ -243,7 +243,7 @@ class Deadline:
 
 
 class Schedule:
-    """Shares what is left of the time among the cases that are left, by weight."""
+    """A Schedule shares the remaining time among the remaining cases, by weight."""
 
     def __init__(self, cases: Sequence[Case], deadline: Deadline) -> None:
         self.deadline = deadline
@@ -252,11 +252,12 @@ class Schedule:
 
     @contextmanager
     def turn(self, case: Case) -> Iterator[float | None]:
-        """The seconds that a case, one of `cases`, has for its rounds of timing; None if it should not begin.
+        """Returns the seconds that a case, one of `cases`, has for its rounds of timing, or None if it should not
+        begin.
 
-        A third of its share: the rest is for loading, compiling and checking, which no limit stops. It should not
-        begin when the time is up, when one like it took twice as long as there is left, or when by its scale it
-        would take longer than that.
+        It gets a third of its share. The rest is for loading, compiling and checking, which no limit stops. A case
+        should not begin if the time is over, if a similar case took twice as long as the remaining time, or if its
+        scale predicts more time than remains.
         """
         share = max(0.0, self.deadline.left) * case.weight / sum(waiting.weight for waiting in self._waiting)
         self._waiting.remove(case)
@@ -281,7 +282,7 @@ def run_cases(
     quick: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Runs cases in order, the most important first, while there is time; those not reached are noted by name."""
+    """Runs cases in order, the most important first, while there is time. Cases that are not reached are noted."""
     schedule = Schedule(cases, deadline)
     missed: list[str] = []
     for case in cases:
@@ -303,11 +304,11 @@ def run_cases(
 
 
 def results_folder(device: torch.device) -> Path:
-    """benchmarks/results/<device>-<date>."""
+    """Returns benchmarks/results/<device>-<date>."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     return RESULTS / f"{name}-{time.strftime('%Y-%m-%d', time.gmtime())}"
 
 
 def read_notes(path: Path) -> dict[str, Any]:
-    """The notes of a result file, empty where there is no such file."""
+    """Returns the notes of a result file, or empty notes if there is no such file."""
     return Results.load(path).notes if path.exists() else {}

@@ -1,7 +1,8 @@
-"""A synthetic corpus is random ids in documents and sentences of realistic lengths, in shards for pre-training.
+"""A synthetic corpus has random ids in documents and sentences of realistic lengths, in shards for pre-training.
 
-Lengths are lognormal. Documents are as those of an encyclopaedia: half have fewer than 13 sentences, the mean is 27.
-Sentences have 24 tokens in the mean. Ids are Zipf-distributed, as words are, so that rows of the embedding are as hot.
+Lengths are lognormal. Documents are like those of an encyclopaedia: half have fewer than 13 sentences, the mean is 27.
+Sentences have 24 tokens in the mean. Ids are Zipf-distributed like words, so that the same rows of the embedding are
+read often.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ TOKENS_OF_A_DOCUMENT = SENTENCES * np.exp(SENTENCES_SIGMA**2 / 2) * TOKENS * np.
 
 
 def write_corpus(folder: Path, vocab_size: int, n_tokens: int) -> Corpus:
-    """Writes a corpus of about so many tokens into an empty folder, and opens it. It is always the same one."""
+    """Writes a corpus of about so many tokens into an empty folder, and opens it. The corpus is always the same."""
     draw = np.random.default_rng([workloads.SEED, n_tokens])
     n_documents = max(8, round(n_tokens / TOKENS_OF_A_DOCUMENT))
     sentences = _lognormal(draw, n_documents, SENTENCES, SENTENCES_SIGMA, 2, MOST_SENTENCES)
@@ -42,7 +43,7 @@ def _lognormal(draw: np.random.Generator, n: int, median: float, sigma: float, l
 
 
 def _ids(draw: np.random.Generator, n: int, vocab_size: int) -> np.ndarray:
-    """Ids behind the special ones; the k-th of them is drawn with a probability of about 1 / k."""
+    """Returns ids behind the special ones. The k-th of them is drawn with a probability of about 1 / k."""
     first = len(SPECIAL.all)
     ranks = np.exp(draw.random(n) * np.log(vocab_size - first)).astype(np.int64)
     return (first - 1 + ranks).astype(np.uint32)

@@ -1,7 +1,8 @@
-"""The suites run under pytest-benchmark, a benchmark a case. If fastbert is wrong or fails in a case, its test fails.
+"""The suites run under pytest-benchmark, one benchmark for each case. If fastbert is wrong or fails in a case, its test
+fails.
 
-The comparison with the peers is a contest in interleaved rounds, whose rows go into the result files and into
-extra_info; pytest-benchmark's own statistics then time fastbert alone.
+The comparison with the peers is a contest in interleaved rounds. Its rows go into the result files and into extra_info.
+Then pytest-benchmark's own statistics time fastbert alone.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def test_start(session: Session, benchmark: Any) -> None:
 
 
 def test_host(session: Session, benchmark: Any) -> None:
-    """The host's share of a batch on a GPU, by a driver that launches nothing."""
+    """Measures the host's share of a batch on a GPU, by a driver that launches nothing."""
     if session.seconds_left <= 0:
         pytest.skip(TIME_UP)
     rows = suite_host.run(4.0 if session.quick else min(session.seconds_left, HOST_SECONDS))
@@ -102,7 +103,7 @@ def test_train(case: Case, session: Session, benchmark: Any) -> None:
 
 
 def hold(case: Case, session: Session, benchmark: Any) -> None:
-    """The contest of a case; then, if fastbert's output was right, its time alone."""
+    """Holds the contest of a case. Then, if fastbert's output was right, it times fastbert alone."""
     if case.device_type != session.device.type:
         pytest.skip("needs an NVIDIA GPU" if case.device_type == "cuda" else "is for CPUs, and this run is on a GPU")
     outcome = session.run(case)
@@ -132,5 +133,5 @@ def again(peer: Peer, rows: Sequence[Row], device: torch.device, benchmark: Any)
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """The fields of a row, with null for what JSON has no number for."""
+    """Returns the fields of a row, with null for numbers that JSON does not have."""
     return json.loads(json.dumps(dataclasses.asdict(row)), parse_constant=lambda name: None)

@@ -1,4 +1,6 @@
-"""Attention with dropout, forward and backward, each as a lap: ours and the kernels that others train with."""
+"""Attention with dropout is timed forward and backward, each as a lap: our kernels and kernels that other projects
+train with.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,14 @@ from fastbert_kernels.masks import Dropout, threshold_of
 
 EAGER = "PyTorch eager"
 DROPOUT = 0.1
-CHECKED = 2  # sequences whose output and gradient are checked; attention is none of the others' business
+CHECKED = 2  # sequences whose output and gradient are checked; attention does not mix sequences
 Attend = Callable[[Tensor, float], Tensor]  # qkv (T, 3 * N * D), probability of dropout -> (T, N * D)
 
 
 class AttentionStep(Lapped):
-    """One function, forward and backward, with dropout when it is timed and without when it is checked."""
+    """An AttentionStep is one function, forward and backward. It has dropout while it is timed, and none while it is
+    checked.
+    """
 
     def __init__(
         self, name: str, attend: Attend, qkv: Tensor, grad: Tensor, n_checked: int, obstacle: str | None = None
@@ -54,12 +58,12 @@ class AttentionStep(Lapped):
 
 
 def checked_part(out: Tensor, grad: Tensor, n_rows: int) -> Tensor:
-    """The first rows of the output and of the gradient, in one."""
+    """Returns the first rows of the output and of the gradient, joined."""
     return torch.cat([out[:n_rows].flatten(), grad[:n_rows].flatten()]).cpu().double()
 
 
 def build(n_heads: int, head_size: int, lengths: Sequence[int], dtype: torch.dtype, device: torch.device) -> Built:
-    """The contest on sequences of these lengths, which are equal: SDPA's kernels take no padding."""
+    """Builds the contest on sequences of these lengths, which are equal: SDPA's kernels take no padding."""
     torch.manual_seed(0)
     batch, width = packing.from_lengths(lengths, device), n_heads * head_size
     qkv, grad = (torch.randn(sum(lengths), n * width, device=device).to(dtype) for n in (3, 1))

@@ -1,4 +1,4 @@
-"""A step of pre-training: the plan and the loop of `fastbert pretrain` on synthetic shards, beside transformers.
+"""This module times a step of pre-training: plan and loop of `fastbert pretrain` on synthetic shards, and transformers.
 
 fastbert takes packed batches, and one step of its loop is timed: the copy to the device, both losses by masked tokens
 alone, backward, clipping, and AdamW in two groups. The others take the same sequences, masks and labels, padded to the
@@ -56,7 +56,7 @@ SEED = workloads.SEED
 
 
 class PretrainTask(TrainTask):
-    """MLM and NSP of a model on packed batches of so many tokens at most, one a step."""
+    """A PretrainTask is MLM and NSP of a model on packed batches of so many tokens at most, one a step."""
 
     clip = Settings.clip
 
@@ -72,7 +72,7 @@ class PretrainTask(TrainTask):
             LoadedStep(step.cursor.step, [self._packed(step.batches[0], step.cursor.step)], step.after)
             for step in steps
         ]
-        # Of as many true pairs as random ones the gradients of NSP are next to zero, and rounding is all that is left.
+        # With equal numbers of true and random pairs, the gradients of NSP are almost zero, and only rounding is left.
         pairs = steps[0].batches[0].take(np.flatnonzero(steps[0].batches[0].is_next == 1))
         self.packed_few = self._packed(pairs.take(spread_of(np.argsort(pairs.n_tokens(), kind="stable"))), EVALUATION)
         lengths = np.diff(self.packed[0].cu_seqlens).tolist()
@@ -109,7 +109,7 @@ def corpus_of(vocab_size: int, n_tokens: int) -> Any:
 
 
 def padded(batch: Batch) -> dict[str, np.ndarray]:
-    """The batch as transformers takes it: (B, S), padded to the longest sequence."""
+    """Returns the batch in the form of transformers: (B, S), padded to the longest sequence."""
     lengths = np.diff(batch.cu_seqlens)
     mask = np.arange(lengths.max()) < lengths[:, None]
     labels = np.full(batch.n_tokens, IGNORED)
@@ -130,7 +130,7 @@ def padded(batch: Batch) -> dict[str, np.ndarray]:
 
 
 class Marked(Loop):
-    """The loop, which tells when the backward passes of a step have ended."""
+    """A Marked is the loop with a mark at the end of the backward passes of a step."""
 
     mark: Callable[[], None]
 
@@ -140,7 +140,7 @@ class Marked(Loop):
 
 
 class Pretrained(FastBert):
-    """One step of the loop of `fastbert pretrain`."""
+    """This is one step of the loop of `fastbert pretrain`."""
 
     task: PretrainTask
     at_work = True  # whether some steps are made with the loader, too
@@ -202,7 +202,9 @@ class Pretrained(FastBert):
         return facts | {"loop_tokens_per_second": rate, "waiting": waiting, "note": note}
 
     def with_loader(self, steps: int) -> tuple[float, float]:
-        """Tokens/s of steps of the loop on what the loader makes meanwhile, and the share of time it waits for that."""
+        """Returns tokens/s of steps of the loop with a running loader, and the share of time that the loop waits for
+        it.
+        """
         reports: list[StepReport] = []
         task, masking = self.task, MASKING
         with Loader(task.corpus, task.plan, SPECIAL, masking, workers=Settings.workers) as loader:
@@ -215,7 +217,7 @@ class Pretrained(FastBert):
 
 
 class Pretrained32(Pretrained):
-    """The same in float32, beside which autocast should be faster."""
+    """This is the same in float32; autocast should be faster."""
 
     name, at_work = f"{OURS} float32", False
 
@@ -224,7 +226,7 @@ class Pretrained32(Pretrained):
 
 
 def pretrain_peers(task: PretrainTask) -> list[Trained]:
-    """fastbert, transformers with SDPA, which is the baseline, and others that are tried on the task's device."""
+    """Returns fastbert, transformers with SDPA (the baseline), and others for the task's device."""
     kinds: list[Any] = [Pretrained, SDPA, Accelerated, Compiled]
     kinds += [Flattened] if task.device.type == "cuda" else []
     kinds += [Pretrained32] if task.dtype != torch.float32 else []
@@ -232,7 +234,7 @@ def pretrain_peers(task: PretrainTask) -> list[Trained]:
 
 
 def forward_flops(config: BertConfig, lengths: Sequence[int], n_masked: int) -> float:
-    """The operations of the encoder, of the MLM head on masked tokens, and of the pooler.
+    """Returns the operations of the encoder, of the MLM head on masked tokens, and of the pooler.
 
     A masked token: 2 (H^2 + H V); a sequence: 2 H^2.
     """
@@ -242,7 +244,7 @@ def forward_flops(config: BertConfig, lengths: Sequence[int], n_masked: int) -> 
 
 
 def build(task: PretrainTask, peers: Sequence[Peer]) -> Built:
-    """The contest of a step."""
+    """Builds the contest of a step."""
     batches = task.packed
     tokens = sum(batch.n_tokens for batch in batches) // N_INPUTS
     n_masked = sum(len(batch.rows) for batch in batches) // N_INPUTS

@@ -56,9 +56,9 @@ UNSUPPORTED = {
 
 
 def refuse_unsupported(name: str, value: Any, position_types: tuple[str, ...] | None) -> None:
-    """Raises ValueError for a setting that asks for a computation that fastbert does not have.
+    """Raises ValueError for a setting whose computation fastbert does not have.
 
-    position_types: what may stand as position_embedding_type, or None where the family's code does not read that.
+    position_types: allowed values of position_embedding_type, or None if the family's code does not read it.
     """
     if name == "position_embedding_type" and position_types is not None and value not in (None, *position_types):
         supported = " or ".join(map(repr, position_types))
@@ -121,13 +121,13 @@ class ConfigAccess:
 
     @property
     def attribute_map(self) -> dict[str, str]:
-        """Maps the family's names of settings to the fields that they stand for."""
+        """Maps the family's names of settings to the names of the fields."""
         family: Any = self.family
         return dict(family.settings)
 
     @property
     def torch_dtype(self) -> str | None:
-        """Returns `dtype`, of which this is the old name."""
+        """Returns `dtype`; this is its old name."""
         return self.dtype
 
     @torch_dtype.setter
@@ -136,7 +136,7 @@ class ConfigAccess:
 
     @property
     def use_return_dict(self) -> bool:
-        """Says whether a model returns an output class where its caller does not say."""
+        """Tells whether a model returns an output class by default."""
         return bool(self.return_dict and not self.torchscript)
 
     @property

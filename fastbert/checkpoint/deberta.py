@@ -1,4 +1,4 @@
-"""The settings of DeBERTa-v2 and -v3 that are no fields of BertConfig, as a config.json says them.
+"""This module reads the settings of DeBERTa-v2 and -v3 in a config.json that are no fields of BertConfig.
 
 A config here is a `BertConfig`.
 """
@@ -17,13 +17,13 @@ TERMS = ("c2p", "p2c")  # content to position, and position to content
 
 @dataclass(frozen=True)
 class DebertaSettings:
-    """What attention of all layers has in common, and the convolution beside the first layer.
+    """DebertaSettings are the attention settings that all layers share, and the convolution beside the first layer.
 
-    terms: those of TERMS that scores have; () without relative positions. n_scores: by the root of how many scores of
-    a head's size they are divided. n_buckets: on either side, or -1 where each distance has its own. max_distance:
-    where buckets end. reach: R of the table of distances, (2R, H). shared: whether distances go through the
-    projections of tokens. normalised: whether the table is. relative: whether there is a table. positions: whether a
-    table of positions is added to the embeddings. conv_size: columns that the convolution reads, 0 for none.
+    terms: those of TERMS that scores have; () without relative positions. n_scores: scores are divided by the root of
+    n_scores times the head size. n_buckets: on either side, or -1 if each distance has its own. max_distance: the end
+    of the buckets. reach: R of the table of distances, (2R, H). shared: whether distances go through the projections of
+    tokens. normalised: whether the table is. relative: whether there is a table. positions: whether a table of
+    positions is added to the embeddings. conv_size: columns that the convolution reads, 0 for none.
     """
 
     terms: tuple[str, ...]
@@ -41,12 +41,12 @@ class DebertaSettings:
 
     @property
     def buckets(self) -> tuple[int, int]:
-        """How distances become rows of the table: n_buckets and max_distance."""
+        """Returns the map from distances to rows of the table: n_buckets and max_distance."""
         return self.n_buckets, self.max_distance
 
 
 def deberta_settings(config: Any) -> DebertaSettings:
-    """Returns the settings of a config. Raises ValueError for one that fastbert does not compute."""
+    """Returns the settings of a config. Raises ValueError for a setting that fastbert does not compute."""
     types = setting(config, "pos_att_type") or ()
     if isinstance(types, str):
         types = types.lower().split("|")

@@ -1,7 +1,7 @@
 """This module holds the table of each family of encoders.
 
-The modules of fastbert.models.bert serve the families that are BERT under other names. A family with other layers names
-its text: MPNet's is fastbert.models.mpnet, and ModernBERT's is fastbert.models.modernbert.
+The modules of fastbert.models.bert serve the families that are BERT under other names. A family with other layers has
+its own text: MPNet's is fastbert.models.mpnet, and ModernBERT's is fastbert.models.modernbert.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ _DEBERTA_LM = (
     ("lm_predictions.lm_head", "cls.predictions"),
 )
 _DEBERTA_HEADS = {
-    # The published v3 has the newer names, though its config.json says nothing of them.
+    # The published v3 has the newer names, but its config.json does not say so.
     "MaskedLM": Head(older_names=_DEBERTA_LM),
     "SequenceClassification": Head(own_pooler=True, dropout=("cls_dropout", "hidden_dropout_prob")),
     "MultipleChoice": Head(own_pooler=True, dropout=("cls_dropout", "hidden_dropout_prob")),
@@ -285,7 +285,7 @@ FAMILIES: dict[str, Family] = {
                     names=(
                         ("lm_head.dense", "cls.predictions.transform.dense"),
                         ("lm_head.layer_norm", "cls.predictions.transform.LayerNorm"),
-                        ("lm_head.norm", "cls.predictions.transform.LayerNorm"),  # the hub's, which is not written
+                        ("lm_head.norm", "cls.predictions.transform.LayerNorm"),  # the hub's; it is not written
                         ("lm_head.decoder.bias", "cls.predictions.bias"),
                         ("lm_head.decoder", "cls.predictions.decoder"),
                     ),
@@ -375,7 +375,7 @@ ALIASES = {"new": "gte"}  # names that the hub has for a family
 
 
 def family_of(model_type: str) -> Family:
-    """Returns the table of a model_type. Raises ValueError, with the list of what is covered, where there is none."""
+    """Returns the table of a model_type. Raises ValueError, with the list of supported families, if there is none."""
     model_type = ALIASES.get(model_type, model_type) if isinstance(model_type, str) else model_type
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type: got {model_type!r}, expected one of {', '.join(sorted(FAMILIES))}")
@@ -383,7 +383,7 @@ def family_of(model_type: str) -> Family:
 
 
 def our_class(name: str) -> str:
-    """Returns our name of one of their classes, as "BertForMaskedLM" for "XLMRobertaForMaskedLM".
+    """Returns our name for a class of transformers, as "BertForMaskedLM" for "XLMRobertaForMaskedLM".
 
     Another name stays as it is.
     """

@@ -1,8 +1,8 @@
-"""This module says what a family of encoders calls things, and how it differs from BERT.
+"""This module describes a family of encoders: its names, and its differences from BERT.
 
-A `Family` is a table. It says what a checkpoint of the family calls a parameter, a module or a setting. It says where
-the positions of tokens count from, which of BERT's parts the family lacks, and how its heads look. A family with
-other layers than BERT's has a text of its own besides, which its table names.
+A `Family` is a table. It has the names that a checkpoint of the family uses for a parameter, a module or a setting. It
+has the first position of tokens, the parts of BERT that the family lacks, and the form of its heads. A family with
+other layers than BERT's also has its own text, which its table names.
 """
 
 from __future__ import annotations
@@ -16,68 +16,68 @@ from typing import Any
 # kept.
 Names = tuple[tuple[str, str], ...]
 
-# Where positions count from.
+# The rule for the first position.
 COLUMN = "column"  # A position is the column index.
-# The first token has the padding id + 1, and every id that is not the padding id counts on. The padding id itself has
-# the position "padding id", whatever the mask says (Liu et al., "RoBERTa", 2019, and fairseq's make_positions).
+# The first token has the padding id + 1, and the count goes on over all ids that are not the padding id. The padding id
+# itself has the position "padding id", for every mask (Liu et al., "RoBERTa", 2019, and fairseq's make_positions).
 AFTER_PADDING = "after_padding"
 
 
 @dataclass(frozen=True)
 class Head:
-    """A `Head` says how a family's head differs from the head of BERT's class of the same name."""
+    """A `Head` describes how a family's head differs from the head of BERT's class of the same name."""
 
     names: Names = ()  # As in Family, for the modules beside the encoder.
     older_names: Names = ()  # The same; they are read, and not written.
     pooler: bool = False  # Whether the head reads the encoder's pooler.
-    own_pooler: bool = False  # Whether it has a pooler of its own, with a dropout and an activation that settings name.
+    own_pooler: bool = False  # Whether it has its own pooler, with dropout and activation from settings.
     # The activation of the head's dense layer. In a head for masked tokens, None is the config's hidden_act. In a head
-    # for whole sequences the layer lies between the first token and the classes; None where there is no such layer, as
-    # in BERT, which has it in its pooler.
+    # for whole sequences the layer is between the first token and the classifier. None means that there is no such
+    # layer, as in BERT, which has it in its pooler.
     activation: str | None = None
-    # Settings that name the probability of dropout: the first that is not None counts.
+    # Settings that hold the dropout probability; the first that is not None counts.
     dropout: tuple[str, ...] = ("classifier_dropout", "hidden_dropout_prob")
-    # Whether a dense layer, an activation and a norm lie between the encoder's states and the classes, under `head`.
+    # Whether a dense layer, an activation and a norm are between the encoder's states and the classifier, under `head`.
     transform: bool = False
-    dropout_first: bool = False  # Whether the first token is dropped out, too.
-    # Whether the head for pairs of sentences tells their order: it drops out, and has num_labels classes.
+    dropout_first: bool = False  # Whether dropout applies to the first token, too.
+    # Whether the head for pairs of sentences predicts their order. It then has dropout and num_labels classes.
     sentence_order: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A `Family` says what models of one ``model_type`` of transformers call things, and how they differ from BERT."""
+    """A `Family` has the names in models of one ``model_type`` of transformers, and their differences from BERT."""
 
     model_type: str
     classes: str  # The beginning of their class names.
-    prefix: str  # What stands before the encoder's names under a head.
-    heads: Mapping[str, Head]  # By what follows "For" in a class name.
+    prefix: str  # The prefix of the encoder's names under a head.
+    heads: Mapping[str, Head]  # By the part after "For" in a class name.
     names: Names = ()  # Paths in the encoder that are not BERT's; the others are the same.
     settings: tuple[tuple[str, str], ...] = ()  # Keys of config.json that are not BERT's, and the BertConfig fields.
     defaults: Mapping[str, Any] = field(default_factory=dict)  # BertConfig fields that a config.json may lack.
     fixed: Mapping[str, Any] = field(default_factory=dict)  # BertConfig fields that no config.json has.
     positions: str = COLUMN  # COLUMN or AFTER_PADDING.
-    # Values of position_embedding_type that are computed; None where the family's code does not read that setting.
+    # Supported values of position_embedding_type; None if the family's code does not read that setting.
     position_types: tuple[str, ...] | None = ("absolute",)
     token_types: bool = True  # Whether there is a table of segments.
     pooler: bool = True  # Whether the bare model has a pooler.
-    attention_output_dropout: bool = True  # Whether a layer drops out between attention and its norm.
-    output_dropout: bool = True  # Whether it does so between the feed-forward part and its norm.
+    attention_output_dropout: bool = True  # Whether there is dropout between attention and its norm.
+    output_dropout: bool = True  # Whether there is dropout between the feed-forward part and its norm.
     projection: bool = False  # Whether the embeddings have their own width, `embedding_size`, and a linear layer.
-    always_projected: bool = False  # Whether the linear is there where that width is the layers', too.
-    # What the hub's own files call things where that is not transformers': it is read, and not written.
+    always_projected: bool = False  # Whether the linear exists even if that width equals the layers' width.
+    # The names in the hub's own files, if they are not transformers'. They are read, and not written.
     older_names: Names = ()
     older_prefix: str | None = None
     older_settings: tuple[tuple[str, str], ...] = ()
-    stored_type: str | None = None  # What config.json has as model_type, where that is another family's.
-    # Pairs of a module of the hub's, under our name, and of those that its rows are cut into, from first to last.
+    stored_type: str | None = None  # The model_type in config.json, if it is another family's.
+    # Pairs of a fused module of the hub's, under our name, and of the modules of its rows, from first to last.
     fused: tuple[tuple[str, tuple[str, ...]], ...] = ()
     segments_optional: bool = False  # Whether type_vocab_size may be 0.
-    text_bias: bool = True  # Whether the linears of its text have biases, where its config has no setting for that.
-    shared_layers: bool = False  # Whether layers share weights: those of each of `num_hidden_groups` the same.
-    text: str = "bert"  # What describes its layers: the file of fastbert.models, and of fastbert.reference.
-    required: Mapping[str, Any] = field(default_factory=dict)  # BertConfig fields for which its code has one value.
-    # What differs where a config.json says "legacy": false, as DeBERTa's head for masked tokens does.
+    text_bias: bool = True  # Whether the linears of its text have biases, if its config has no setting for it.
+    shared_layers: bool = False  # Whether layers share weights: all layers of one of `num_hidden_groups` have the same.
+    text: str = "bert"  # The text of its layers: the file of fastbert.models, and of fastbert.reference.
+    required: Mapping[str, Any] = field(default_factory=dict)  # BertConfig fields with one fixed value in its code.
+    # The differences if a config.json says "legacy": false, for example in DeBERTa's head for masked tokens.
     not_legacy: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str = ""  # The class of the tokenizer in transformers, without "Tokenizer".
     special_tokens: Mapping[str, str] = field(default_factory=dict)  # Names that are not BERT's, and may not be stored.
@@ -106,7 +106,7 @@ class Family:
         return _renamed(name, names) or self.to_ours(name)
 
     def state_to_theirs(self, name: str, head: str | None = None) -> str:
-        """Returns their name of a tensor of ours, in a model with that head, or in the bare model."""
+        """Returns their name of one of our tensors, in a model with that head, or in the bare model."""
         if head is None:
             return self.to_theirs(name)
         if name.startswith("bert."):
@@ -114,14 +114,14 @@ class Family:
         return _renamed(name, _swapped(self.heads[head].names)) or name
 
     def head(self, task: str) -> Head:
-        """Returns the head by what follows "For" in a class name. Raises ValueError for one that is not covered."""
+        """Returns the head by the part after "For" in a class name. Raises ValueError for an unsupported head."""
         if task not in self.heads:
             covered = ", ".join(f"BertFor{name}" for name in self.heads)
             raise ValueError(f"BertFor{task}: not covered for model_type {self.model_type!r}, which has {covered}")
         return self.heads[task]
 
     def cut(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """Cuts tensors of fused modules, under our names, into those of the modules that they stand for."""
+        """Splits tensors of fused modules, under our names, into the tensors of the single modules."""
         whole: dict[str, Any] = {}
         for name, tensor in state.items():
             path, _, end = name.rpartition(".")
@@ -140,7 +140,7 @@ class Family:
         return {**self.defaults, **stored, **self.fixed}
 
     def config_names(self, data: Mapping[str, Any]) -> dict[str, Any]:
-        """Renames settings to BertConfig's fields. Where a setting has both names, the value under theirs counts."""
+        """Renames settings to BertConfig's fields. If a setting has both names, the value under their name counts."""
         older = {name: ours for name, ours in self.older_settings if ours not in data}
         data = {older.get(name, name): value for name, value in data.items()}
         ours = dict(self.settings)
@@ -159,7 +159,7 @@ class Family:
 
 
 def _renamed(name: str, names: Iterable[tuple[str, str]]) -> str | None:
-    """Exchanges the longest path of `names` that the name starts with. Returns None where it starts with none."""
+    """Replaces the longest path of `names` at the start of the name. Returns None if there is none."""
     for before, after in sorted(names, key=lambda pair: -pair[0].count(".")):
         start = re.match(re.escape(before).replace(r"\*", r"(\d+)") + r"(?=\.|$)", name)
         if start:

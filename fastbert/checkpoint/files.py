@@ -34,23 +34,23 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes a UTF-8 text file whole or not at all: ``path`` holds the old content or the new, never a part."""
+    """Writes a UTF-8 text file completely or not at all: ``path`` has the old content or the new, never a part."""
     with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary file in the folder of ``path``, which takes the place of ``path`` at the end.
+    """Gives a temporary file in the folder of ``path``. At the end it replaces ``path``.
 
-    After an error ``path`` is as before, and the temporary file is gone.
+    After an error ``path`` is as before, and the temporary file is removed.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
-        # safetensors makes files that only their owner may read, whatever the umask says.
+        # safetensors makes files that only their owner may read, for every umask.
         temporary.chmod(mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())

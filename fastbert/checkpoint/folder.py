@@ -1,4 +1,4 @@
-"""This module finds the folder of a checkpoint: a local one, or one that the Hugging Face hub's client keeps."""
+"""This module finds the folder of a checkpoint: a local one, or one in the cache of the Hugging Face hub's client."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def resolve(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Path:
-    """Returns the local folder that ``src`` names. Downloads it from the Hugging Face hub where that is necessary.
+    """Returns the local folder for ``src``. Downloads it from the Hugging Face hub if necessary.
 
-    A local folder wins. Otherwise a string of the form ``name`` or ``owner/name`` is looked up on the hub (or, with
-    ``HF_HUB_OFFLINE=1`` or ``local_files_only``, in the hub's cache). A ``Path`` object and any other string never
-    leave the machine. ``subfolder`` is the part of the folder or repository that is meant.
+    A local folder has priority. Otherwise a string of the form ``name`` or ``owner/name`` is looked up on the hub (or,
+    with ``HF_HUB_OFFLINE=1`` or ``local_files_only``, in the hub's cache). A ``Path`` object and any other string never
+    cause a network request. ``subfolder`` selects a part of the folder or repository.
 
     With ``weights=False`` only texts and SentencePiece files (``*.json``, ``*.txt``, ``*.model``, ``*.spiece``) are
     downloaded. ``pytorch_model*.bin`` is downloaded only if the repository holds no safetensors, or with
     ``use_safetensors=False``, and never with ``use_safetensors=True``.
 
     ``cache_dir`` (default: the hub client's), ``token`` and ``force_download`` are those of
-    ``huggingface_hub.snapshot_download``. A local folder has no use for them.
+    ``huggingface_hub.snapshot_download``. A local folder ignores them.
 
     Raises FileNotFoundError if there is no such folder and no such hub repository. Raises ValueError if ``src`` is
     empty, if ``revision`` is not None for a local folder, or if ``subfolder`` leads out of ``src``. Raises TypeError if
@@ -48,7 +48,7 @@ def resolve(
     subfolder = _with_slashes(subfolder)
     path = os.path.expanduser(text)
     if os.path.isdir(path):
-        if revision not in (None, "main"):  # Tools ask for "main" where their user has said nothing.
+        if revision not in (None, "main"):  # Tools pass "main" if their user gives no revision.
             raise ValueError(f"revision: got {revision!r}, but src {text!r} is a local folder, which has no revisions")
         return _part(Path(path), subfolder, text)
     if os.path.exists(path):

@@ -9,10 +9,10 @@ from typing import Any
 
 from fastbert.checkpoint.files import SAFETENSORS, SAFETENSORS_INDEX
 
-# "name" or "owner/name". What does not match (a leading "/", "." or "~", a second "/", a space) can only be a path.
+# "name" or "owner/name". Any other string (a leading "/", "." or "~", a second "/", a space) can only be a path.
 HUB_ID = re.compile(r"(?!.*(--|\.\.))(?!.*\.git$)(\w([\w.-]*\w)?/)?\w([\w.-]{0,94}\w)?", re.ASCII)
 
-# fnmatch patterns, in which "*" also matches "/": the files of module subfolders (1_Pooling, 2_Dense) come along.
+# fnmatch patterns, in which "*" also matches "/": they include the files of module subfolders (1_Pooling, 2_Dense).
 _TEXT = ["*.json", "*.txt", "*.model", "*.spiece", "artifact.metadata"]
 _HEADS = ["sparse_linear.pt", "colbert_linear.pt"]  # bge-m3's
 _SAFETENSORS = ["*.safetensors", "[0-9]*_Dense/pytorch_model.bin", *_HEADS]
@@ -30,7 +30,7 @@ def download(
     """
     from huggingface_hub import snapshot_download
 
-    # No folder is ignored where the caller asks for one by name.
+    # No folder is ignored if the caller requests one by name.
     prefix, ignored = (f"{subfolder}/", None) if subfolder else ("", _IGNORED)
 
     def fetch(patterns: list[str]) -> Path:

@@ -1,4 +1,4 @@
-"""The tables of ALBERT, Jina 2 and its code model, which `fastbert.checkpoint.families` lists with the others."""
+"""This module has the tables of ALBERT, Jina 2 and its code model. `fastbert.checkpoint.families` lists them."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ _CODE = "jinaai/jina-bert-v2-qk-post-norm"
 JINA_CODE = replace(
     JINA,
     model_type="jina_bert_code",
-    # By auto_map alone a config.json tells these layers from those of Jina's other models.
+    # Only by auto_map a config.json distinguishes these layers from those of Jina's other models.
     defaults={
         **JINA.defaults,
         "auto_map": {
@@ -110,9 +110,9 @@ LATER = (ALBERT, JINA, JINA_CODE)
 
 
 def model_type_of(data: Mapping[str, Any]) -> Any:
-    """Returns the model_type of a config.json. Jina's calls its own "bert", and has other positions.
+    """Returns the model_type of a config.json. Jina's models say "bert", but have other positions.
 
-    Its code model has other layers again: the repository of its code tells it apart, in _name_or_path or auto_map.
+    Jina's code model has other layers again. The repository of its code, in _name_or_path or auto_map, identifies it.
     """
     model_type = data.get("model_type")
     if model_type != JINA.stored_type or data.get("position_embedding_type") != "alibi":

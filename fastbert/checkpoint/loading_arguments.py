@@ -19,13 +19,13 @@ from fastbert.checkpoint.folder import resolve
 
 logger = logging.getLogger("fastbert")
 
-# Arguments that `Arguments.of` gives a meaning to, beside those of `resolve`.
+# Arguments that `Arguments.of` uses, beside those of `resolve`.
 TAKEN = (
     "config", "state_dict", "variant", "torch_dtype", "device_map", "use_auth_token", "ignore_mismatched_sizes",
     "output_loading_info", "add_pooling_layer", "key_mapping",
 )  # fmt: skip
 
-# Arguments that change nothing, and why. One that asks for something is logged.
+# Arguments that change nothing, and why. A set argument is logged.
 IGNORED = {
     "attn_implementation": "one implementation of attention serves all models; output_attentions=True works with it",
     "experts_implementation": "the models have no experts",
@@ -50,7 +50,7 @@ IGNORED = {
     "_from_auto": "it names the caller", "_from_pipeline": "it names the caller", "_commit_hash": "revision says it",
 }  # fmt: skip
 
-# Arguments that fastbert does not support, and what to do instead.
+# Arguments that fastbert does not support, and an alternative.
 REFUSED = {
     "from_tf": "only PyTorch weights are read; transformers 4 converts others",
     "from_flax": "only PyTorch weights are read; transformers 4 converts others",
@@ -81,11 +81,11 @@ _SAVE_REFUSED = {
 
 @dataclass
 class Arguments:
-    """`Arguments` hold what a call of `from_pretrained` asks for, in fastbert's terms."""
+    """`Arguments` hold the arguments of a call of `from_pretrained` in fastbert's terms."""
 
     hub: dict[str, Any]  # Arguments of `resolve`.
     settings: dict[str, Any]  # Overrides of the config.
-    model: dict[str, Any] = field(default_factory=dict)  # Arguments of the model's class. The others: as there.
+    model: dict[str, Any] = field(default_factory=dict)  # Arguments of the model's class. The other fields: as there.
     config: Any = None
     state_dict: Mapping[str, Tensor] | None = None
     variant: str | None = None
@@ -99,7 +99,7 @@ class Arguments:
     def of(cls, keywords: Mapping[str, Any]) -> Arguments:
         """Sorts keyword arguments, and logs those of IGNORED. Raises ValueError for one of REFUSED.
 
-        A value that asks for nothing, as None, is neither logged nor refused.
+        A value without effect, such as None, is neither logged nor refused.
         """
         rest = dict(keywords)
         if rest.get("use_auth_token") is not None and rest.get("token") is None:
@@ -141,7 +141,7 @@ class Arguments:
         return BertConfig.from_dict(config.to_dict(), **self.settings)
 
     def renamed(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Renames a checkpoint's tensors by `key_mapping`, which maps regular expressions to what replaces them."""
+        """Renames a checkpoint's tensors by `key_mapping`, which maps regular expressions to their replacements."""
         names = {name: name for name in state}
         for pattern, replacement in self.key_mapping.items():
             names = {stored: re.sub(pattern, replacement, name) for stored, name in names.items()}
@@ -149,7 +149,7 @@ class Arguments:
 
 
 def refuse(arguments: dict[str, Any], reasons: Mapping[str, str], caller: str) -> None:
-    """Removes the arguments named in `reasons`. Raises ValueError for the first that asks for something."""
+    """Removes the arguments named in `reasons`. Raises ValueError for the first that is set."""
     for name, reason in reasons.items():
         value = arguments.pop(name, None)
         if _asks(value):
@@ -157,7 +157,7 @@ def refuse(arguments: dict[str, Any], reasons: Mapping[str, str], caller: str) -
 
 
 def ignore(arguments: dict[str, Any], reasons: Mapping[str, str], caller: str) -> None:
-    """Removes the arguments named in `reasons`, and logs those that ask for something."""
+    """Removes the arguments named in `reasons`, and logs those that are set."""
     for name, reason in reasons.items():
         value = arguments.pop(name, None)
         if _asks(value) and not name.startswith("_"):

@@ -1,6 +1,6 @@
 """This module renames a checkpoint's tensors to the names that a model expects, and compares their shapes.
 
-It knows names and shapes, not models: what a model does about a missing tensor is the model's to decide.
+It knows names and shapes, not models. The model decides about missing tensors.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ def match(
 ) -> Match:
     """Renames a checkpoint's tensors to the names of a model. ``expected`` maps these names to shapes.
 
-    ``base_prefix`` is added or removed where only that gives a name of the model.
+    ``base_prefix`` is added or removed if only that gives a name of the model.
 
-    ``cls.predictions.bias`` and ``cls.predictions.decoder.bias`` are one parameter. Where the model expects one that
-    the checkpoint lacks, it gets the other (the same tensor object). A twin that the model has no place for is not
-    unexpected if it holds the same numbers.
+    ``cls.predictions.bias`` and ``cls.predictions.decoder.bias`` are one parameter. If the model expects one that the
+    checkpoint lacks, it gets the other (the same tensor object). A twin without a place in the model is not unexpected
+    if it holds the same numbers.
 
     A missing ``cls.predictions.decoder.weight`` stays missing: the model knows whether it is tied.
 
-    Raises ValueError that lists the tensors whose shape is not the expected one. With ``ignore_mismatched`` they are
-    left out instead.
+    Raises ValueError that lists the tensors with unexpected shapes. With ``ignore_mismatched`` they are left out
+    instead.
     """
     matched = {name: tensor for name, tensor in state.items() if name in expected}
     unexpected: list[str] = []

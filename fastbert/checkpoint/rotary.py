@@ -1,4 +1,4 @@
-"""The layers of encoders with rotary positions, as a config.json says: bases of angles and windows of attention.
+"""This module reads the layers of encoders with rotary positions from a config: bases of angles and attention windows.
 
 A config here is a `BertConfig`.
 """
@@ -12,15 +12,15 @@ from typing import Any
 from fastbert.checks import expect
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-BASES = {FULL: 160_000.0, SLIDING: 10_000.0}  # ModernBERT's, where a config.json names none
-EVERY = 3  # every third layer of ModernBERT sees the whole text, the first one among them
+BASES = {FULL: 160_000.0, SLIDING: 10_000.0}  # ModernBERT's, if a config.json has none
+EVERY = 3  # every third layer of ModernBERT sees the whole text, also the first one
 
 
 @dataclass(frozen=True)
 class RotaryLayer:
-    """One layer: the base of its angles, by what positions are divided, and its window.
+    """A RotaryLayer is one layer: the base of its angles, the divisor of positions, and its window.
 
-    window: how many columns attention reaches on either side, None for all.
+    window: the columns that attention reaches on either side, None for all.
     """
 
     base: float
@@ -37,13 +37,13 @@ def modernbert_layers(config: Any) -> tuple[RotaryLayer, ...]:
     """Returns the layers of a ModernBERT, from first to last.
 
     Both published forms of config.json are read. The older has global_rope_theta, local_rope_theta (None for the global
-    one) and global_attn_every_n_layers. The newer has layer_types and rope_parameters, which win. A window reaches
-    local_attention // 2 columns, or sliding_window where a config.json has that. Raises ValueError for layers or angles
-    that fastbert does not compute.
+    one) and global_attn_every_n_layers. The newer has layer_types and rope_parameters, which have priority. A window
+    reaches local_attention // 2 columns, or sliding_window if a config.json has it. Raises ValueError for layers or
+    angles that fastbert does not compute.
     """
     window, half = setting(config, "local_attention"), config.extra.get("sliding_window")
     expect(isinstance(window, int) and window >= 0, "local_attention", window, "a whole number, 0 or more")
-    if half is not None:  # It is a property of transformers' config, and counts before local_attention.
+    if half is not None:  # It is a property of transformers' config, and has priority over local_attention.
         expect(isinstance(half, int) and half >= 0, "sliding_window", half, "a whole number, 0 or more")
         window = 2 * half
     types = layer_types(config)
@@ -56,7 +56,7 @@ def modernbert_layers(config: Any) -> tuple[RotaryLayer, ...]:
 
 
 def gated_rotary_layer(config: Any) -> RotaryLayer:
-    """Returns what every layer of a Nomic or a GTE model turns by.
+    """Returns the rotation of every layer of a Nomic or a GTE model.
 
     The base is rope_parameters' or rope_theta. rope_scaling {"type": "ntk", "factor": f} multiplies the base by f, and
     divides positions by f^(2 / D), as GTE's published code does (https://kexue.fm/archives/9706). Raises ValueError for
@@ -75,7 +75,7 @@ def gated_rotary_layer(config: Any) -> RotaryLayer:
     return RotaryLayer(float(base), float(factor) if kind == "linear" else 1.0)
 
 
-# Settings of the hub's own code for Nomic and GTE, and the one value that fastbert computes.
+# Settings of the hub's own code for Nomic and GTE, with the only value that fastbert computes.
 ONLY = {
     "activation_function": "swiglu", "causal": False, "layer_norm_type": "layer_norm", "logn_attention_scale": False,
     "mlp_fc1_bias": False, "mlp_fc2_bias": False, "moe_every_n_layers": 0, "parallel_block": False, "prenorm": False,
@@ -85,7 +85,7 @@ ONLY = {
 
 
 def modern_angles(config: Any) -> dict[str, Any]:
-    """Returns `extra` of a Nomic or a GTE model with its angles as transformers writes them, in rope_parameters.
+    """Returns `extra` of a Nomic or a GTE model with its angles in transformers' form, in rope_parameters.
 
     Raises ValueError for a setting that fastbert does not compute.
     """
@@ -118,7 +118,7 @@ def layer_types(config: Any) -> list[str]:
 
 
 def _angles(config: Any, kind: str) -> tuple[float, float]:
-    """Returns the base of the angles, and by what positions are divided."""
+    """Returns the base of the angles, and the divisor of positions."""
     older = {FULL: config.extra.get("global_rope_theta"), SLIDING: config.extra.get("local_rope_theta", BASES[SLIDING])}
     older[FULL] = BASES[FULL] if older[FULL] is None else older[FULL]
     base = older[FULL] if older[kind] is None else older[kind]

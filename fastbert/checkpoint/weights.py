@@ -64,9 +64,9 @@ def _varied(name: str, variant: str | None) -> str:
 
 
 def _is_left_over(index: Path) -> bool:
-    """Says whether all shards of an index are gone.
+    """Tells whether all shards of an index are gone.
 
-    That is so after transformers saved a single file over a sharded checkpoint.
+    This happens after transformers saved a single file over a sharded checkpoint.
     """
     if any((index.parent / shard).is_file() for shard in _weight_map(index).values()):
         return False
@@ -167,12 +167,12 @@ def write_state_dict(
     """Writes ``state`` to ``folder`` as safetensors, in the layout of transformers' ``save_pretrained``.
 
     Up to ``max_shard_size`` bytes are one ``model.safetensors``. More are ``model-00001-of-0000N.safetensors`` … and
-    ``model.safetensors.index.json``. Every name of ``state`` is written in full: of tied tensors the caller drops one.
-    ``variant`` is a part of the names, as in `read_state_dict`.
+    ``model.safetensors.index.json``. Every name of ``state`` is written in full; the caller leaves out one of two tied
+    tensors. ``variant`` is a part of the names, as in `read_state_dict`.
 
     Everything is written under temporary names first. So an interrupted save leaves no half-written file under a final
-    name, and no index over shards of two saves. Safetensors files of a previous save that this one does not replace
-    are removed at the end. ``pytorch_model*.bin``, which readers look at last, is left alone.
+    name, and no index over shards of two saves. Safetensors files of a previous save that this one does not replace are
+    removed at the end. ``pytorch_model*.bin``, which readers look at last, is not changed.
 
     Raises ValueError if ``state`` is empty or ``max_shard_size`` not positive, and TypeError for a value that is not a
     dense tensor with data.
@@ -203,7 +203,7 @@ def write_state_dict(
         for path, names in zip(paths, shards, strict=True):
             _save_file({name: state[name] for name in names}, pending.enter_context(replacing(path)))
         if sharded and any(path.exists() for path in paths):
-            # Until the new index is there, no reader may take old and new shards of the same names for one set.
+            # Until the new index exists, no reader may combine old and new shards with the same names.
             index.unlink(missing_ok=True)
     if sharded:
         weight_map = {name: path.name for path, names in zip(paths, shards, strict=True) for name in names}
@@ -211,7 +211,7 @@ def write_state_dict(
         content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(index, json.dumps(content, indent=2) + "\n")
     else:
-        # The index goes before its shards: readers look for an index ahead of the single file.
+        # The index is removed before its shards: readers look for an index before the single file.
         index.unlink(missing_ok=True)
     for path in folder.iterdir():
         is_shard = path.name.startswith(stem) and _SHARD.fullmatch(path.name.removeprefix(stem))

@@ -1,3 +1,3 @@
-"""The command `fastbert`; `main` is what runs it."""
+"""The command `fastbert` runs `main`."""
 
 from fastbert.cli.main import main as main

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _pairs(args: argparse.Namespace) -> Iterable[tuple[str, str]]:
-    """Returns questions with their contexts. A file that is not there shows now, and not after a model is loaded."""
+    """Returns questions with their contexts. A missing file raises now, and not after a model is loaded."""
     from fastbert.text.files import STDIN
 
     if args.input is not None:

@@ -1,4 +1,4 @@
-"""`fastbert bench` measures fastbert beside what one would use instead, on the user's model, texts and device."""
+"""`fastbert bench` compares fastbert with its alternatives on the user's model, texts and device."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints the tables and writes --out; 0 if fastbert's output was right, else 1.
+    """Measures, prints the tables and writes --out. Returns 0 if fastbert's output was right, else 1.
 
     Raises ValueError or OSError for arguments that do not fit and files that cannot be read or written.
     """
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_output(path: str | None) -> None:
-    """Raises ValueError or FileNotFoundError for an --out that could not be written after all the work."""
+    """Raises ValueError or FileNotFoundError before the work for an --out that could not be written after it."""
     if path is None:
         return
     if Path(path).suffix not in FORMATS:

@@ -98,7 +98,7 @@ def _stream(args: argparse.Namespace) -> None:
 
 
 def _place_arguments(args: argparse.Namespace) -> None:
-    """Puts input and output in their places, where --ray has taken the input for its address."""
+    """Puts input and output in their places, if --ray has taken the input for its address."""
     if args.ray and not (args.ray in ("auto", "local") or ":" in args.ray.removeprefix("ray://")) or _is_file(args.ray):
         args.ray, args.input, args.place = "", args.ray, args.input if args.input != "-" else args.place
     if args.place is not None:
@@ -108,5 +108,5 @@ def _place_arguments(args: argparse.Namespace) -> None:
 
 
 def _is_file(address: str | None) -> bool:
-    """Tells whether what stands in the place of a cluster's address is a URL of files."""
+    """Tells whether the value in the place of a cluster's address is a URL of files."""
     return address is not None and "://" in address and not address.startswith("ray://")

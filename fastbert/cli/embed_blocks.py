@@ -1,4 +1,4 @@
-"""`fastbert embed` works block by block where it can be resumed, writes to a folder, or runs on a Ray cluster."""
+"""`fastbert embed` works block by block if it can be resumed, writes to a folder, or runs on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from fastbert.text import blocks, storage
 from fastbert.text.files import STDIN, check_output
 
-PARTS = ".parts"  # ends the name of the folder that holds blocks until there is one file of them
+PARTS = ".parts"  # ends the name of the folder that holds blocks until they become one file
 
 
 def is_folder(output: str) -> bool:
@@ -19,7 +19,7 @@ def is_folder(output: str) -> bool:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Makes the files of all blocks that are not done, and one file of them where one was asked for."""
+    """Makes the files of all blocks that are not done, and joins them if one file was requested."""
     from fastbert.cli import models
     from fastbert.pipelines.bulk import BlockEncoder, encode_blocks, join_parts
 
@@ -88,7 +88,7 @@ def _prepare(args: argparse.Namespace) -> tuple[Any, list[blocks.Block]]:
 
 
 def _loading(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the arguments with which every node loads the model."""
+    """Returns the loading arguments of the model for every node."""
     names = ("dtype", "backend", "strict", "precision")
     return {"token_budget": args.batch_tokens, **{name: getattr(args, name) for name in names}}
 

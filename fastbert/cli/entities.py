@@ -1,4 +1,4 @@
-"""`fastbert entities` prints the entities of each text, with their places."""
+"""`fastbert entities` prints the entities of each text, with their positions."""
 
 from __future__ import annotations
 

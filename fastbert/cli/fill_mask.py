@@ -27,7 +27,7 @@ example:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints a line for each token, probability first, under a heading where there are several masks."""
+    """Prints a line for each token, probability first, under a heading if there are several masks."""
     import torch
 
     from fastbert.cli import models

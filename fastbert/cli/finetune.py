@@ -13,11 +13,11 @@ from fastbert.training.finetuning import options
 
 @dataclass(frozen=True)
 class Entry:
-    """A task of `fastbert.training.finetuning.tasks.TASKS`, as --help shows it."""
+    """An Entry is a task of `fastbert.training.finetuning.tasks.TASKS`, as --help shows it."""
 
     summary: str
-    columns: str  # what a record has
-    example: str  # what stands between the task and --model
+    columns: str  # the fields of a record
+    example: str  # the text between the task and --model
 
 
 # By the names of fastbert.training.finetuning.tasks.TASKS, in the order of --help.
@@ -56,7 +56,7 @@ TASKS = {
 
 
 def add(commands: Any) -> None:
-    """Adds the subcommand, with a subcommand of its own for each task."""
+    """Adds the subcommand, with its own subcommand for each task."""
     parser = add_command(
         commands,
         "finetune",
@@ -95,7 +95,7 @@ on N GPUs of a machine:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains, and prints the headline metric; with --dry-run it prints what it would do.
+    """Trains, and prints the headline metric. With --dry-run it prints the plan instead.
 
     Raises ValueError or OSError for settings, data and folders that do not fit.
     """

@@ -147,12 +147,12 @@ def run_rerank(args: argparse.Namespace) -> None:
 
 
 def settings_of(args: argparse.Namespace, kind: type[Any]) -> Any:
-    """Makes the settings of parsed arguments. Raises ValueError, with the name of the field, as they do."""
+    """Makes the settings from parsed arguments. Raises their ValueError, with the name of the field."""
     return kind(**{field.name: getattr(args, field.name) for field in dataclasses.fields(kind)})
 
 
 def is_first() -> bool:
-    """Tells whether this process speaks to the user: the first of those that torchrun has started, or the only one."""
+    """Tells whether this process prints for the user: the first of those that torchrun has started, or the only one."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -164,7 +164,7 @@ def leave_group() -> None:
 
 
 def print_plan(plan: Mapping[str, Any]) -> None:
-    """Prints what a dry run found, a line for each fact."""
+    """Prints the results of a dry run, a line for each fact."""
     from fastbert.training.finetuning.planning import lines
 
     print("\n".join(lines(plan)))
@@ -197,7 +197,7 @@ def _add(tasks: Any, name: str, summary: str, epilog: str, groups: Help, kind: t
 
 
 def _argument(field: dataclasses.Field[Any], metavar: str, text: str, choices: Mapping[str, Any]) -> dict[str, Any]:
-    """What argparse is told of a field. Annotations are strings here."""
+    """Returns argparse's arguments for a field. Annotations are strings here."""
     annotation, default = str(field.type), field.default
     if field.name == "columns":
         return {"nargs": "+", "default": {}, "metavar": metavar, "help": text}

@@ -18,9 +18,9 @@ def print_line(query: str, hits: Sequence[Hit]) -> None:
 
 
 def read_lines(path: str) -> Iterator[tuple[str, list[Hit]]]:
-    """The query and the hits of each line that `print_line` printed.
+    """Returns the query and the hits of each line that `print_line` printed.
 
-    Raises FileNotFoundError at once, and ValueError that names the line where it holds something else.
+    Raises FileNotFoundError at once, and ValueError that names the line for other content.
     """
     if path != STDIN and not os.path.exists(path):
         raise FileNotFoundError(f"hits: there is no file {path!r}")

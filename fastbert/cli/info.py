@@ -1,4 +1,4 @@
-"""`fastbert info` prints versions and devices, and with a model what would run each of its operations, and why."""
+"""`fastbert info` prints versions and devices. With a model it prints the kernel of each operation, and the reason."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints the table of this machine, and of a model its shape and what `explain` says."""
+    """Prints the table of this machine, and for a model its shape and the output of `explain`."""
     for name, text in _machine(args):
         print(f"{name:<23}{text}")
     if args.model is None:
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _machine(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Names and values: versions, devices, and which kernels there are."""
+    """Yields names and values: versions, devices, and the available kernels."""
     import torch
 
     from fastbert.cli import models
@@ -73,7 +73,7 @@ def _machine(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 
 def _cpp_kernels() -> Iterator[str]:
-    """Names the instructions of the C++ kernels that this processor takes, and what they are lacking."""
+    """Names the instructions that the C++ kernels use on this processor, and those that are missing."""
     from fastbert_kernels import cpu
 
     obstacle = cpu.obstacle()
@@ -86,7 +86,7 @@ def _cpp_kernels() -> Iterator[str]:
 
 
 def _facts(model: Any) -> Iterator[str]:
-    """The class, the shape and the missing weights of a model, a line each."""
+    """Yields the class, the shape and the missing weights of a model, one line each."""
     from fastbert.models.pretrained import listed
     from fastbert.pipelines.sentence import SentenceEncoder
 

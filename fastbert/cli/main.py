@@ -1,6 +1,6 @@
-"""`main` runs the command `fastbert`: it reads the arguments, shows messages and gives the exit code.
+"""`main` runs the command `fastbert`: it reads the arguments, shows messages and returns the exit code.
 
-Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted, 141 the reader of standard output went away.
+Exit codes: 0 done, 1 error, 2 wrong usage, 130 interrupted, 141 the reader of standard output closed it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from fastbert.cli import (
 from fastbert.cli.options import MINILM
 from fastbert.threads import set_threads
 
-# A file each, in the order of --help. `add` adds the arguments and names what runs; PyTorch is imported only there, so
-# that --help and --version do not wait for it.
+# One file each, in the order of --help. `add` adds the arguments and the function to run. PyTorch is imported only in
+# that function, so that --help and --version do not wait for it.
 COMMANDS = (
     embed, similarity, search, rerank, fill_mask, next_sentence, classify, entities, answer, finetune, pretrain,
     tokenizer, serve, info, verify, bench, tune, demo,
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
             return code or 0
         except BrokenPipeError:
-            # Python would complain once more when it flushes at exit.
+            # Python would report the error once more at its last flush.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         except KeyboardInterrupt:
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _describe(error: Exception) -> str:
-    """The message of an error, with its type where it was not written for people."""
+    """Returns the message of an error, with its type if the message was not written for users."""
     text = str(error).strip()
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
@@ -84,7 +84,7 @@ def _describe(error: Exception) -> str:
 
 @contextmanager
 def _messages(verbose: bool) -> Iterator[None]:
-    """The library's log on standard error, for the time of a command."""
+    """Shows the library's log on standard error during a command."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     logger = logging.getLogger("fastbert")

@@ -1,4 +1,4 @@
-"""The subcommands of `fastbert` load models here, by the options that they share."""
+"""This module loads models for the subcommands of `fastbert`, by the options that they share."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ TASKS = {name for name in vars(tasks) if name.startswith("BertFor")}
 
 
 def device_of(args: argparse.Namespace) -> torch.device:
-    """The device that --device names; by default the GPU if there is one."""
+    """Returns the device that --device names; by default the GPU if there is one."""
     return torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def loading_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that every from_pretrained takes."""
+    """Returns the arguments that every from_pretrained takes."""
     names = ("dtype", "backend", "strict", "precision", "revision")
     return {"device": device_of(args), **{name: getattr(args, name) for name in names}}
 
 
 def load_encoder(args: argparse.Namespace) -> SentenceEncoder:
-    """The sentence encoder of --model, with --batch-tokens and --max-length where a command has them."""
+    """Returns the sentence encoder of --model, with --batch-tokens and --max-length if a command has them."""
     token_budget = getattr(args, "batch_tokens", None)
     encoder = SentenceEncoder.from_pretrained(args.model, token_budget=token_budget, **loading_arguments(args))
     if getattr(args, "max_length", None) is not None:
@@ -53,7 +53,7 @@ def load_encoder(args: argparse.Namespace) -> SentenceEncoder:
 
 @contextmanager
 def encoder_and_pool(args: argparse.Namespace) -> Iterator[tuple[SentenceEncoder, Pool | None]]:
-    """Gives the sentence encoder, and with --workers or --devices a pool of its processes."""
+    """Returns the sentence encoder, and with --workers or --devices a pool of its processes."""
     devices = args.devices.split(",") if args.devices else ["cpu"] * (args.workers or 0)
     if devices:
         if args.device is not None and args.device != devices[0]:
@@ -68,12 +68,12 @@ def encoder_and_pool(args: argparse.Namespace) -> Iterator[tuple[SentenceEncoder
 
 
 def folder_of(args: argparse.Namespace) -> Path:
-    """The folder of --model, which is downloaded if it is a hub id."""
+    """Returns the folder of --model. A hub id is downloaded."""
     return resolve(full_name(args.model, SENTENCE_TRANSFORMERS), revision=args.revision)
 
 
 def load_any(args: argparse.Namespace) -> tuple[torch.nn.Module, Path]:
-    """A SentenceEncoder, or the class that the checkpoint names, and the folder of a hub id."""
+    """Returns a SentenceEncoder, or the class that the checkpoint names, and the folder of a hub id."""
     name = full_name(args.model, SENTENCE_TRANSFORMERS)
     folder = resolve(name, revision=args.revision)
     modules = folder / "modules.json"
@@ -85,7 +85,8 @@ def load_any(args: argparse.Namespace) -> tuple[torch.nn.Module, Path]:
 
 
 def load_task(cls: type[Model], head: str, args: argparse.Namespace) -> tuple[Model, Tokenizer]:
-    """A model whose head the checkpoint has, and its tokenizer, which cuts texts to the model's positions.
+    """Returns a model whose head is in the checkpoint, and its tokenizer, which truncates texts to the model's
+    positions.
 
     head: its name, for the error that a checkpoint without it raises.
     """
@@ -108,7 +109,7 @@ def _is_not_about_fresh_weights(record: logging.LogRecord) -> bool:
 
 
 def load_served(source: str, args: argparse.Namespace) -> Any:
-    """A CrossEncoder, an EntityRecognizer or a SentenceEncoder, as the head of the checkpoint asks for."""
+    """Returns a CrossEncoder, an EntityRecognizer or a SentenceEncoder, by the head of the checkpoint."""
     options = {**loading_arguments(args), "batch_invariant": args.batch_invariant}
     options["token_budget"] = args.batch_tokens
     folder = resolve(full_name(source, SENTENCE_TRANSFORMERS), revision=args.revision)

@@ -1,4 +1,4 @@
-"""`fastbert next-sentence` prints how likely it is that a second sentence follows a first."""
+"""`fastbert next-sentence` prints the probability that a second sentence follows a first."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ example:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Prints p_is_next and is_next, a line each."""
+    """Prints p_is_next and is_next, one line each."""
     import torch
 
     from fastbert.cli import models

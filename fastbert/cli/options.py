@@ -36,7 +36,7 @@ def add_command(commands: Any, name: str, summary: str, epilog: str) -> argparse
 
 
 def add_loading_options(group: Any) -> None:
-    """Adds what `models.loading_arguments` reads."""
+    """Adds the options that `models.loading_arguments` reads."""
     group.add_argument("--revision", help="branch, tag or commit of a hub id")
     choice = "the checkpoint's; for vectors and scores on a CPU, bfloat16 if the CPU multiplies it faster"
     group.add_argument("--dtype", default="auto", help=f"float32, bfloat16 or float16 (default: {choice})")
@@ -54,21 +54,21 @@ def add_loading_options(group: Any) -> None:
 
 
 def add_message_options(parser: argparse.ArgumentParser) -> None:
-    """Adds what `main` reads."""
+    """Adds the options that `main` reads."""
     group = parser.add_argument_group("messages")
     group.add_argument("-v", "--verbose", action="store_true", help="print more messages on standard error")
     group.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_field_option(parser: argparse.ArgumentParser) -> None:
-    """Adds what `texts.read` reads beside the name of the file."""
+    """Adds the option that `texts.read` reads beside the name of the file."""
     parser.add_argument(
         "--field", metavar="NAME", help="field with the text, if the lines are JSON objects (.jsonl: text)"
     )
 
 
 def add_reading_options(group: Any) -> None:
-    """Adds what a `Reading` is made of: how documents lie in files."""
+    """Adds the options of a `Reading`: the form of documents in files."""
     group.add_argument(
         "--layout", default="auto", choices=("auto", "sentences", "documents", "files"),
         help="layout of plain text: one sentence on each line, and a blank line between documents (auto, sentences); "
@@ -85,7 +85,7 @@ def add_reading_options(group: Any) -> None:
 
 
 def positive_int(text: str) -> int:
-    """The type of an argument that counts something; argparse shows its error."""
+    """Converts an argument that counts something. argparse shows its error."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text}")

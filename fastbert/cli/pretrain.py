@@ -27,7 +27,7 @@ result. The result is a folder that transformers and fastbert read.
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains; 0 at the end of all steps, and 128 + the number of the signal that stopped the run before.
+    """Trains. Returns 0 after all steps, and 128 + the number of the signal that stopped the run before.
 
     Raises ValueError or OSError for settings, text and folders that do not fit.
     """

@@ -1,4 +1,4 @@
-"""`fastbert rerank` prints texts in the order of a cross-encoder's scores beside a query."""
+"""`fastbert rerank` prints texts in the order of a cross-encoder's scores for a query."""
 
 from __future__ import annotations
 

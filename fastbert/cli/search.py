@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> None:
         raise ValueError(f"vectors: {args.vectors} has {sizes}")
     encoder = models.load_encoder(args)
     if corpus is None:
-        prompt = encoder.prompts.get("document", "")  # as `encode_document` takes it
+        prompt = encoder.prompts.get("document", "")  # in the form of `encode_document`
         with texts.progress_bar(args.input) as bar:
             parts = list(encoder.encode_stream(corpus_texts or [], prompt=prompt, progress=bar.update))
         corpus = np.concatenate(parts) if parts else np.zeros((0, encoder.get_embedding_dimension()), np.float32)
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _queries(args: argparse.Namespace) -> Iterator[str]:
-    """The queries of the command line, or of a file."""
+    """Returns the queries of the command line, or of a file."""
     from fastbert.cli import texts
     from fastbert.text.files import STDIN
 
@@ -90,7 +90,7 @@ def _queries(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _matrix(path: str) -> np.ndarray:
-    """The (n, dim) vectors of a .npy file, which are read a piece at a time."""
+    """Returns the (n, dim) vectors of a .npy file, which are read piece by piece."""
     import numpy as np
 
     try:

@@ -1,4 +1,4 @@
-"""`fastbert serve` answers over HTTP, in the forms of OpenAI and text-embeddings-inference."""
+"""`fastbert serve` answers over HTTP, in the formats of OpenAI and text-embeddings-inference."""
 
 from __future__ import annotations
 
@@ -96,13 +96,13 @@ def run(args: argparse.Namespace) -> None:
     logs.log_to()
     service = Service(loaders, settings)
     server.run(service, args.host, args.port, args.drain)
-    if service.abandoned:  # a thread loads a model, or downloads it: Python would wait for what it has begun
+    if service.abandoned:  # a thread loads or downloads a model; Python would wait for this thread
         logging.shutdown()
         os._exit(0)
 
 
 def _name_and_source(model: str) -> tuple[str, str]:
-    """Splits NAME=FOLDER. A folder has its last part as its name, a hub id is its own."""
+    """Splits NAME=FOLDER. Without NAME, a folder has its last part as its name, and a hub id is its own name."""
     name, sign, source = model.partition("=")
     if sign and name and not os.path.exists(model):
         return name, source

@@ -1,4 +1,4 @@
-"""The subcommands of `fastbert` read texts here, from files and from standard input, behind a progress bar."""
+"""This module reads texts for the subcommands of `fastbert`, from files and standard input, with a progress bar."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from fastbert.text.files import STDIN, count_lines, read_texts
 
 
 def read(path: str, field: str | None = None) -> Iterator[str]:
-    """The lines of a file or of standard input, whose absence shows now and not after a model is loaded.
+    """Returns the lines of a file or of standard input. A missing file raises now, and not after a model is loaded.
 
-    field: the name of the text where the lines are JSON objects; by default "text" in a file that ends in .jsonl.
+    field: the name of the text if the lines are JSON objects; by default "text" in a file that ends in .jsonl.
     """
     if path == STDIN:
         if sys.stdin is None or sys.stdin.isatty():
@@ -28,14 +28,14 @@ def read(path: str, field: str | None = None) -> Iterator[str]:
 
 
 def remember(texts: Iterable[str], queue: deque[str]) -> Iterator[str]:
-    """The texts, each put into the queue as well: its vector comes back a window later."""
+    """Yields the texts, and puts each into the queue as well: its vector comes one window later."""
     for text in texts:
         queue.append(text)
         yield text
 
 
 def progress_bar(path: str) -> Any:
-    """A progress bar over the lines of a file on standard error, if that is a terminal."""
+    """Returns a progress bar over the lines of a file on standard error, if that is a terminal."""
     from tqdm import tqdm
 
     shown = sys.stderr.isatty()

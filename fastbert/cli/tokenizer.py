@@ -57,7 +57,7 @@ examples:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Learns a vocabulary and saves it. Prints its size, what it was learnt from, the share of [UNK] and the folder."""
+    """Learns a vocabulary and saves it. Prints its size, its sources, the share of [UNK] and the folder."""
     if args.sample_bytes > MOST_BYTES:
         args.usage_error(f"--sample-bytes: at most {MOST_BYTES}, as counts of the tokenizers library have 32 bits")
     import sys

@@ -49,7 +49,7 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tunes, or only checks a table, or only prints what would be timed; 2 where there is no GPU to tune."""
+    """Tunes, or only checks a table, or only prints the planned timings. Returns 2 without a GPU."""
     if args.arch is not None and not args.dry_run:
         args.usage_error("--arch: expected only with --dry-run")
     import torch

@@ -46,7 +46,7 @@ examples:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report and writes it to the files asked for; 0 if the model is right, else 1."""
+    """Prints the report and writes the requested files. Returns 0 if the model is right, else 1."""
     from fastbert.checkpoint.files import write_text
     from fastbert.cli import models, texts
     from fastbert.diagnostics.verify.entry import verify

@@ -1,1 +1,1 @@
-"""The models: one readable text a family, and what all of them share."""
+"""The models: one readable file for each family, and the parts that all of them share."""

@@ -1,4 +1,4 @@
-"""This module answers what transformers' tools ask of a model beside a call: embeddings, counts, names."""
+"""This module has the attributes and methods that transformers' tools use besides a call: embeddings, counts, names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastbert.checkpoint.config import BertConfig
 
 
 class ModelAccess(nn.Module):
-    """Names and methods of transformers' PreTrainedModel that Trainer, PEFT, pipelines and others look at."""
+    """ModelAccess has names and methods of transformers' PreTrainedModel that Trainer, PEFT and pipelines use."""
 
     base_model_prefix = "bert"
     main_input_name = "input_ids"
@@ -38,12 +38,12 @@ class ModelAccess(nn.Module):
 
     @property
     def base_model(self) -> nn.Module:
-        """The encoder, which for BertModel is the model."""
+        """The encoder; for BertModel this is the model itself."""
         return self._modules.get(self.base_model_prefix) or self
 
     @property
     def all_tied_weights_keys(self) -> dict[str, str]:
-        """State-dict names that are other names for a tied tensor, and its own name."""
+        """Maps the further state-dict names of tied tensors to the tensors' own names."""
         return self.tied_pairs()
 
     @property
@@ -51,36 +51,36 @@ class ModelAccess(nn.Module):
         return self.tied_pairs() or None
 
     def can_generate(self) -> bool:
-        """False: encoders do not generate."""
+        """Is False, because encoders do not generate."""
         return False
 
     def get_input_embeddings(self) -> nn.Module:
-        """The module that makes vectors of token ids."""
+        """Returns the module that maps token ids to vectors."""
         encoder: Any = self.base_model
         return encoder.embeddings.word_embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Puts another module in its place."""
+        """Replaces the module that maps token ids to vectors."""
         encoder: Any = self.base_model
         encoder.embeddings.word_embeddings = value
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The module that makes logits of all tokens; None without one."""
+        """Returns the module that computes the logits of all tokens, or None without one."""
         return None
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        """Puts another module in its place. Raises ValueError without one."""
+        """Replaces the module that computes the logits of all tokens. Raises ValueError without one."""
         raise ValueError(f"{type(self).__name__} has no output embeddings")
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Returns how many numbers the parameters hold, a tied one once."""
+        """Returns the number of elements in the parameters; a tied parameter counts once."""
         tables = {id(m.weight) for m in self.modules() if isinstance(m, nn.Embedding)} if exclude_embeddings else set()
         return sum(
             p.numel() for p in self.parameters() if id(p) not in tables and (p.requires_grad or not only_trainable)
         )
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
-        """Bytes of the parameters, and of the buffers."""
+        """Returns the bytes of the parameters, and of the buffers."""
         tensors = [*self.parameters(), *(self.buffers() if return_buffers else ())]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -98,10 +98,10 @@ class ModelAccess(nn.Module):
         every_n_layers: int = 1,
         offload: bool = False,
     ) -> None:
-        """Lets each layer in training mode keep its input alone, for less memory and about a third more time.
+        """Lets each layer in training mode keep only its input, for less memory and about a third more time.
 
         activation_checkpointing_kwargs: for torch.utils.checkpoint.checkpoint; use_reentrant is False by default.
-        every_n_layers: 2 lets every second layer do so, from the first one on. offload=True is a ValueError.
+        every_n_layers: 2 selects every second layer, from the first one on. offload=True is a ValueError.
         """
         if isinstance(every_n_layers, bool) or not isinstance(every_n_layers, int) or every_n_layers < 1:
             raise ValueError(f"every_n_layers: got {every_n_layers!r}, expected a positive int")
@@ -113,18 +113,18 @@ class ModelAccess(nn.Module):
         encoder.encoder.checkpointed_every = every_n_layers
 
     def activation_checkpointing_disable(self) -> None:
-        """Lets the layers keep what the backward pass needs."""
+        """Lets the layers keep the tensors that the backward pass needs."""
         encoder: Any = self.base_model
         encoder.encoder.gradient_checkpointing = False
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Does what `activation_checkpointing_enable` does, under the name that it had in transformers 4."""
+        """Does the same as `activation_checkpointing_enable`, under its name in transformers 4."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Does what `activation_checkpointing_disable` does."""
+        """Does the same as `activation_checkpointing_disable`."""
         self.activation_checkpointing_disable()
 
     def enable_input_require_grads(self) -> None:
@@ -134,7 +134,7 @@ class ModelAccess(nn.Module):
         self.__dict__["_require_grads_hook"] = hook
 
     def disable_input_require_grads(self) -> None:
-        """Takes the hook of `enable_input_require_grads` away."""
+        """Removes the hook of `enable_input_require_grads`."""
         hook = self.__dict__.pop("_require_grads_hook", None)
         if hook is not None:
             hook.remove()
@@ -142,11 +142,11 @@ class ModelAccess(nn.Module):
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ) -> nn.Module:
-        """Gives the model a vocabulary of another size, its decoder and `config.vocab_size` with it.
+        """Changes the vocabulary size of the model, its decoder and `config.vocab_size`.
 
-        Rows that stay keep their numbers. New ones are the mean of the old ones (mean_resizing) or normal with standard
-        deviation initializer_range; new biases are 0. Returns the input embeddings. Raises TypeError where they are no
-        nn.Embedding, as with an adapter in their place.
+        The remaining rows keep their numbers. New rows are the mean of the old ones (mean_resizing) or normal with
+        standard deviation initializer_range; new biases are 0. Returns the input embeddings. Raises TypeError if they
+        are no nn.Embedding, for example an adapter.
         """
         table = self.get_input_embeddings()
         if type(table) is not nn.Embedding:
@@ -167,7 +167,7 @@ class ModelAccess(nn.Module):
         return self.get_input_embeddings()
 
     def _resize_decoder(self, n_words: int, mean_resizing: bool) -> None:
-        """Nothing to do in a model without a decoder."""
+        """Does nothing in a model without a decoder."""
 
     def _more_rows(self, old: Tensor, n_rows: int, mean_resizing: bool) -> Tensor:
         new = old.new_empty(n_rows, *old.shape[1:])

@@ -1,4 +1,4 @@
-"""Attention weights on request (`output_attentions`): plain PyTorch computes them, since fused kernels keep none."""
+"""Plain PyTorch computes attention weights on request (`output_attentions`), since fused kernels keep none."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def attend(
     scale: float | None = None,
     positions: Positions | None = None,
 ) -> Tensor:
-    """Attention in plain PyTorch, (T, 3H) -> (T, H); its weights (B, N, S, S) join the batch's.
+    """Computes attention in plain PyTorch, (T, 3H) -> (T, H), and adds its weights (B, N, S, S) to the batch's.
 
-    They are zeros at rows of padding. position_bias: (N, 2R + 1), window and scale as `ops.varlen_attention` takes
-    them, and positions as `ops.disentangled_attention` does.
+    The weights are zeros at rows of padding. position_bias: (N, 2R + 1); window and scale as in `ops.varlen_attention`,
+    and positions as in `ops.disentangled_attention`.
     """
     view = hooks.padded_view(batch)
     q, k, v = packing.pad(qkv, view).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, N, S, D)
@@ -61,7 +61,7 @@ def attend(
 
 
 def accept_reference(policy: ops.Policy) -> None:
-    """Raises BackendError where nothing but a fused kernel may run; else logs once that none does."""
+    """Raises BackendError if only a fused kernel may run; else logs once that plain PyTorch runs."""
     reason = "fused attention does not store the probabilities"
     if policy.strict:
         raise ops.BackendError(
@@ -76,14 +76,16 @@ def _log_reference(backend: str, reason: str) -> None:
 
 
 def is_altered(model: Any) -> bool:
-    """Tells whether a module of the encoder is an adapter or has hooks, so that its parameters cannot stand for it."""
+    """Tells whether a module of the encoder is an adapter or has hooks, so that its parameters alone do not describe
+    it.
+    """
     parts: Any = model.embeddings, model.embeddings_project, model.encoder
     modules = (module for part in parts if part is not None for module in part.modules())
     return any(type(module) not in model.own_modules or listened(module) for module in modules)
 
 
 def encode_by_reference(model: Any, batch: PackedBatch, inputs: Inputs, keep_states: bool) -> Encoded:
-    """The encoder by the reference on padded inputs, in the model's dtype."""
+    """Runs the encoder by the reference on padded inputs, in the model's dtype."""
     config = model.config
     if model.training and (config.hidden_dropout_prob or config.attention_probs_dropout_prob):
         logger.warning("output_attentions takes the reference path, which applies no dropout")

@@ -68,7 +68,7 @@ class BertSelfAttention(nn.Module):
         return replica
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
-        if x.dim() == 3:  # as transformers' returns it
+        if x.dim() == 3:  # the form of transformers
             return hooks.AttentionOutput(hooks.on_packed(BertSelfAttention.forward, self, x))
         qkv = fused.project(self, x, policy, batch)  # (T, 3H)
         if batch.has_plan(attention_weights.PLAN):
@@ -119,7 +119,7 @@ class BertAttention(nn.Module):
         self.output = BertAddNorm(config.hidden_size, config, p, site_of(layer, ATTENTION_OUTPUT))
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
-        if x.dim() == 3:  # as transformers' returns it
+        if x.dim() == 3:  # the form of transformers
             return hooks.AttentionOutput(hooks.on_packed(BertAttention.forward, self, x))
         return hooks.call(self.output, batch, policy, hooks.call(self.self, batch, policy, x), x)
 

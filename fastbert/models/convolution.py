@@ -1,4 +1,4 @@
-"""The convolution over columns that stands beside the first layer of DeBERTa-v2's large models."""
+"""This module has the convolution over columns beside the first layer of DeBERTa-v2's large models."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from fastbert.ops.derived import Derived
 class DebertaConvolution(nn.Module):
     """LayerNorm(y + activation(dropout(conv(x)))): x is the layer's input, and y its output.
 
-    Columns without a token are zeros. A convolution of k columns is a product with k rows beside one another.
+    Columns without a token are zeros. A convolution of k columns is a product with the joined rows of k columns.
     """
 
     def __init__(self, config: BertConfig, settings: DebertaSettings) -> None:
@@ -51,16 +51,16 @@ class DebertaConvolution(nn.Module):
         return make() if self.training else self.derived.get("product", [weight], make)
 
     def product(self) -> tuple[Tensor, Tensor]:
-        """The convolution as a linear of k rows beside one another: weight (H, k * H) and bias (H,)."""
+        """Returns the convolution as a linear on the joined rows of k columns: weight (H, k * H) and bias (H,)."""
         assert self.conv.bias is not None
         return self._weight()[0], self.conv.bias
 
     def derived_addresses(self) -> tuple[int, ...]:
-        """Returns where the weight of the product is, up to date; () if it is made on every call."""
+        """Returns the address of the current weight of the product; () if it is not kept."""
         return self.derived.addresses("product", self._weight())
 
     def renew(self, training: bool) -> None:
-        """Makes the product's weight anew when it is next used, or, for training, drops it."""
+        """Marks the product's weight to be made again at its next use, or, for training, drops it."""
         fused.renew(self, training)
 
     def train(self, mode: bool = True) -> DebertaConvolution:
@@ -72,7 +72,7 @@ class DebertaConvolution(nn.Module):
         return replica
 
     def data(self) -> Convolution:
-        """The convolution as data, for engines; its modules must be plain."""
+        """Returns the convolution as data, for engines; its modules must be plain."""
         p = self.dropout.p if self.training else 0.0
         conv = self.conv
         assert conv.bias is not None

@@ -1,9 +1,9 @@
 """DeBERTa-v2 and -v3 on packed tokens. Shapes: T tokens, H hidden, N heads, D head size, R rows of a side's distances.
 
-This file says in what DeBERTa differs from BERT: the scores of attention have terms for how many columns query and key
-are apart, of projections of a table that all layers share; positions are added to the embeddings in few models, and
-there is no pooler; in v2's large models a convolution stands beside the first layer. What is as in BERT is called from
-its text. Names of modules and parameters are those of transformers.
+This file has the differences between DeBERTa and BERT. The scores of attention have terms for the distance in columns
+between query and key. They use projections of a table that all layers share. Few models add positions to the
+embeddings, and there is no pooler. In v2's large models there is a convolution beside the first layer. The parts that
+are the same as in BERT are called from bert.py. Names of modules and parameters are those of transformers.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class DisentangledSelfAttention(nn.Module):
         self.query_proj = nn.Linear(size, size)
         self.key_proj = nn.Linear(size, size)
         self.value_proj = nn.Linear(size, size)
-        self.position_keys = self.position_queries = ""  # the linears that distances go through
+        self.position_keys = self.position_queries = ""  # the linears that project distances
         if "c2p" in settings.terms:
             self.position_keys = "key_proj" if settings.shared else "pos_key_proj"
         if "p2c" in settings.terms:
@@ -62,12 +62,14 @@ class DisentangledSelfAttention(nn.Module):
         self.derived = Derived()
 
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
-        """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes."""
+        """Returns the three projections as one weight (3H, H) and bias (3H,), kept until a parameter changes."""
         both: tuple[Tensor, Tensor] = fused.weights(self)
         return both
 
     def positions(self, table: Tensor, policy: Policy = ops.AUTO) -> Positions:
-        """What stands for distances, of the encoder's table (2R, H); kept until a weight changes, but in training."""
+        """Returns the projections of the encoder's table (2R, H); outside of training they are kept until a weight
+        changes.
+        """
         linears: list[Any] = [
             self.get_submodule(name) if name else None for name in (self.position_keys, self.position_queries)
         ]
@@ -87,21 +89,21 @@ class DisentangledSelfAttention(nn.Module):
         return Positions(keys, queries, self.buckets)
 
     def derived_addresses(self) -> tuple[int, ...]:
-        """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
+        """Returns the addresses of the current fused weight and bias; () if they are not kept."""
         return fused.addresses(self)
 
     def position_addresses(self, table: Tensor) -> tuple[int, ...]:
-        """Returns where what stands for distances is, up to date; () if it is made on every call."""
+        """Returns the addresses of the current projections of distances; () if they are not kept."""
         keys, queries, _ = self.positions(table)
         return self.derived.addresses("positions", tuple(t for t in (keys, queries) if t is not None))
 
     @property
     def dropout_p(self) -> float:
-        """The probability with which probabilities are dropped in the present mode."""
+        """Returns the dropout probability of attention in the present mode."""
         return self.dropout.p if self.training else 0.0
 
     def renew(self, training: bool) -> None:
-        """Makes what is derived anew when it is next used, or, for training, drops it."""
+        """Marks the derived tensors to be made again at their next use, or, for training, drops them."""
         fused.renew(self, training)
 
     def train(self, mode: bool = True) -> DisentangledSelfAttention:
@@ -115,7 +117,7 @@ class DisentangledSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, table: Tensor | None = None
     ) -> Any:  # (T, H) -> (T, H)
-        if x.dim() == 3:  # as transformers' returns it
+        if x.dim() == 3:  # the form of transformers
             return hooks.AttentionOutput(hooks.on_packed(DisentangledSelfAttention.forward, self, x, table=table))
         qkv = fused.project(self, x, policy, batch)  # (T, 3H)
         positions = None
@@ -164,9 +166,9 @@ class DebertaLayer(nn.Module):
         return hooks.call(self.output, batch, policy, hooks.call(self.intermediate, batch, policy, x), x)
 
     def block(self, distances: Any = None, convolution: Convolution | None = None) -> Block:
-        """The layer as data, for engines; its modules must be plain.
+        """Returns the layer as data, for engines; its modules must be plain.
 
-        distances: gives the layer's, of its attention. convolution: what stands beside it.
+        distances: returns the distances of the layer for its attention. convolution: the one beside the layer.
         """
         attention, add, up, output = self.attention.self, self.attention.output, self.intermediate, self.output
         return Block(
@@ -189,7 +191,7 @@ class DebertaLayer(nn.Module):
 
 
 class DebertaEncoder(LayerStack):
-    """The layers, the table of distances that they share, and what stands beside the first one."""
+    """The encoder has the layers, the table of distances that they share, and the convolution beside the first one."""
 
     has_table = True
 
@@ -203,7 +205,7 @@ class DebertaEncoder(LayerStack):
         self.derived = Derived()
 
     def table(self, policy: Policy = ops.AUTO) -> Tensor | None:
-        """The rows of distances, (2R, H), normalised where the model does so; None without terms of distances."""
+        """Returns the rows of distances, (2R, H), normalised if the model does so; None without terms of distances."""
         embeddings, norm = self.rel_embeddings, self.LayerNorm
         if embeddings is None or not self.has_terms:
             return None
@@ -217,7 +219,7 @@ class DebertaEncoder(LayerStack):
         )[0]
 
     def distances(self, attention: DisentangledSelfAttention, policy: Policy = ops.AUTO) -> Distances:
-        """What stands for distances in the attention of a layer, as data; the policy is for projecting the table."""
+        """Returns the distances in the attention of a layer, as data; the policy is for the projection of the table."""
         linears: Any = [
             attention.get_submodule(name) if name else None
             for name in (attention.position_keys, attention.position_queries)
@@ -234,7 +236,7 @@ class DebertaEncoder(LayerStack):
         return Distances(table.weight, norm, key, query, attention.buckets, project)
 
     def derived_addresses(self) -> tuple[int, ...]:
-        """Returns where the table is, and what layers make of it, up to date."""
+        """Returns the addresses of the current table and of the layers' projections of it."""
         table = self.table()
         if table is None:
             return ()
@@ -243,7 +245,7 @@ class DebertaEncoder(LayerStack):
         return own + tuple(place for layer in layers for place in layer.attention.self.position_addresses(table))
 
     def renew(self, training: bool) -> None:
-        """Makes the table anew when it is next used, or, for training, drops it."""
+        """Marks the table to be made again at its next use, or, for training, drops it."""
         fused.renew(self, training)
 
     def train(self, mode: bool = True) -> DebertaEncoder:
@@ -266,7 +268,9 @@ class DebertaEncoder(LayerStack):
         return self.states(x, batch, policy, keep_states, *([] if table is None else [table]), call=self._call_layer)
 
     def _call_layer(self, layer: Any, batch: Any, policy: Policy, x: Tensor, table: Tensor | None = None) -> Tensor:
-        """Runs a layer, and what stands beside the first one. Gradient checkpointing takes its tensors by position."""
+        """Runs a layer, with the convolution beside the first one. Gradient checkpointing takes its tensors by
+        position.
+        """
         y: Tensor = hooks.call(layer, batch, policy, x, table=table)
         if self.conv is not None and layer is self.layer[0]:
             y = hooks.call(self.conv, batch, policy, x, y)
@@ -274,10 +278,10 @@ class DebertaEncoder(LayerStack):
 
 
 class DebertaModel(EncoderModel):
-    """The encoder of DeBERTa-v2 and -v3: token ids in, one vector a token out.
+    """The encoder of DeBERTa-v2 and -v3 maps token ids to one vector a token.
 
-    add_pooling_layer is of no effect: DeBERTa has no pooler. settings: the fields of `Options` by name. Raises
-    ValueError for settings that fastbert does not compute (fastbert.checkpoint.deberta).
+    add_pooling_layer has no effect: DeBERTa has no pooler. settings: the fields of `Options` by name. Raises ValueError
+    for settings that fastbert does not compute (fastbert.checkpoint.deberta).
 
     Sources: He et al., "DeBERTa", 2020, arXiv:2006.03654, and "DeBERTaV3", 2021, arXiv:2111.09543.
     """
@@ -303,7 +307,7 @@ class DebertaModel(EncoderModel):
         self.init_weights()
 
     def blocks(self) -> Iterator[Block]:
-        """Each layer as data; its modules must be plain."""
+        """Yields each layer as data; its modules must be plain."""
         encoder = self.encoder
         distances = partial(encoder.distances, policy=self.policy) if encoder.has_terms else None
         for i, layer in enumerate(encoder.layer):

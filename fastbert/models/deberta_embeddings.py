@@ -1,4 +1,4 @@
-"""The embeddings of DeBERTa-v2 and -v3: words alone in most models; in some positions, segments or a projection too."""
+"""The embeddings of DeBERTa-v2 and -v3 are only words in most models; some have positions, segments or a projection."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fastbert_kernels.masks import EMBEDDINGS
 
 
 class DebertaEmbeddings(nn.Module):
-    """LayerNorm(embed_proj(word + position + token type)); most models have words alone."""
+    """LayerNorm(embed_proj(word + position + token type)); most models have only words."""
 
     def __init__(self, config: BertConfig, settings: DebertaSettings) -> None:
         super().__init__()
@@ -38,7 +38,9 @@ class DebertaEmbeddings(nn.Module):
 
     @property
     def n_token_types(self) -> int:
-        """The number of segments; without a table any is taken, since the tokenizer gives some, and none is read."""
+        """Returns the number of segments. Without a table any number is allowed: the tokenizer gives some, and none is
+        read.
+        """
         return ANY_POSITION if self.token_type_embeddings is None else self.token_type_embeddings.num_embeddings
 
     def forward(
@@ -76,7 +78,7 @@ class DebertaEmbeddings(nn.Module):
         batch: PackedBatch | None,
         policy: Policy,
     ) -> Tensor:
-        """The sum of rows, normalised and dropped out, in one kernel."""
+        """Computes the sum of rows, the norm and dropout in one kernel."""
         words, types, norm = self.word_embeddings, self.token_type_embeddings, self.LayerNorm
         rows: Any = input_ids if inputs_embeds is None else inputs_embeds
         table = None if self.position_embeddings is None else self.position_embeddings.weight
@@ -96,7 +98,9 @@ class DebertaEmbeddings(nn.Module):
     def tables(
         self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, policy: Policy = ops.AUTO
     ) -> tuple[Tensor | None, EmbeddingTables]:
-        """Ids and the tables of a model that does not project them; or None, and embeddings, (T, E), as the words."""
+        """Returns ids and the tables if the model does not project them; else None, and embeddings, (T, E), as the
+        words.
+        """
         types, positions = self.token_type_embeddings, self.position_embeddings
         return None if inputs_embeds is not None else input_ids, EmbeddingTables(
             words=self.word_embeddings.weight if inputs_embeds is None else inputs_embeds,
@@ -117,5 +121,5 @@ class DebertaEmbeddings(nn.Module):
         return dispatch.decide("embedding", policy, norm.weight.device, obstacle).backend
 
     def runs_in_kernel(self, policy: Policy) -> bool:
-        """Tells whether the Triton kernel computes them, which can note ids beyond their table."""
+        """Tells whether the Triton kernel computes them; it can note ids outside of their table."""
         return self._backend(policy) == "triton"

@@ -1,4 +1,4 @@
-"""The embeddings of BERT's family: the sum of three tables' rows, normalised."""
+"""The embeddings of BERT's family are the normalised sum of rows from three tables."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class BertEmbeddings(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        width = config.embedding_width  # E, which is H but where the family projects
+        width = config.embedding_width  # E, which is H unless the family projects
         self.word_embeddings = nn.Embedding(config.vocab_size, width, padding_idx=config.pad_token_id)
-        # The position of a padding id, which no checkpoint trains, is that id.
+        # The position of a padding id is that id. No checkpoint trains it.
         unused_position = config.pad_token_id if config.family.positions == AFTER_PADDING else None
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, width, padding_idx=unused_position)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, width) if config.family.token_types else None
@@ -70,7 +70,7 @@ class BertEmbeddings(nn.Module):
         policy: Policy = ops.AUTO,
         batch: PackedBatch | None = None,
     ) -> tuple[Tensor | None, EmbeddingTables]:
-        """Ids and the tables; or None, and tables whose words are embeddings (T, E): given, or of a module's own."""
+        """Returns ids and the tables; or None, and tables with embeddings (T, E) as words, given or from the module."""
         words: Any = self.word_embeddings
         if input_ids is not None and not is_bare(words, nn.Embedding):
             input_ids, inputs_embeds = None, call_module(words, input_ids, policy, batch)
@@ -93,7 +93,7 @@ class BertEmbeddings(nn.Module):
         return dispatch.decide("embedding", policy, words.weight.device, obstacle).backend == "triton"
 
     def _is_plain(self) -> bool:
-        """Tells whether all that is called here, the words apart, may be computed without a call."""
+        """Tells whether all modules here, except the words, may be computed without a call."""
         tables = self.position_embeddings, self.token_type_embeddings
         bare = all(table is None or is_bare(table, nn.Embedding) for table in tables)
         return bare and is_plain_norm(self.LayerNorm, self.dropout)
@@ -115,17 +115,17 @@ class BertEmbeddings(nn.Module):
 
     @property
     def n_token_types(self) -> int:
-        """The number of segments; it is one, without a table, in a model that knows none."""
+        """Returns the number of segments; it is one, without a table, in a model without segments."""
         table: Any = self._modules.get("token_type_embeddings")
         return 1 if table is None else table.num_embeddings
 
 
 def _table(embedding: nn.Embedding) -> Tensor:
-    """The weight of an embedding, through which its padding_idx gets no gradient."""
+    """Returns the weight of an embedding; its padding_idx gets no gradient."""
     weight, padding_idx = embedding.weight, embedding.padding_idx
     if padding_idx is None or not (torch.is_grad_enabled() and weight.requires_grad):
         return weight
-    if not tracing.has_sizes():  # torch.jit.trace compares what it writes down with and without gradients
+    if not tracing.has_sizes():  # torch.jit.trace compares its graphs with and without gradients
         return weight
     unused = torch.arange(weight.shape[0], device=weight.device) == padding_idx
     return torch.where(unused[:, None], weight.detach(), weight)

@@ -1,4 +1,4 @@
-"""The result of an encoder, packed, which heads read."""
+"""This module has the packed result of an encoder, which heads read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastbert.ops.packing import PackedBatch
 
 @dataclass
 class Encoded:
-    """The hidden states of a packed batch, and what else was asked for."""
+    """An Encoded has the hidden states of a packed batch, and other requested outputs."""
 
     batch: PackedBatch
     last_hidden_state: Tensor  # (T, H)
@@ -23,14 +23,14 @@ class Encoded:
     pooled: Tensor | None = None  # (B, H), if already pooled
 
     def padded(self) -> dict[str, Any]:
-        """The fields that the outputs of all models share, padded."""
+        """Returns the fields that the outputs of all models share, padded."""
         states = self.hidden_states
         padded = None if states is None else tuple(packing.pad(state, self.batch) for state in states)
         return {"hidden_states": padded, "attentions": self.attentions}
 
 
 def encode_by_call(bert: Any, inputs: Inputs) -> Encoded:
-    """Does what BertModel.encode does by a call of the module, so that its hooks see, and may change, its output."""
+    """Runs BertModel.encode as a call of the module, so that its hooks see, and may change, its output."""
     output = bert(
         inputs.input_ids, inputs.attention_mask, inputs.token_type_ids, inputs.position_ids, inputs.inputs_embeds,
         output_attentions=inputs.output_attentions, output_hidden_states=inputs.output_hidden_states, return_dict=True,

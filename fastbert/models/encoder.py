@@ -34,14 +34,14 @@ Encoder = TypeVar("Encoder", bound="EncoderModel")
 
 
 class EncoderModel(PreTrainedModel):
-    """An `EncoderModel` is an encoder that the class of its family describes, and that the engine runs.
+    """An `EncoderModel` is an encoder. Its family's class describes it, and the engine runs it.
 
     The family's class has `embeddings`, `embeddings_project` (or None), `encoder`, `pooler` (or None), `own_modules`
     and `blocks`. settings: the fields of `Options` by name.
     """
 
-    own_modules: frozenset[type[nn.Module]]  # the classes that the encoder is made of, as it is made
-    counts_distances = False  # whether attention depends on how many columns are between two tokens
+    own_modules: frozenset[type[nn.Module]]  # the classes of the encoder's original modules
+    counts_distances = False  # whether attention depends on the distance in columns between two tokens
     embeddings: Any
     embeddings_project: Any
     encoder: Any
@@ -57,7 +57,7 @@ class EncoderModel(PreTrainedModel):
     def __init__(self, config: BertConfig, options: Options | None = None, **settings: Any) -> None:
         options = Options.of(options, settings)
         super().__init__(config, options)
-        # The padding id, where positions count from it by default.
+        # The padding id. By default positions count from it.
         self.counted_from = config.pad_token_id if config.family.positions == AFTER_PADDING else None
         self.engine = Engine()
         self.cuda_graphs, self.strict_ids = options.cuda_graphs, options.strict_ids
@@ -159,7 +159,8 @@ class EncoderModel(PreTrainedModel):
         keep_states: bool = False,
         check: bool = True,
     ) -> list[Tensor]:
-        """Packed (T,) ids or (T, H) embeddings -> the last hidden state (T, H) as a list, or all L + 1 (keep_states).
+        """Maps packed (T,) ids or (T, H) embeddings to a list: the last hidden state (T, H), or all L + 1
+        (keep_states).
 
         Ids of a model on a GPU may be on the host: they are then checked at once, and the engine copies them.
         check=False skips the checks of ids and weights, for callers who have checked the ids and called
@@ -210,10 +211,10 @@ class EncoderModel(PreTrainedModel):
             inputs = inputs._replace(position_ids=batch.position_ids)
         return self.engine.run_traced(self, batch, inputs, keep_states, transformed)
 
-    # What the engine asks for
+    # Methods that the engine calls
 
     def tables(self, inputs: PackedInputs | None) -> tuple[Tensor | None, EmbeddingTables]:
-        """Ids and the tables of the embeddings: see `BertEmbeddings.tables`."""
+        """Returns ids and the tables of the embeddings: see `BertEmbeddings.tables`."""
         if inputs is None:
             return self.embeddings.tables()
         return self.embeddings.tables(inputs.input_ids, inputs.inputs_embeds, self.policy)
@@ -278,7 +279,7 @@ class EncoderModel(PreTrainedModel):
         if not enabled:
             self.engine.graphs.clear()
 
-    # What ends what the engine keeps
+    # Methods that drop what the engine keeps
 
     def renew(self, training: bool) -> None:
         """Marks the tensors derived from weights to be made again at their next use, or, for training, drops them.
@@ -296,12 +297,12 @@ class EncoderModel(PreTrainedModel):
         return super().train(mode)
 
     def _apply(self: Encoder, *args: Any, **kwargs: Any) -> Encoder:
-        self.engine.graphs.clear()  # or their memory would stay where the model was
+        self.engine.graphs.clear()  # otherwise their memory would stay on the old device
         return super()._apply(*args, **kwargs)
 
     def _replicate_for_data_parallel(self: Encoder) -> Encoder:
         replica: Any = super()._replicate_for_data_parallel()
-        replica.engine = Engine()  # its parameters are others
+        replica.engine = Engine()  # its parameters are different objects
         return replica
 
     # Checks
@@ -344,9 +345,9 @@ class EncoderModel(PreTrainedModel):
     def table_sizes(self) -> tuple[int, int, int]:
         """Returns the numbers of rows in the tables of words, token types and positions."""
         embeddings: Any = self._modules["embeddings"]
-        tables = embeddings._modules  # asked for directly, which a module's attributes are not
+        tables = embeddings._modules  # read directly, unlike a module's attributes
         words, positions = tables.get("word_embeddings"), tables.get("position_embeddings")
-        # An adapter in the place of the word embeddings need not have their attributes.
+        # An adapter in the place of the word embeddings may lack their attributes.
         n_words: int = getattr(words, "num_embeddings", None) or self.config.vocab_size
         return n_words, embeddings.n_token_types, ANY_POSITION if positions is None else positions.num_embeddings
 

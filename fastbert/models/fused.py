@@ -1,7 +1,7 @@
-"""Linears that read the same rows are multiplied as one, whose weight is derived from theirs.
+"""Linears that read the same rows are multiplied as one. The weight of the product is derived from theirs.
 
-A module of attention that does so names the linears in `projections` and has a `derived`. Its methods call these
-functions, and are all that it has of them:
+A module of attention that uses this names the linears in `projections` and has a `derived`. Its methods only call these
+functions:
 
     projections = "query", "key", "value"
 
@@ -11,7 +11,7 @@ functions, and are all that it has of them:
     def train(self, mode=True):               self.renew(mode); return super().train(mode)
     def _replicate_for_data_parallel(self):   return fused.replica(super()._replicate_for_data_parallel())
 
-Where it has `without_bias = True`, its linears may lack biases.
+With `without_bias = True`, its linears may lack biases.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from fastbert.ops.packing import PackedBatch
 
 
 def weights(module: Any) -> Any:
-    """The linears as one: their weights one above the other, (M, K), and their biases, (M,).
+    """Returns the linears as one: their weights one above the other, (M, K), and their biases, (M,).
 
-    The bias has zeros where one linear has none, and is None where none has one. In eval mode both are kept until one
-    of the parameters changes. Raises RuntimeError for weights of several dtypes.
+    The bias has zeros for a linear without a bias. It is None if no linear has one. In eval mode both are kept until
+    one of the parameters changes. Raises RuntimeError for weights of several dtypes.
     """
     linears = [getattr(module, name) for name in module.projections]
     parts: list[Tensor] = [linear.weight for linear in linears]
@@ -74,7 +74,7 @@ def project(module: Any, x: Tensor, policy: Policy, batch: PackedBatch | None) -
 
 
 def project_and_gate(module: Any, x: Tensor, activation: str, policy: Policy, batch: PackedBatch | None) -> Tensor:
-    """activation(first half) * second half of `project`, in one operation without hooks. (T, K) -> (T, I)"""
+    """activation(first half) * second half of `project`, in one operation if there are no hooks. (T, K) -> (T, I)"""
     if fusible(module):
         weight, bias = module.fused_qkv()
         return ops.gated_linear(x, weight, bias, activation, policy=policy, keep=not module.training)
@@ -82,7 +82,7 @@ def project_and_gate(module: Any, x: Tensor, activation: str, policy: Policy, ba
 
 
 def addresses(module: Any) -> tuple[int, ...]:
-    """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
+    """Returns the addresses of the current fused weight and bias; () if they are not kept."""
     if not fusible(module):
         return ()
     fused = tuple(tensor for tensor in module.fused_qkv() if tensor is not None)
@@ -92,8 +92,8 @@ def addresses(module: Any) -> tuple[int, ...]:
 
 
 def renew(module: Any, training: bool) -> None:
-    """Makes what the module derives anew when it is next used, or, for training, drops it."""
-    ops.forget_packed(module.derived.tensors())  # packed from what is about to be written anew
+    """Marks the module's derived tensors to be made again at their next use, or, for training, drops them."""
+    ops.forget_packed(module.derived.tensors())  # packed from parameters that will be written again
     if training:
         module.derived.clear()
     else:
@@ -101,6 +101,6 @@ def renew(module: Any, training: bool) -> None:
 
 
 def replica(module: Any) -> Any:
-    """The module of one of several threads, with what it derives from parameters of its own."""
+    """Returns the module of one of several threads, with tensors derived from its own parameters."""
     module.derived = Derived()
     return module

@@ -1,7 +1,8 @@
-"""Nomic's and GTE's encoder on packed tokens: BERT with rotary positions and a gated activation.
+"""The encoder of Nomic and GTE on packed tokens is BERT with rotary positions and a gated activation.
 
-T tokens, H hidden, I intermediate. Layers normalise after each residual, as BERT's do. What the hub has as code of its
-own is read by tables (fastbert.checkpoint.families), and never run. Modules inside a layer have transformers' names.
+T tokens, H hidden, I intermediate. Layers normalise after each residual, as BERT's do. The hub has its own code for
+these models. Tables read its files (fastbert.checkpoint.families), and its code is never run. Modules inside a layer
+have transformers' names.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class GatedRotaryEmbeddings(nn.Module):
 
     @property
     def n_token_types(self) -> int:
-        """The number of segments; it is one without a table."""
+        """Returns the number of segments; it is one without a table."""
         table: Any = self._modules.get("token_type_embeddings")
         return 1 if table is None else table.num_embeddings
 
@@ -66,18 +67,18 @@ class GatedRotaryEmbeddings(nn.Module):
     def tables(
         self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, policy: Policy = ops.AUTO
     ) -> tuple[Tensor | None, EmbeddingTables]:
-        """Ids and the tables, as `BertEmbeddings.tables` gives them; there are no positions."""
+        """Returns ids and the tables, as `BertEmbeddings.tables` does; there are no positions."""
         words: Any = self.word_embeddings.weight if inputs_embeds is None else inputs_embeds
         types = self.token_type_embeddings
         return input_ids, EmbeddingTables(words, None if types is None else types.weight, None, Norm.of(self.LayerNorm))
 
     def runs_in_kernel(self, policy: Policy) -> bool:
-        """Tells whether the Triton kernel computes them from ids, which can note ids beyond their table."""
+        """Tells whether the Triton kernel computes them from ids; it can note ids outside of their table."""
         return embeds_in_kernel(self, policy)
 
 
 class GatedRotaryAttention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v of turned queries and keys within each sequence, and a linear after it."""
+    """softmax(q k^T / sqrt(D)) v of rotated queries and keys within each sequence, and a linear after it."""
 
     projections = "q_proj", "k_proj", "v_proj"
     without_bias = True
@@ -96,19 +97,19 @@ class GatedRotaryAttention(nn.Module):
 
     @property
     def dropout_p(self) -> float:
-        """The probability with which probabilities are dropped in the present mode."""
+        """Returns the dropout probability of attention in the present mode."""
         return self.dropout.p if self.training else 0.0
 
     def fused_qkv(self) -> Any:
-        """The three projections as one weight (3H, H) and bias, kept until one of the parameters changes."""
+        """Returns the three projections as one weight (3H, H) and bias, kept until one of the parameters changes."""
         return fused.weights(self)
 
     def derived_addresses(self) -> tuple[int, ...]:
-        """Returns where the fused tensors are, up to date; () if they are made on every call or not at all."""
+        """Returns the addresses of the current fused tensors; () if they are not kept."""
         return fused.addresses(self)
 
     def renew(self, training: bool) -> None:
-        """Makes the fused tensors anew when they are next used, or, for training, drops them."""
+        """Marks the fused tensors to be made again at their next use, or, for training, drops them."""
         fused.renew(self, training)
 
     def train(self, mode: bool = True) -> GatedRotaryAttention:
@@ -119,7 +120,7 @@ class GatedRotaryAttention(nn.Module):
         return fused.replica(super()._replicate_for_data_parallel())
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
-        if x.dim() == 3:  # as transformers' returns it
+        if x.dim() == 3:  # the form of transformers
             return hooks.AttentionOutput(hooks.on_packed(GatedRotaryAttention.forward, self, x))
         qkv = fused.project(self, x, policy, batch)  # (T, 3H)
         cos_and_sin = rotations_of(batch).of(self.rotary, self.head_size)
@@ -145,20 +146,20 @@ class GatedRotaryMLP(nn.Module):
         self.gate_proj = nn.Linear(size, inner, bias=False)
         self.up_proj = nn.Linear(size, inner, bias=False)
         self.down_proj = nn.Linear(inner, size, bias=bias)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob if bias else 0.0)  # which Nomic has not
+        self.dropout = nn.Dropout(config.hidden_dropout_prob if bias else 0.0)  # Nomic has none
         self.activation = ops.ACTIVATIONS[config.hidden_act]
         self.derived = Derived()
 
     def fused_qkv(self) -> Any:
-        """gate_proj and up_proj as one weight (2I, H) and bias, under the name that `fused` asks for."""
+        """Returns gate_proj and up_proj as one weight (2I, H) and bias, under the name that `fused` uses."""
         return fused.weights(self)
 
     def derived_addresses(self) -> tuple[int, ...]:
-        """Returns where the fused tensors are, up to date; () if they are made on every call or not at all."""
+        """Returns the addresses of the current fused tensors; () if they are not kept."""
         return fused.addresses(self)
 
     def renew(self, training: bool) -> None:
-        """Makes the fused tensors anew when they are next used, or, for training, drops them."""
+        """Marks the fused tensors to be made again at their next use, or, for training, drops them."""
         fused.renew(self, training)
 
     def train(self, mode: bool = True) -> GatedRotaryMLP:
@@ -198,7 +199,7 @@ class GatedRotaryLayer(nn.Module):
         return _joined(self.post_mlp_layernorm, self.post_mlp_dropout, last, y, x, *calls)
 
     def block(self) -> Block:
-        """The layer as data, for engines; its modules must be plain."""
+        """Returns the layer as data, for engines; its modules must be plain."""
         attn, mlp = self.self_attn, self.mlp
         drops = self.post_attention_dropout, self.post_mlp_dropout
         return Block(
@@ -209,7 +210,7 @@ class GatedRotaryLayer(nn.Module):
             num_heads=attn.num_heads,
             out=Linear.of(attn.o_proj),
             attention_norm=Norm.of(self.post_attention_layernorm),
-            up=Linear.of(mlp.gate_proj),  # what is activated
+            up=Linear.of(mlp.gate_proj),  # the part with the activation
             gate=Linear.of(mlp.up_proj),
             fuse_up=lambda: Linear(*mlp.fused_qkv()),
             activation=mlp.activation,
@@ -223,7 +224,7 @@ class GatedRotaryLayer(nn.Module):
 
 
 def _joined(norm: Any, dropout: Any, site: int, y: Tensor, x: Tensor, policy: Policy, batch: Any) -> Tensor:
-    """norm(dropout(y) + x). site: of the dropout's masks."""
+    """norm(dropout(y) + x). site: the one of the dropout's masks."""
     if not is_plain_norm(norm, dropout):
         return add_and_norm(norm, dropout, y, x, policy, batch)
     mask = ops.dropout_of(dropout.p if dropout.training else 0.0, batch, site)
@@ -247,7 +248,7 @@ class GatedRotaryEncoder(LayerStack):
 
 
 class GatedRotaryModel(EncoderModel):
-    """The encoder of Nomic and of GTE 1.5: token ids in, one vector a token out.
+    """The encoder of Nomic and of GTE 1.5 maps token ids to one vector a token.
 
     add_pooling_layer: whether there is a pooler, as under a head for sequences. settings: the fields of `Options` by
     name. Raises ValueError for angles that fastbert does not compute (fastbert.checkpoint.rotary).
@@ -277,7 +278,7 @@ class GatedRotaryModel(EncoderModel):
         return super().embed(inputs, batch)
 
     def blocks(self) -> Iterator[Block]:
-        """Each layer as data; its modules must be plain."""
+        """Yields each layer as data; its modules must be plain."""
         layers: Any = self.encoder.layer
         for layer in layers:
             yield layer.block()

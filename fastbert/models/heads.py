@@ -1,4 +1,4 @@
-"""The modules on top of an encoder: predictions of tokens and of next sentences, and classes of a first token."""
+"""The heads on an encoder predict tokens and next sentences, and classify by the first token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fastbert.ops.packing import PackedBatch
 
 
 class BertPredictionHeadTransform(nn.Module):
-    """LayerNorm(activation(dense(x))): below the decoder, and in ModernBERT below every head's classes."""
+    """LayerNorm(activation(dense(x))): before the decoder, and in ModernBERT before the classifier of every head."""
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class BertOnlyNSPHead(nn.Module):
 
 
 class BertPreTrainingHeads(nn.Module):
-    """Predictions of tokens, and classes of a pair of sentences: whether they follow, or, in ALBERT, their order.
+    """Predicts tokens, and the class of a pair of sentences: whether they follow, or, in ALBERT, their order.
 
     dropout: of the pooled vector, in a head for the order. n_classes: of pairs.
     """
@@ -104,7 +104,7 @@ class BertPreTrainingHeads(nn.Module):
 
 
 def is_plain_head(head: Any) -> bool:
-    """Tells whether a BertOnlyMLMHead or BertPreTrainingHeads is as it was made: no hook and no adapter is in it."""
+    """Tells whether a BertOnlyMLMHead or BertPreTrainingHeads is unchanged: it has no hook and no adapter."""
     if not (is_bare(head, BertOnlyMLMHead) or is_bare(head, BertPreTrainingHeads)):
         return False
     predictions = head.predictions
@@ -136,9 +136,9 @@ class ContextPooler(nn.Module):
 
 
 class FirstTokenHead(nn.Module):
-    """Classes of a whole sequence from its first token, through a dense layer of the head's own.
+    """Classifies a whole sequence by its first token, through the head's own dense layer.
 
-    What RoBERTa, DistilBERT and ELECTRA have in the place of BERT's pooler and classifier.
+    RoBERTa, DistilBERT and ELECTRA have it instead of BERT's pooler and classifier.
     """
 
     def __init__(self, config: BertConfig, head: Head, dropout: nn.Module, n_outputs: int) -> None:

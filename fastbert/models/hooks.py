@@ -1,10 +1,10 @@
-"""Hooks on a module inside a model see what they see in transformers: padded tensors, (B, S, ...).
+"""Hooks on a module inside a model see padded tensors, (B, S, ...), as in transformers.
 
-Inside, every module works on packed rows, (T, ...). Where somebody listens to one (hooks of any kind, also PyTorch's
-global ones, or a forward that was patched), its inputs are padded before it is called, its forward packs them again,
-and the same the other way round with its output. Rows at padding positions are zero, and what a hook writes there is
-lost. A module that is not ours and may look at more than one row, as a recurrent one in the place of a classifier, is
-called with padded tensors, too.
+Inside, every module works on packed rows, (T, ...). A module may have hooks of any kind, also PyTorch's global ones, or
+a patched forward. Then its inputs are padded before the call, its forward packs them again, and the same happens the
+other way round with its output. Rows at padding positions are zero, and values that a hook writes there are lost. A
+foreign module may read more than one row, for example a recurrent module as classifier. It is called with padded
+tensors, too.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from fastbert.ops.packing import PackedBatch
 
 _ROWWISE = (nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Identity)
 
-# The batch and the policy of the padded call that is under way.
+# The batch and the policy of the present padded call.
 _under_way: ContextVar[tuple[PackedBatch, Policy] | None] = ContextVar("fastbert padded call", default=None)
 
 
 class AttentionOutput(NamedTuple):
-    """The output of attention for a hook: padded states (B, S, H) and no weights, in a tuple as in transformers."""
+    """The output of attention for a hook has padded states (B, S, H) and no weights, in a tuple as in transformers."""
 
     hidden_states: Tensor
     weights: Tensor | None = None
 
     @property
     def shape(self) -> torch.Size:
-        """The shape of the states."""
+        """Returns the shape of the states."""
         return self.hidden_states.shape
 
     def __mul__(self, other: Any) -> Any:
@@ -56,7 +56,9 @@ def _wants_padding(module: nn.Module) -> bool:
 
 
 def call(module: Any, batch: PackedBatch, policy: Policy, *rows: Tensor, **more: Any) -> Any:
-    """module(*rows, batch=batch, policy=policy), (T, ...) each; of padded tensors alone where it wants those."""
+    """Calls module(*rows, batch=batch, policy=policy), (T, ...) each; or with padded tensors alone, if the module needs
+    them.
+    """
     if not _wants_padding(module):
         return module(*rows, batch=batch, policy=policy, **more)
     view = padded_view(batch)
@@ -84,7 +86,7 @@ def call_embeddings(module: Any, batch: PackedBatch, policy: Policy, **ids: Tens
 def call_with_pooled(
     module: Any, batch: PackedBatch, policy: Policy, x: Tensor, pooled: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """module(x, pooled), (T, H) and (B, H), which gives rows of tokens and of sequences."""
+    """Calls module(x, pooled), (T, H) and (B, H), which gives rows of tokens and of sequences."""
     if not listened(module):
         return module(x, pooled, batch=batch, policy=policy)
     token = _under_way.set((batch, policy))
@@ -109,7 +111,7 @@ def states_of_encoder(encoder: Any, batch: PackedBatch, policy: Policy, x: Tenso
 
 
 def leaf(module: nn.Module, x: Tensor, batch: PackedBatch | None) -> Any:
-    """module(x) for one that knows nothing of packing. x: (T, ...), or (B, ...) without a batch, which stays so."""
+    """Calls module(x) if the module does not know packing. x: (T, ...), or (B, ...) without a batch, which stays so."""
     if batch is None or not _wants_padding(module):
         return module(x)
     return rows_of(module(packing.pad(x, padded_view(batch))), batch)
@@ -120,8 +122,8 @@ def on_packed(
 ) -> Any:
     """Calls forward(module, *rows, batch=..., policy=...) on the packed rows of padded tensors, and pads its output.
 
-    per_token: False for an output of one row a sequence, which stays as it is. Called from outside of a model, every
-    position holds a token.
+    per_token: False for an output of one row a sequence, which stays as it is. If the call comes from outside of a
+    model, every position holds a token.
     """
     under_way = _under_way.get()
     if under_way is None:
@@ -137,7 +139,7 @@ def on_packed(
 
 
 def rows_of(output: Any, batch: PackedBatch) -> Any:
-    """The packed rows of what a module gave: of a padded tensor, or of the first of several."""
+    """Returns the packed rows of a module's output: of a padded tensor, or of the first of several."""
     if not isinstance(output, Tensor):
         output = output[0]
     if output.dim() < 3:
@@ -150,7 +152,7 @@ def rows_of(output: Any, batch: PackedBatch) -> Any:
 
 
 def padded_view(batch: PackedBatch) -> PackedBatch:
-    """The batch, with the places of its tokens in the padded one, which it lacks where it never was padded."""
+    """Returns the batch with the places of its tokens in the padded batch; a batch that was never padded lacks them."""
     if batch.indices is not None or batch.n_tokens == batch.batch_size * batch.padded_length:
         return batch
 

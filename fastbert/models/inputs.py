@@ -15,8 +15,8 @@ from fastbert.checkpoint.config import BertConfig
 from fastbert.ops import packing, tracing
 from fastbert.ops.packing import PackedBatch
 
-# Arguments of transformers' forwards besides ours, and what each asks for where it is not None. The first ones change
-# nothing in an encoder, whatever they say.
+# Arguments of transformers' forwards besides ours, and their meaning if they are not None. The first ones change
+# nothing in an encoder, with any value.
 HARMLESS = ("use_cache", "cache_position", "num_items_in_batch")
 REFUSED = {
     "past_key_values": "keys and values of earlier tokens, which prefix tuning and decoders pass, are not supported; "
@@ -50,11 +50,11 @@ class Inputs:
     return_dict: bool | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The five tensors, in the order of `forward`."""
+        """Returns the five tensors, in the order of `forward`."""
         return self.input_ids, self.attention_mask, self.token_type_ids, self.position_ids, self.inputs_embeds
 
     def rows(self) -> tuple[Tensor | None, ...]:
-        """The tensors that are packed, in the order of `PackedInputs`."""
+        """Returns the tensors that are packed, in the order of `PackedInputs`."""
         return self.input_ids, self.token_type_ids, self.position_ids, self.inputs_embeds
 
     def checked(self, model: Any) -> Inputs:
@@ -96,7 +96,9 @@ class Inputs:
         return replace(self, attention_mask=attention_mask, token_type_ids=token_type_ids, position_ids=position_ids)
 
     def batch(self, transformed: str | None, device: torch.device) -> PackedBatch:
-        """The packing of the batch, for a model on the device. transformed: what `tracing.transformed` says."""
+        """Returns the packing of the batch, for a model on the device. transformed: the result of
+        `tracing.transformed`.
+        """
         first: Any = self.input_ids if self.inputs_embeds is None else self.inputs_embeds
         if transformed is not None:
             return packing.in_place(first, self.attention_mask)

@@ -1,8 +1,8 @@
 """Jina's BERT for code, on packed tokens. T tokens, H hidden, I intermediate, N heads.
 
-This file says in what it differs from Jina's other models of version 2 (jina_bert_v2.py), with which it shares the bias
-on scores: queries and keys are normalised, what a layer reads is added twice before its feed-forward part, and the gate
-is the first half of its rows. What the hub has as code of its own is never run. Modules have its names.
+This file has the differences from Jina's other models of version 2 (jina_bert_v2.py); both share the bias on scores.
+Queries and keys are normalised. The layer's input is added twice before its feed-forward part. The gate is the first
+half of its rows. The hub's own code is never run. Modules have its names.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ class JinaCodeSelfAttention(nn.Module):
         self.derived = Derived()
 
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
-        """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes."""
+        """Returns the three projections as one weight (3H, H) and bias (3H,), kept until a parameter changes."""
         return fused.weights(self)
 
     def derived_addresses(self) -> tuple[int, ...]:
-        """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
+        """Returns the addresses of the current fused weight and bias; () if they are not kept."""
         return fused.addresses(self)
 
     @property
     def dropout_p(self) -> float:
-        """The probability with which probabilities are dropped in the present mode."""
+        """Returns the dropout probability of attention in the present mode."""
         return self.dropout.p if self.training else 0.0
 
     def renew(self, training: bool) -> None:
-        """Makes the fused weight anew when it is next used, or, for training, drops it."""
+        """Marks the fused weight to be made again at its next use, or, for training, drops it."""
         fused.renew(self, training)
 
     def train(self, mode: bool = True) -> JinaCodeSelfAttention:
@@ -74,7 +74,7 @@ class JinaCodeSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, alibi: Tensor | None = None
     ) -> Any:  # (T, H) -> (T, H)
-        if x.dim() == 3:  # as transformers' returns it
+        if x.dim() == 3:  # the form of transformers
             return hooks.AttentionOutput(hooks.on_packed(JinaCodeSelfAttention.forward, self, x, alibi=alibi))
         qkv = self.normed(fused.project(self, x, policy, batch), policy, batch)  # (T, 3H)
         if batch.has_plan(attention_weights.PLAN):
@@ -83,7 +83,7 @@ class JinaCodeSelfAttention(nn.Module):
         return ops.varlen_attention(qkv, batch, self.num_heads, position_bias=alibi, dropout=dropout, policy=policy)
 
     def normed(self, qkv: Tensor, policy: Policy, batch: Any) -> Tensor:
-        """(T, 3H) -> (T, 3H): queries and keys are normalised, all heads of a row together."""
+        """(T, 3H) -> (T, 3H): normalises queries and keys, all heads of a row together."""
         norms = self.layer_norm_q, self.layer_norm_k
         if all(map(is_plain_norm, norms)):
             first, second = ((norm.weight, norm.bias, norm.eps) for norm in norms)
@@ -103,7 +103,7 @@ class JinaCodeAttention(nn.Module):
     def forward(
         self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, alibi: Tensor | None = None
     ) -> Any:  # (T, H) -> (T, H)
-        if x.dim() == 3:  # as transformers' returns it
+        if x.dim() == 3:  # the form of transformers
             return hooks.AttentionOutput(hooks.on_packed(JinaCodeAttention.forward, self, x, alibi=alibi))
         return hooks.call(self.output, batch, policy, hooks.call(self.self, batch, policy, x, alibi=alibi), x)
 
@@ -126,7 +126,7 @@ class JinaCodeMLP(nn.Module):
         self.derived = Derived()
 
     def fused_qkv(self) -> tuple[Tensor, None]:
-        """up_gated_layer with what is activated first, (2I, H), as kernels read it, under the name that `fused` has."""
+        """Returns up_gated_layer with the activated half first, (2I, H), as kernels read it, by its name in `fused`."""
         weight = self.up_gated_layer.weight
 
         def make() -> tuple[Tensor, ...]:
@@ -135,11 +135,11 @@ class JinaCodeMLP(nn.Module):
         return (make() if self.training else self.derived.get("up", [weight], make))[0], None
 
     def derived_addresses(self) -> tuple[int, ...]:
-        """Returns where the weight of `fused_qkv` is, up to date; () if it is made on every call or not at all."""
+        """Returns the address of the current weight of `fused_qkv`; () if it is not kept."""
         return fused.addresses(self)
 
     def renew(self, training: bool) -> None:
-        """Makes the weight of `fused_qkv` anew when it is next used, or, for training, drops it."""
+        """Marks the weight of `fused_qkv` to be made again at its next use, or, for training, drops it."""
         fused.renew(self, training)
 
     def train(self, mode: bool = True) -> JinaCodeMLP:
@@ -167,7 +167,7 @@ def _halves_swapped(x: Tensor, axis: int) -> Tensor:
 
 
 class JinaCodeLayer(nn.Module):
-    """y = layer_norm_1(attention(x) + x), then layer_norm_2(mlp(y) + y). Attention has added x itself, and a norm."""
+    """y = layer_norm_1(attention(x) + x), then layer_norm_2(mlp(y) + y). Attention itself adds x, and has a norm."""
 
     def __init__(self, config: BertConfig, layer: int = 0) -> None:
         super().__init__()
@@ -187,7 +187,7 @@ class JinaCodeLayer(nn.Module):
         return _joined(norm, hooks.call(mlp, batch, policy, x), x, policy, batch)
 
     def block(self, alibi: Tensor) -> Block:
-        """The layer as data, for engines; its modules must be plain."""
+        """Returns the layer as data, for engines; its modules must be plain."""
         attention, add, mlp = self.attention.self, self.attention.output, self.mlp
         gate, up = mlp.up_gated_layer.weight.chunk(2)
         return Block(
@@ -198,7 +198,7 @@ class JinaCodeLayer(nn.Module):
             num_heads=attention.num_heads,
             out=Linear.of(add.dense),
             attention_norm=Norm.of(add.LayerNorm),
-            up=Linear(up, None),  # what is activated
+            up=Linear(up, None),  # the part with the activation
             gate=Linear(gate, None),
             fuse_up=lambda: Linear(*mlp.fused_qkv()),
             activation=mlp.activation,
@@ -226,7 +226,7 @@ class JinaCodeEncoder(LayerStack):
         self.num_heads, self.radius = config.num_attention_heads, config.max_position_embeddings - 1
 
     def alibi(self, like: Tensor) -> Tensor:
-        """The bias of all layers, (N, 2R + 1), on the device of a tensor and at least as exact."""
+        """Returns the bias of all layers, (N, 2R + 1), on the device of a tensor and at least as exact."""
         if recording.on and recording.is_dry():
             return recording.stand_in((self.num_heads, 2 * self.radius + 1), torch.float32)
         return alibi_table(self.num_heads, self.radius, like)
@@ -243,10 +243,10 @@ class JinaCodeEncoder(LayerStack):
 
 
 class JinaCodeModel(EncoderModel):
-    """The encoder of jina-embeddings-v2-base-code: token ids in, one vector a token out.
+    """The encoder of jina-embeddings-v2-base-code maps token ids to one vector a token.
 
-    settings: the fields of `Options` by name. Raises ValueError for a config of another family, and for another
-    feed_forward_type than "geglu" or "reglu".
+    settings: the fields of `Options` by name. Raises ValueError for a config of another family, and for a
+    feed_forward_type other than "geglu" or "reglu".
 
     Source: Günther et al., "Jina Embeddings 2", 2023, arXiv:2310.19923, and the model's published code.
     """
@@ -270,12 +270,12 @@ class JinaCodeModel(EncoderModel):
         self.init_weights()
 
     def table_sizes(self) -> tuple[int, int, int]:
-        """The rows of the tables of words and token types, and the columns that the bias is for."""
+        """Returns the rows of the tables of words and token types, and the number of columns of the bias."""
         n_words, n_types, _ = super().table_sizes()
         return n_words, n_types, self.encoder.radius + 1
 
     def blocks(self) -> Iterator[Block]:
-        """Each layer as data; its modules must be plain."""
+        """Yields each layer as data; its modules must be plain."""
         alibi = self.encoder.alibi(self.embeddings.word_embeddings.weight)
         layers: Any = self.encoder.layer
         for layer in layers:

@@ -1,8 +1,9 @@
 """Jina's BERT, version 2, on packed tokens. T tokens, H hidden, I intermediate, N heads, R the farthest column.
 
-This file says in what it differs from BERT: it has no positions, but a bias on the scores of attention that falls with
-the distance of two tokens, by a slope of each head (ALiBi), and the feed-forward part has a gate. What the hub has as
-code of its own is read by a table (fastbert.checkpoint.families), and never run. Modules have its names.
+This file has the differences from BERT. There are no positions. Instead, the scores of attention have a bias that falls
+with the distance of two tokens, by a slope of each head (ALiBi). The feed-forward part has a gate. The hub has its own
+code for these models. A table reads its files (fastbert.checkpoint.families), and its code is never run. Modules have
+its names.
 """
 
 from __future__ import annotations
@@ -47,20 +48,20 @@ class JinaBertSelfAttention(nn.Module):
         self.derived = Derived()
 
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
-        """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes."""
+        """Returns the three projections as one weight (3H, H) and bias (3H,), kept until a parameter changes."""
         return fused.weights(self)
 
     def derived_addresses(self) -> tuple[int, ...]:
-        """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
+        """Returns the addresses of the current fused weight and bias; () if they are not kept."""
         return fused.addresses(self)
 
     @property
     def dropout_p(self) -> float:
-        """The probability with which probabilities are dropped in the present mode."""
+        """Returns the dropout probability of attention in the present mode."""
         return self.dropout.p if self.training else 0.0
 
     def renew(self, training: bool) -> None:
-        """Makes the fused weight anew when it is next used, or, for training, drops it."""
+        """Marks the fused weight to be made again at its next use, or, for training, drops it."""
         fused.renew(self, training)
 
     def train(self, mode: bool = True) -> JinaBertSelfAttention:
@@ -74,7 +75,7 @@ class JinaBertSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, alibi: Tensor | None = None
     ) -> Any:  # (T, H) -> (T, H)
-        if x.dim() == 3:  # as transformers' returns it
+        if x.dim() == 3:  # the form of transformers
             return hooks.AttentionOutput(hooks.on_packed(JinaBertSelfAttention.forward, self, x, alibi=alibi))
         qkv = fused.project(self, x, policy, batch)  # (T, 3H)
         if batch.has_plan(attention_weights.PLAN):
@@ -93,7 +94,7 @@ class JinaBertAttention(nn.Module):
     def forward(
         self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, alibi: Tensor | None = None
     ) -> Any:  # (T, H) -> (T, H)
-        if x.dim() == 3:  # as transformers' returns it
+        if x.dim() == 3:  # the form of transformers
             return hooks.AttentionOutput(hooks.on_packed(JinaBertAttention.forward, self, x, alibi=alibi))
         return hooks.call(self.output, batch, policy, hooks.call(self.self, batch, policy, x, alibi=alibi), x)
 
@@ -142,7 +143,7 @@ class JinaBertLayer(nn.Module):
         return hooks.call(self.mlp, batch, policy, hooks.call(self.attention, batch, policy, x, alibi=alibi))
 
     def block(self, alibi: Tensor) -> Block:
-        """The layer as data, for engines; its modules must be plain."""
+        """Returns the layer as data, for engines; its modules must be plain."""
         attention, add, mlp = self.attention.self, self.attention.output, self.mlp
         up, gate = mlp.gated_layers.weight.chunk(2)
         return Block(
@@ -153,7 +154,7 @@ class JinaBertLayer(nn.Module):
             num_heads=attention.num_heads,
             out=Linear.of(add.dense),
             attention_norm=Norm.of(add.LayerNorm),
-            up=Linear(up, None),  # what is activated
+            up=Linear(up, None),  # the part with the activation
             gate=Linear(gate, None),
             fuse_up=lambda: Linear.of(mlp.gated_layers),
             activation=mlp.activation,
@@ -166,10 +167,10 @@ class JinaBertLayer(nn.Module):
 
 
 def slopes(num_heads: int) -> list[float]:
-    """By what the scores of each head fall with each column between query and key.
+    """Returns the slope of each head: the decrease of scores for each column between query and key.
 
-    They are 2^(-8 i / n) for i from 1 to n, the number of heads. Where n is no power of two, the next lower one counts,
-    and the heads beyond have every other of twice as many. Source: Press et al., "Train Short, Test Long", 2022,
+    They are 2^(-8 i / n) for i from 1 to n, the number of heads. If n is no power of two, the next lower power counts,
+    and the further heads have every other slope of twice as many. Source: Press et al., "Train Short, Test Long", 2022,
     arXiv:2108.12409.
     """
     n = 1 << (num_heads.bit_length() - 1)
@@ -181,7 +182,7 @@ _tables: dict[Any, Tensor] = {}  # by heads, farthest column, dtype and device
 
 
 def alibi_table(num_heads: int, radius: int, like: Tensor) -> Tensor:
-    """(N, 2R + 1), float32 at least: what is added to the score of a key that stands -R to R columns after the query.
+    """Returns (N, 2R + 1), float32 at least: the bias on the score of a key at -R to R columns after the query.
 
     It is made once a device, so that all layers and models of a shape share it: 786 KB for 12 heads and 8,192 columns.
     """
@@ -205,7 +206,7 @@ class JinaBertEncoder(LayerStack):
         self.num_heads, self.radius = config.num_attention_heads, config.max_position_embeddings - 1
 
     def alibi(self, like: Tensor) -> Tensor:
-        """The bias of all layers, (N, 2R + 1), on the device of a tensor and at least as exact."""
+        """Returns the bias of all layers, (N, 2R + 1), on the device of a tensor and at least as exact."""
         if recording.on and recording.is_dry():
             return recording.stand_in((self.num_heads, 2 * self.radius + 1), torch.float32)
         return alibi_table(self.num_heads, self.radius, like)
@@ -228,10 +229,10 @@ def call_layer(layer: Any, batch: Any, policy: Policy, x: Tensor, alibi: Tensor)
 
 
 class JinaBertModel(EncoderModel):
-    """The encoder of jina-embeddings-v2 and jina-reranker-v1: token ids in, one vector a token out.
+    """The encoder of jina-embeddings-v2 and jina-reranker-v1 maps token ids to one vector a token.
 
-    settings: the fields of `Options` by name. Raises ValueError for a config of another family, and for another
-    feed_forward_type than "geglu" or "reglu".
+    settings: the fields of `Options` by name. Raises ValueError for a config of another family, and for a
+    feed_forward_type other than "geglu" or "reglu".
 
     Source: Günther et al., "Jina Embeddings 2", 2023, arXiv:2310.19923.
     """
@@ -255,12 +256,12 @@ class JinaBertModel(EncoderModel):
         self.init_weights()
 
     def table_sizes(self) -> tuple[int, int, int]:
-        """The rows of the tables of words and token types, and the columns that the bias is for."""
+        """Returns the rows of the tables of words and token types, and the number of columns of the bias."""
         n_words, n_types, _ = super().table_sizes()
         return n_words, n_types, self.encoder.radius + 1
 
     def blocks(self) -> Iterator[Block]:
-        """Each layer as data; its modules must be plain."""
+        """Yields each layer as data; its modules must be plain."""
         alibi = self.encoder.alibi(self.embeddings.word_embeddings.weight)
         layers: Any = self.encoder.layer
         for layer in layers:

@@ -15,9 +15,9 @@ from fastbert.ops import Policy
 
 
 class LayerStack(nn.Module):
-    """The layers of an encoder, under the name `layer`, with the settings of gradient checkpointing.
+    """A LayerStack has the layers of an encoder, under the name `layer`, with the settings of gradient checkpointing.
 
-    order: which of them runs as the first, the second and so on, where some run several times, as ALBERT's; None where
+    order: the index of the layer that runs first, second and so on, if some run several times, as in ALBERT; None if
     each runs once.
     """
 
@@ -27,18 +27,18 @@ class LayerStack(nn.Module):
         self.order = None if order is None else tuple(order)
         self.gradient_checkpointing = False
         self.checkpointing: dict[str, Any] = {}  # arguments of torch.utils.checkpoint.checkpoint
-        self.checkpointed_every = 1  # 2: layers 0, 2, 4 ... keep their input alone
-        # For each layer what calls it in the place of that, or None; an adapter has them from its live model.
+        self.checkpointed_every = 1  # 2: layers 0, 2, 4 ... keep only their input
+        # For each layer a function to call instead of it, or None; adapters set these functions from their live model.
         self.checkpoints: tuple[Callable[..., Any] | None, ...] | None = None
 
     @property
     def in_order(self) -> list[Any]:
-        """The layers as they run; one that runs several times is there so often."""
+        """Returns the layers in their order of execution; a layer that runs several times is there as many times."""
         return list(self.layer) if self.order is None else [self.layer[i] for i in self.order]
 
     @property
     def sharing(self) -> str | None:
-        """How many layers share how many sets of weights, for reports; None where each has its own."""
+        """Returns how many layers share how many sets of weights, for reports; None if each has its own weights."""
         if self.order is None:
             return None
         n_sets = len(self.layer)
@@ -46,7 +46,7 @@ class LayerStack(nn.Module):
         return f"{len(self.order)} layers share {sets}"
 
     def checkpoint_of(self, i: int) -> Callable[..., Any] | None:
-        """Returns what calls layer i so that it keeps its input alone; None where it keeps what backward needs."""
+        """Returns a call of layer i that keeps only its input; None if the layer keeps the tensors for backward."""
         if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
             return None
         if self.checkpoints is not None:
@@ -64,7 +64,7 @@ class LayerStack(nn.Module):
     ) -> list[Tensor]:
         """(T, H) -> the hidden states before the first layer and after each, L + 1 times (T, H), or the last alone.
 
-        shared: what every layer takes beside its rows. call(layer, batch, policy, x, *shared) runs a layer.
+        shared: further arguments of every layer beside its rows. call(layer, batch, policy, x, *shared) runs a layer.
         """
         states, call_layer = [x], call
         for i, layer in enumerate(self.in_order):
@@ -80,7 +80,7 @@ class LayerStack(nn.Module):
 
 
 def _call_at(call: Callable[..., Tensor], n_before: int, layer: Any, batch: Any, *others: Any) -> Tensor:
-    """Runs a layer that has the place of one n_before further on: its masks of dropout are that one's."""
+    """Runs a layer as if it were n_before layers further on: its dropout masks are those of that layer."""
     batch.n_layers_before = n_before
     try:
         return call(layer, batch, *others)

@@ -1,7 +1,7 @@
-"""The losses of the models with heads, with the labels of transformers. Padding enters none of them.
+"""The losses of the models with heads take the labels of transformers. No loss includes padding.
 
-Where every label is ignored a loss is 0, with gradients of 0. A label that is no class raises ValueError on the host;
-but a position of an answer outside of its row is ignored.
+If every label is ignored, a loss is 0, with gradients of 0. A label that is no class raises ValueError on the host; but
+a position of an answer outside of its row is ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from fastbert.ops import IGNORED, Policy, packing, tracing
 
 
 def token_loss(logits: Tensor, labels: Tensor | None, batch: packing.PackedBatch) -> Tensor | None:
-    """Mean cross entropy over the tokens whose label is not -100. logits: packed (T, C), labels: padded (B, S)."""
+    """Returns the mean cross entropy over tokens with a label other than -100. logits: packed (T, C), labels: padded
+    (B, S).
+    """
     if labels is None:
         return None
     labels = packed_labels(labels, logits, batch)
@@ -26,13 +28,13 @@ def token_loss(logits: Tensor, labels: Tensor | None, batch: packing.PackedBatch
 
 
 def packed_labels(labels: Tensor, like: Tensor, batch: packing.PackedBatch) -> Tensor:
-    """The labels of the tokens, (T,), of padded (B, S) labels. like: a tensor on their device."""
+    """Returns the labels of the tokens, (T,), from padded (B, S) labels. like: a tensor on their device."""
     check_labels("labels", labels, like, (batch.batch_size, batch.padded_length))
     return packing.pack(labels, batch, IGNORED).long()
 
 
 def labelled_loss(head: Any, hidden: Tensor, labels: Tensor, batch: packing.PackedBatch, policy: Policy) -> Tensor:
-    """`token_loss` of what a head that predicts tokens makes of hidden states, (T, H); it sees labelled tokens alone.
+    """Returns the `token_loss` of a head for tokens on hidden states, (T, H). The head runs only on labelled tokens.
 
     head: a plain BertLMPredictionHead. labels: padded (B, S).
     """
@@ -45,7 +47,7 @@ def labelled_loss(head: Any, hidden: Tensor, labels: Tensor, batch: packing.Pack
 
 
 def class_loss(logits: Tensor, labels: Tensor | None, name: str = "labels") -> Tensor | None:
-    """Mean cross entropy over the rows whose label is not -100. logits: (B, C), labels: (B,) or (B, 1)."""
+    """Returns the mean cross entropy over rows with a label other than -100. logits: (B, C), labels: (B,) or (B, 1)."""
     if labels is None:
         return None
     check_labels(name, labels, logits, (logits.shape[0],), (logits.shape[0], 1))
@@ -66,7 +68,7 @@ def check_labels(name: str, labels: Tensor, logits: Tensor, *shapes: tuple[int, 
 
 @tracing.untraced
 def check_shares(labels: Tensor) -> None:
-    """Raises ValueError for labels of several classes that are not from 0 to 1. One look at the device."""
+    """Raises ValueError for labels of several classes outside of 0 to 1. This waits for the device once."""
     if labels.numel() == 0 or not ops.readable(labels):
         return
     least, greatest = torch.stack(labels.aminmax()).tolist()
@@ -75,10 +77,10 @@ def check_shares(labels: Tensor) -> None:
 
 
 def sequence_loss(logits: Tensor, labels: Tensor | None, problem: str | None, num_labels: int) -> Tensor | None:
-    """The loss of a classification of, or a regression on, whole sequences. logits: (B, C).
+    """Returns the loss of a classification of, or a regression on, whole sequences. logits: (B, C).
 
-    labels: (B,) classes, or (B, C) floats. problem, num_labels: as in the config; without a problem it is what
-    num_labels and the form of the labels say.
+    labels: (B,) classes, or (B, C) floats. problem, num_labels: as in the config. Without a problem, num_labels and the
+    form of the labels decide it.
     """
     if labels is None:
         return None
@@ -94,7 +96,7 @@ def sequence_loss(logits: Tensor, labels: Tensor | None, problem: str | None, nu
         return class_loss(logits, labels)
     shapes = [(n, n_labels), (n,)] if n_labels == 1 else [(n, n_labels)]
     check_labels("labels", labels, logits, *shapes, classes=False)
-    # Autocast computes these in float32, and would find labels that were rounded to its dtype.
+    # Autocast computes these in float32, and would read labels that were rounded to its dtype.
     autocast = torch.is_autocast_enabled(logits.device.type)
     dtype = torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
     labels = labels.view(n, n_labels).to(dtype)
@@ -105,9 +107,10 @@ def sequence_loss(logits: Tensor, labels: Tensor | None, problem: str | None, nu
 
 
 def span_loss(logits: Tensor, token: Tensor, positions: Tensor, name: str) -> Tensor:
-    """Mean cross entropy over the tokens of each row. logits: (B, S), token: (B, S) bool, positions: (B,) or (B, 1).
+    """Returns the mean cross entropy over the tokens of each row. logits: (B, S), token: (B, S) bool, positions: (B,)
+    or (B, 1).
 
-    A position at padding, or above S - 1, enters no loss. name: what an error calls the positions.
+    A position at padding, or above S - 1, is not part of the loss. name: the name of the positions in errors.
     """
     n, length = logits.shape
     check_labels(name, positions, logits, (n,), (n, 1))

@@ -1,9 +1,9 @@
 """ModernBERT on packed tokens. Shapes: T tokens, B sequences, S longest, H hidden, I intermediate, N heads, D head.
 
-This file says in what ModernBERT differs from BERT: layers normalise their input, and the last state is normalised once
-more; positions turn queries and keys, by two bases; most layers attend within a window; the feed-forward part has a
-gate; and by default no linear and no norm has a bias. Modules inside a layer have transformers' names. Those around the
-layers have BERT's (fastbert.checkpoint.families).
+This file has the differences from BERT. Layers normalise their input, and the last state is normalised once more.
+Positions rotate queries and keys, with two bases. Most layers attend within a window. The feed-forward part has a gate.
+By default no linear and no norm has a bias. Modules inside a layer have transformers' names. The modules around the
+layers have BERT's names (fastbert.checkpoint.families).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class ModernBertEmbeddings(nn.Module):
     def forward(
         self,
         input_ids: Tensor | None,  # (T,)
-        token_type_ids: Tensor | None = None,  # which there are none of
+        token_type_ids: Tensor | None = None,  # there are none
         position_ids: Tensor | None = None,  # (T,), which the layers read
         inputs_embeds: Tensor | None = None,  # (T, H)
         batch: PackedBatch | None = None,
@@ -67,19 +67,19 @@ class ModernBertEmbeddings(nn.Module):
     def tables(
         self, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, policy: Policy = ops.AUTO
     ) -> tuple[Tensor | None, EmbeddingTables]:
-        """Ids and the tables, as `BertEmbeddings.tables` gives them; there are no positions."""
+        """Returns ids and the tables, as `BertEmbeddings.tables` does; there are no positions."""
         words: Any = self.word_embeddings.weight if inputs_embeds is None else inputs_embeds
         return input_ids, EmbeddingTables(words, None, None, Norm.of(self.LayerNorm))
 
     def runs_in_kernel(self, policy: Policy) -> bool:
-        """Tells whether the Triton kernel computes them from ids, which can note ids beyond their table."""
+        """Tells whether the Triton kernel computes them from ids; it can note ids outside of their table."""
         return embeds_in_kernel(self, policy)
 
 
 class ModernBertAttention(nn.Module):
-    """softmax(q k^T / sqrt(D)) v of turned queries and keys, within a window in most layers, and a linear after it."""
+    """softmax(q k^T / sqrt(D)) v of rotated queries and keys, within a window in most layers, and a linear after it."""
 
-    without_bias = True  # whether linears and norms may be
+    without_bias = True  # whether linears and norms may lack biases
 
     def __init__(self, config: BertConfig, rotary: RotaryLayer, layer: int = 0) -> None:
         super().__init__()
@@ -93,15 +93,15 @@ class ModernBertAttention(nn.Module):
 
     @property
     def dropout_p(self) -> float:
-        """The probability with which probabilities are dropped in the present mode."""
+        """Returns the dropout probability of attention in the present mode."""
         return self.dropout.p if self.training else 0.0
 
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO) -> Any:  # (T, H) -> (T, H)
-        if x.dim() == 3:  # as transformers' returns it
+        if x.dim() == 3:  # the form of transformers
             return hooks.AttentionOutput(hooks.on_packed(ModernBertAttention.forward, self, x))
         window, cos_and_sin = self.rotary.window, rotations_of(batch).of(self.rotary, self.head_size)
         qkv = project(self.Wqkv, x, policy, batch)  # (T, 3H)
-        fresh = is_bare(self.Wqkv, nn.Linear)  # or who listens to it may have kept what it gave
+        fresh = is_bare(self.Wqkv, nn.Linear)  # else an observer may have kept the output
         qkv = ops.rotary(qkv, *cos_and_sin, self.num_heads, policy=policy, fresh=fresh)
         if batch.has_plan(attention_weights.PLAN):
             context = attention_weights.attend(qkv, batch, self.num_heads, self.dropout_p, window=window)
@@ -148,7 +148,7 @@ class ModernBertEncoderLayer(nn.Module):
         return x + hooks.call(self.mlp, batch, policy, normalise(self.mlp_norm, x, policy, batch))
 
     def block(self, last_norm: nn.LayerNorm | None = None) -> Block:
-        """The layer as data, for engines; its modules must be plain. last_norm: what follows the last layer."""
+        """Returns the layer as data, for engines; its modules must be plain. last_norm: that after the last layer."""
         attn, mlp, norm = self.attn, self.mlp, self.attn_norm
         query, key, value = _parts(attn.Wqkv, 3)
         up, gate = _parts(mlp.Wi, 2)
@@ -178,14 +178,14 @@ class ModernBertEncoderLayer(nn.Module):
 
 
 def _parts(linear: nn.Linear, n_parts: int) -> tuple[Linear, ...]:
-    """Several linears that lie in one: views of their rows."""
+    """Returns the parts of a linear that holds several linears, as views of its rows."""
     weights = linear.weight.chunk(n_parts)
     biases: Any = [None] * n_parts if linear.bias is None else linear.bias.chunk(n_parts)
     return tuple(map(Linear, weights, biases))
 
 
 class ModernBertEncoder(LayerStack):
-    """The layers, and the norm of what the last one gives."""
+    """The encoder has the layers, and the norm of the last layer's output."""
 
     without_bias = True
 
@@ -198,7 +198,7 @@ class ModernBertEncoder(LayerStack):
     def forward(self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, keep_states: bool = True) -> Any:
         """(T, H) -> the states before the first layer and after each, L + 1 times (T, H), the last one normalised.
 
-        keep_states: False gives the last alone. (B, S, H) -> an output with last_hidden_state and hidden_states.
+        keep_states: False returns only the last. (B, S, H) -> an output with last_hidden_state and hidden_states.
         """
         if x.dim() == 3:
             padded = hooks.on_packed(ModernBertEncoder.forward, self, x, keep_states=keep_states)
@@ -208,9 +208,9 @@ class ModernBertEncoder(LayerStack):
 
 
 class ModernBertModel(EncoderModel):
-    """The ModernBERT encoder: token ids in, one vector a token out.
+    """The ModernBERT encoder maps token ids to one vector a token.
 
-    add_pooling_layer is of no effect: ModernBERT has no pooler. settings: the fields of `Options` by name. Raises
+    add_pooling_layer has no effect: ModernBERT has no pooler. settings: the fields of `Options` by name. Raises
     ValueError for layers or angles that fastbert does not compute (fastbert.checkpoint.rotary).
 
     Source: Warner et al., "Smarter, Better, Faster, Longer", 2024, arXiv:2412.13663.
@@ -239,7 +239,7 @@ class ModernBertModel(EncoderModel):
         return super().embed(inputs, batch)
 
     def blocks(self) -> Iterator[Block]:
-        """Each layer as data; its modules must be plain."""
+        """Yields each layer as data; its modules must be plain."""
         *layers, last = self.encoder.layer
         yield from (layer.block() for layer in layers)
         yield last.block(self.encoder.final_norm)

@@ -20,9 +20,9 @@ __all__ = ["add_and_norm", "call_dropout", "call_module", "dense", "first_rows",
 def dense(
     module: nn.Module, x: Any, policy: Policy, activation: str = "none", batch: PackedBatch | None = None
 ) -> Tensor:
-    """activation(module(x)), fused where the module is a plain linear. (T, K) -> (T, M)
+    """activation(module(x)), fused if the module is a plain linear. (T, K) -> (T, M)
 
-    batch: how the rows lie, for a module that is called with padded ones; None for rows of sequences, (B, K).
+    batch: the layout of the rows, for a module that is called with padded ones; None for rows of sequences, (B, K).
     """
     if is_plain(module):
         return ops.linear(x, module.weight, module.bias, activation, policy=policy, keep=not module.training)
@@ -31,9 +31,9 @@ def dense(
 
 
 def call_module(module: nn.Module, x: Any, policy: Policy, batch: PackedBatch | None) -> Tensor:
-    """module(x), for more than a plain linear or embedding. batch: see `dense`.
+    """Calls module(x) for a module that is no plain linear or embedding. batch: see `dense`.
 
-    Nothing is known of its bits: raises BackendError under a batch-invariant policy.
+    Its bits are unknown, so it raises BackendError under a batch-invariant policy.
     """
     if policy.batch_invariant:
         name = type(module).__name__
@@ -44,9 +44,10 @@ def call_module(module: nn.Module, x: Any, policy: Policy, batch: PackedBatch | 
 
 
 def call_dropout(dropout: nn.Module, x: Tensor, batch: PackedBatch | None = None, site: int | None = None) -> Tensor:
-    """dropout(x), by whatever stands in its place. batch: see `dense`.
+    """Calls dropout(x), also for a replaced dropout module. batch: see `dense`.
 
-    site: of a mask that every backend draws alike (`fastbert_kernels.masks`); None where PyTorch draws it.
+    site: the site of a mask that every backend draws in the same way (`fastbert_kernels.masks`); None if PyTorch draws
+    it.
     """
     if not is_bare(dropout, nn.Dropout):
         return hooks.leaf(dropout, x, batch)
@@ -63,14 +64,14 @@ def add_and_norm(
 
 
 def first_rows(x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
-    """(T, H) -> (B, H): each sequence's first token, zeros where there is none."""
+    """(T, H) -> (B, H): each sequence's first token, zeros for an empty sequence."""
     if batch.valid is not None:
         return packing.first_rows(x, batch)
     return ops.pool(x, batch.cu_seqlens, "cls", policy=policy)
 
 
 def mean_rows(x: Tensor, batch: PackedBatch, policy: Policy) -> Tensor:
-    """(T, H) -> (B, H): the mean of each sequence's tokens, zeros where there is none."""
+    """(T, H) -> (B, H): the mean of each sequence's tokens, zeros for an empty sequence."""
     if batch.valid is None:
         return ops.pool(x, batch.cu_seqlens, "mean", policy=policy)
     counts = batch.valid.long().sum(1, keepdim=True).clamp(min=1)

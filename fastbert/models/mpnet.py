@@ -1,8 +1,8 @@
 """MPNet on packed tokens. Shapes: T tokens, B sequences, S longest, H hidden, N heads, D head size, R farthest column.
 
-This file says in what MPNet differs from BERT: a bias on the scores of attention by how far two tokens are apart, which
-all layers share, and attention's four linears in one module. What is as in BERT is called from its text. Names of
-modules and parameters are those of transformers.
+This file has the differences from BERT. The scores of attention have a bias by the distance of two tokens, which all
+layers share. One module has the four linears of attention. The parts that are the same as in BERT are called from
+bert.py. Names of modules and parameters are those of transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastbert.ops import Policy, tracing
 from fastbert.ops.derived import Derived
 from fastbert_kernels.masks import ATTENTION, ATTENTION_OUTPUT, OUTPUT, site_of
 
-N_BUCKETS, MAX_DISTANCE = 32, 128  # of transformers' code, which no setting changes
+N_BUCKETS, MAX_DISTANCE = 32, 128  # as in transformers' code; no setting changes it
 
 
 class MPNetSelfAttention(nn.Module):
@@ -48,20 +48,20 @@ class MPNetSelfAttention(nn.Module):
         self.derived = Derived()
 
     def fused_qkv(self) -> tuple[Tensor, Tensor]:
-        """The three projections as one weight (3H, H) and bias (3H,), kept until one of the six parameters changes."""
+        """Returns the three projections as one weight (3H, H) and bias (3H,), kept until a parameter changes."""
         return fused.weights(self)
 
     def derived_addresses(self) -> tuple[int, ...]:
-        """Returns where the fused weight and bias are, up to date; () if they are made on every call or not at all."""
+        """Returns the addresses of the current fused weight and bias; () if they are not kept."""
         return fused.addresses(self)
 
     @property
     def dropout_p(self) -> float:
-        """The probability with which probabilities are dropped in the present mode."""
+        """Returns the dropout probability of attention in the present mode."""
         return self.dropout.p if self.training else 0.0
 
     def renew(self, training: bool) -> None:
-        """Makes the fused weight anew when it is next used, or, for training, drops it."""
+        """Marks the fused weight to be made again at its next use, or, for training, drops it."""
         fused.renew(self, training)
 
     def train(self, mode: bool = True) -> MPNetSelfAttention:
@@ -85,7 +85,7 @@ class MPNetSelfAttention(nn.Module):
     def forward(
         self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, position_bias: Tensor | None = None
     ) -> Any:  # (T, H) -> (T, H)
-        if x.dim() == 3:  # as transformers' returns it
+        if x.dim() == 3:  # the form of transformers
             packed = hooks.on_packed(MPNetSelfAttention.forward, self, x, position_bias=position_bias)
             return hooks.AttentionOutput(packed)
         return dense(self.o, self.attend(x, batch, policy, position_bias), policy, batch=batch)
@@ -103,13 +103,13 @@ class MPNetAttention(nn.Module):
 
     @property
     def dropout_p(self) -> float:
-        """The probability with which elements are dropped in the present mode."""
+        """Returns the dropout probability of elements in the present mode."""
         return self.dropout.p if self.training else 0.0
 
     def forward(
         self, x: Tensor, batch: Any = None, policy: Policy = ops.AUTO, position_bias: Tensor | None = None
     ) -> Any:  # (T, H) -> (T, H)
-        if x.dim() == 3:  # as transformers' returns it
+        if x.dim() == 3:  # the form of transformers
             packed = hooks.on_packed(MPNetAttention.forward, self, x, position_bias=position_bias)
             return hooks.AttentionOutput(packed)
         attn, norm = self.attn, self.LayerNorm
@@ -142,7 +142,7 @@ class MPNetLayer(nn.Module):
         return hooks.call(self.output, batch, policy, hooks.call(self.intermediate, batch, policy, x), x)
 
     def block(self, position_bias: Tensor) -> Block:
-        """The layer as data, for engines; its modules must be plain."""
+        """Returns the layer as data, for engines; its modules must be plain."""
         attention, up, output = self.attention, self.intermediate, self.output
         attn = attention.attn
         return Block(
@@ -163,11 +163,10 @@ class MPNetLayer(nn.Module):
 
 
 def relative_position_bucket(distance: int) -> int:
-    """The row of `relative_attention_bias` for a key that stands `distance` columns after the query.
+    """Returns the row of `relative_attention_bias` for a key at `distance` columns after the query.
 
     Half of the 32 rows are for keys before the query, and half for those after it. The first 8 of a half are for one
-    distance each. The others grow with its logarithm up to 128.
-    Source: Raffel et al., "T5", 2019, arXiv:1910.10683.
+    distance each. The others grow with its logarithm up to 128. Source: Raffel et al., "T5", 2019, arXiv:1910.10683.
     """
     half = N_BUCKETS // 2
     exact, start, n = half // 2, half if distance > 0 else 0, abs(distance)
@@ -182,13 +181,13 @@ _buckets_on: dict[torch.device, Tensor] = {}  # the same by device
 
 
 def _bucket_ids(device: torch.device) -> Tensor:
-    """(2R + 1,) int64: the bucket of each distance."""
+    """Returns (2R + 1,) int64: the bucket of each distance."""
     kept = _buckets_on.get(device)
     if kept is not None:
         return kept
     if torch.compiler.is_compiling() or tracing.observed() is not None or device.type == "meta":
         return torch.tensor(_BUCKETS, device=device)
-    with torch.inference_mode(False):  # or autograd could not keep it
+    with torch.inference_mode(False):  # otherwise autograd could not keep it
         _buckets_on[device] = buckets = torch.tensor(_BUCKETS, device=device)
     return buckets
 
@@ -205,7 +204,7 @@ class MPNetEncoder(LayerStack):
         self.derived = Derived()
 
     def position_bias(self, policy: Policy = ops.AUTO) -> Tensor:
-        """(N, 2R + 1): what is added to the score of a key that stands -R to R columns after the query, and beyond."""
+        """Returns (N, 2R + 1): the bias on the score of a key at -R to R columns after the query, or farther."""
         table = self.relative_attention_bias
         if is_bare(table, nn.Embedding):
             return self._derived_bias()[0]
@@ -221,13 +220,13 @@ class MPNetEncoder(LayerStack):
         return make() if self.training else self.derived.get("position_bias", [weight], make)
 
     def derived_addresses(self) -> tuple[int, ...]:
-        """Returns where the bias is, up to date; () if it is made on every call."""
+        """Returns the address of the current bias; () if it is not kept."""
         if not is_bare(self.relative_attention_bias, nn.Embedding):
             return ()
         return self.derived.addresses("position_bias", self._derived_bias())
 
     def renew(self, training: bool) -> None:
-        """Makes the bias anew when it is next used, or, for training, drops it."""
+        """Marks the bias to be made again at its next use, or, for training, drops it."""
         fused.renew(self, training)
 
     def train(self, mode: bool = True) -> MPNetEncoder:
@@ -256,7 +255,7 @@ def _call_layer(layer: Any, batch: Any, policy: Policy, x: Tensor, position_bias
 
 
 class MPNetModel(EncoderModel):
-    """The MPNet encoder: token ids in, one vector a token out, and the pooled vector of the first token, <s>.
+    """The MPNet encoder maps token ids to one vector a token, and to the pooled vector of the first token, <s>.
 
     settings: the fields of `Options` by name. Raises ValueError for a config of another family.
 
@@ -282,7 +281,7 @@ class MPNetModel(EncoderModel):
         self.init_weights()
 
     def blocks(self) -> Iterator[Block]:
-        """Each layer as data; its modules must be plain."""
+        """Yields each layer as data; its modules must be plain."""
         position_bias = self.encoder.position_bias(self.policy)
         layers: Any = self.encoder.layer
         for layer in layers:

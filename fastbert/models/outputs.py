@@ -64,7 +64,7 @@ class ModelOutput(OrderedDict[str, Any]):
         raise TypeError(f"{type(self).__name__}: not a dataclass; make instances of a subclass that is one")
 
     def __post_init__(self) -> None:
-        # The generated __init__ has set every field; what is left is items that came in one argument.
+        # The generated __init__ has set every field. The rest are items that came in one argument.
         first_name = next(iter(self.__dataclass_fields__))
         first = getattr(self, first_name)
         if isinstance(first, (Mapping, Iterator, list, tuple)) and list(self) == [first_name]:
@@ -154,7 +154,9 @@ class ModelOutput(OrderedDict[str, Any]):
 
 
 class _Entry:
-    """Lets an attribute whose entry is still a `Later` be read; the class has None under its name, as for any field."""
+    """An _Entry lets an attribute be read while its entry is a `Later`. The class has None under its name, as for any
+    field.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -164,7 +166,7 @@ class _Entry:
 
 
 def _flatten(output: ModelOutput) -> tuple[list[Any], list[str]]:
-    # A `Later` is a leaf: DDP and FSDP, which look at every output for tensors, ask for none.
+    # A `Later` is a leaf. DDP and FSDP search every output for tensors, and do not compute it.
     return list(OrderedDict.values(output)), list(output)
 
 

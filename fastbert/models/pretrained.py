@@ -42,10 +42,10 @@ class PreTrainedModel(ModelAccess):
 
     base_prefix = "bert."
     _class_arguments: tuple[str, ...] = ()  # of from_pretrained, for the class alone
-    task: str | None = None  # what follows "For" in the class name of a model with a head
+    task: str | None = None  # the part after "For" in the class name of a model with a head
     cuda_graphs: Any  # bool: a property of the models, as is the next one
     strict_ids: Any
-    dtype_choice: tuple[torch.dtype, str] | None = None  # what dtype="auto" took on a CPU for inference, and why
+    dtype_choice: tuple[torch.dtype, str] | None = None  # the choice of dtype="auto" on a CPU, and its reason
 
     def __init__(self, config: BertConfig, options: Options | None = None, **settings: Any) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""The class that describes the encoder of each family, by the text that its `Family` names.
+"""This module finds the class of the encoder of each family, by the `text` in its `Family`.
 
-A family with a text of its own needs its line in `TEXTS`, and `text` in its table. The other names of a text are those
-of its class: `BertModel(config)`, and every model with a head, ask here.
+A family with its own text needs its line in `TEXTS`, and `text` in its table. The other names of a text are those of
+its class. `BertModel(config)`, and every model with a head, call these functions.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from fastbert.checkpoint.config import BertConfig
 
-# The file of this package, and the class in it, which is imported when a model of the family is first made.
+# The file of this package, and the class in it. It is imported when a model of the family is first made.
 TEXTS = {
     "bert": "BertModel",
     "mpnet": "MPNetModel",
@@ -32,7 +32,7 @@ def encoder_class(config: BertConfig) -> Any:
 def class_for(cls: type, config: BertConfig) -> Any:
     """Returns the class that cls(config) makes: the family's for BertModel, and otherwise cls itself.
 
-    Raises ValueError where cls describes another text than the config's family has.
+    Raises ValueError if cls describes another text than the text of the config's family.
     """
     wanted = encoder_class(config)
     if issubclass(cls, wanted):

@@ -1,4 +1,4 @@
-"""What encoders with rotary positions share: their embeddings, and parts without bias."""
+"""Encoders with rotary positions share these embeddings, and parts without bias."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def embed(
     policy: Policy,
     batch: Any,
 ) -> Tensor:
-    """dropout(LayerNorm(word + token type)), (T, H). Ids: (T,). embeds: (T, H), in the place of words, or None.
+    """dropout(LayerNorm(word + token type)), (T, H). Ids: (T,). embeds: (T, H), instead of words, or None.
 
     module: has word_embeddings, token_type_embeddings, which may be None, LayerNorm and dropout.
     """
@@ -52,7 +52,7 @@ def embed(
 
 
 def embeds_in_kernel(module: Any, policy: Policy) -> bool:
-    """Tells whether the Triton kernel computes such embeddings from ids, so that it can note ids beyond their table."""
+    """Tells whether the Triton kernel computes such embeddings from ids; it can note ids outside of their table."""
     weight = module.word_embeddings.weight if is_bare(module.word_embeddings, nn.Embedding) else None
     if weight is None:
         return False
@@ -60,7 +60,7 @@ def embeds_in_kernel(module: Any, policy: Policy) -> bool:
 
 
 def _kernel_obstacle(module: Any, embeds: Tensor | None) -> str | None:
-    """Tells why the triton backend does not compute the embeddings in one kernel, or None."""
+    """Returns the reason why the triton backend does not compute the embeddings in one kernel, or None."""
     words, types, norm = module.word_embeddings, module.token_type_embeddings, module.LayerNorm
     tables = [table for table in (words, types) if table is not None]
     if not all(is_bare(table, nn.Embedding) for table in tables):
@@ -75,7 +75,7 @@ def _kernel_obstacle(module: Any, embeds: Tensor | None) -> str | None:
 def look_up(
     words: nn.Module, ids: Any, policy: Policy, batch: PackedBatch | None, obstacle: str | None = PARTS_OBSTACLE
 ) -> Tensor:
-    """words(ids), of one table alone: (T,) -> (T, H). obstacle: why no Triton kernel does that."""
+    """Returns words(ids), with only this table: (T,) -> (T, H). obstacle: the reason why no Triton kernel does this."""
     if not is_bare(words, nn.Embedding):
         return call_module(words, ids, policy, batch)
     weight: Any = words.weight
@@ -90,7 +90,7 @@ def look_up(
 def project_and_gate(
     linear: nn.Module, x: Tensor, activation: str, policy: Policy, batch: PackedBatch | None
 ) -> Tensor:
-    """activation(first half) * second half of linear(x), in one operation without hooks. (T, K) -> (T, I)"""
+    """activation(first half) * second half of linear(x), in one operation if there are no hooks. (T, K) -> (T, I)"""
     if is_bare(linear, nn.Linear):
         weight: Any = linear.weight
         if type(weight) in tracing.PLAIN:

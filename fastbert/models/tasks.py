@@ -1,9 +1,9 @@
 """The seven BERT models with heads: pre-training, masked LM, next sentence, classification, choice, tokens, answers.
 
-A class also serves the other families; the `Head` in fastbert.checkpoint.families says how a family's head differs.
-Arguments, outputs and losses are those of transformers, with two differences that follow from packing. Logits of tokens
-are zero at padding positions, and padding positions are not part of a loss. `Inputs` describes the arguments that all
-forwards share.
+A class also serves the other families; the `Head` in fastbert.checkpoint.families describes the differences of a
+family's head. Arguments, outputs and losses are those of transformers, with two differences that follow from packing.
+Logits of tokens are zero at padding positions, and padding positions are not part of a loss. `Inputs` describes the
+arguments that all forwards share.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class BertForMaskedLM(ModelWithDecoder):
 
 
 class BertForNextSentencePrediction(ModelWithHead):
-    """This model says whether the second sentence of a pair follows the first. Logit 0 = is next, logit 1 = random."""
+    """This model predicts if the second sentence of a pair follows the first. Logit 0 = is next, logit 1 = random."""
 
     task = "NextSentencePrediction"
 

@@ -1,9 +1,9 @@
 """transformers' Trainer writes our models as `save_pretrained` does: under the family's names, with a config.json.
 
-Trainer asks `isinstance(model, transformers.PreTrainedModel)`, which ours are not, and else writes the bare state dict:
-no config.json, our names, and an error for tied weights. The one method that does so, `Trainer._save`, is wrapped when
-the first of our models is made and `transformers.trainer` is, or comes to be, imported. For other models it does what
-it did. Loading needs no such help: see `PreTrainedModel.load_state_dict`.
+Trainer checks `isinstance(model, transformers.PreTrainedModel)`, which is false for our models. Then it would write the
+bare state dict: no config.json, our names, and an error for tied weights. The method that does this is `Trainer._save`.
+It is wrapped when the first of our models is made, if `transformers.trainer` is imported, or later at its import. For
+other models it does the same as before. Loading needs no such change: see `PreTrainedModel.load_state_dict`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def install(ours: type) -> None:
 
 
 def wrap(trainer: Any, ours: type) -> None:
-    """Lets `_save` of this Trainer class write models of the class `ours` as they are saved otherwise."""
+    """Lets `_save` of this Trainer class write models of the class `ours` as `save_pretrained` does."""
     original = trainer._save
 
     @functools.wraps(original)
@@ -51,7 +51,7 @@ def wrap(trainer: Any, ours: type) -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds transformers.trainer as everybody else does, and wraps its Trainer once it is there."""
+    """A _Finder finds transformers.trainer in the normal way, and wraps its Trainer after the import."""
 
     def __init__(self, ours: type) -> None:
         self.ours = ours

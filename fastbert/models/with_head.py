@@ -1,4 +1,4 @@
-"""The models with heads share an encoder below, and a decoder whose weight is the embeddings'."""
+"""The models with heads share an encoder, and a decoder whose weight is that of the word embeddings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ModelWithHead(PreTrainedModel):
 
     @property
     def cuda_graphs(self) -> bool:
-        """The switch of the encoder: see `BertModel.cuda_graphs`."""
+        """This is the switch of the encoder: see `BertModel.cuda_graphs`."""
         return self.bert.cuda_graphs
 
     @cuda_graphs.setter
@@ -64,7 +64,7 @@ class ModelWithHead(PreTrainedModel):
 
     @property
     def strict_ids(self) -> bool:
-        """The switch of the encoder: see `BertModel.strict_ids`."""
+        """This is the switch of the encoder: see `BertModel.strict_ids`."""
         return self.bert.strict_ids
 
     @strict_ids.setter
@@ -124,7 +124,7 @@ class ModelWithHead(PreTrainedModel):
             self.head = BertPredictionHeadTransform(config)
 
 
-# The decoder's names of tensors that the config ties, and their other names.
+# The decoder's names of tensors that the config ties, and the names of the tied tensors.
 TIED = {
     "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
     "cls.predictions.decoder.bias": "cls.predictions.bias",

@@ -20,7 +20,7 @@ from fastbert.text.tokenizer import Tokenizer
 
 LONGEST = 384  # tokens of a row by default, as in transformers
 STRIDE = 128
-PAIRS = 16  # questions whose rows are in memory at once
+PAIRS = 16  # questions with rows in memory at once
 
 Answer = dict[str, Any]
 

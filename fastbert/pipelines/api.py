@@ -32,7 +32,7 @@ _HUB = "save_pretrained writes a folder, which huggingface_hub.upload_folder upl
 _PARTS = "its parts are encoder.model, encoder.tokenizer, and of a SentenceEncoder encoder.pooling and encoder.tail"
 _PEFT = "give encoder.model to PEFT"
 
-# Names of sentence-transformers' models that ours lack -> what to do instead.
+# Names of sentence-transformers' models that ours lack -> the alternative.
 MISSING = {
     **dict.fromkeys(("fit", "old_fit", "smart_batching_collate", "get_sentence_features"), _TRAIN),
     **dict.fromkeys(("push_to_hub", "save_to_hub"), _HUB),
@@ -88,7 +88,7 @@ class SentenceTransformersApi(nn.Module):
     default_prompt_name: str | None
 
     def __getattr__(self, name: str) -> Any:
-        # nn.Module's own __getattr__ costs a text one call of a Python function more for each module.
+        # nn.Module's own __getattr__ costs one more call of a Python function for each module of a text.
         modules = self.__dict__.get("_modules")
         if modules is not None and name in modules:
             return modules[name]

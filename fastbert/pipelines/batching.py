@@ -1,4 +1,4 @@
-"""Texts of like lengths are put together into batches, by a budget of tokens."""
+"""This module joins texts of similar lengths into batches, by a budget of tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from fastbert.ops import packing
 from fastbert.text.encoding import PackedEncoding
 
-# Tokens in a batch. On a CPU, activations of more than a few MB leave its caches and are mapped anew by each op.
+# Tokens in a batch. On a CPU, activations of more than a few MB do not fit its caches, and each op maps new memory.
 TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
 
 
@@ -26,15 +26,15 @@ def default_token_budget(device: torch.device) -> int:
 def in_batches(
     tokens: PackedEncoding, token_budget: int, batch_size: int | None, device: torch.device
 ) -> Iterator[tuple[list[int], packing.PackedBatch, Tensor, Tensor]]:
-    """Yields batches as `batches` cuts them: places of the texts, the batch, input_ids (T,) and token_type_ids (T,).
+    """Yields the batches of `batches`: places of the texts, the batch, input_ids (T,) and token_type_ids (T,).
 
-    The ids stay on the host, from where the model takes them together with all else that a batch needs on a GPU.
+    The ids stay on the host. The model takes them from there, together with all other data of a batch on a GPU.
 
-    The lengths are lists: for one text, NumPy's functions would take longer than everything else in this function.
+    The lengths are lists: for one text, NumPy's functions would take longer than the rest of this function.
     """
     offsets = tokens.cu_seqlens.tolist()
     lengths = list(map(sub, offsets[1:], offsets))
-    # Longest first: too little memory shows at once.
+    # Longest first, so that too little memory shows at once.
     order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
     input_ids, token_type_ids = tokens.input_ids, tokens.token_type_ids
     if device.type != "cpu" or order != list(range(len(order))):
@@ -56,7 +56,7 @@ def _reordered(
 ) -> Iterator[Tensor]:
     """Yields tensors (T,) with their texts in another order, in memory that a GPU can copy from by itself.
 
-    starts, lengths: of the texts in that order, where each begins in the tensors.
+    starts, lengths: of the texts in that order; starts are the positions of the texts in the tensors.
     """
     ends = np.cumsum(lengths)
     rows = torch.from_numpy(np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1]))
@@ -68,7 +68,7 @@ def _reordered(
 def batches(ends: Sequence[int], token_budget: int, batch_size: int | None) -> Iterator[tuple[int, int]]:
     """Yields (first, last) of runs of texts with at most that many tokens and texts, or of a single text.
 
-    ends: (n,) how many tokens there are up to the end of each text.
+    ends: (n,) the number of tokens up to the end of each text.
     """
     first = 0
     while first < len(ends):

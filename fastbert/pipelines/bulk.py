@@ -1,4 +1,4 @@
-"""A long input becomes vectors block by block: each block is read, encoded and written, and may be so again."""
+"""This module encodes a long input block by block: each block is read, encoded and written, and may be repeated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CUT = "encode: %d of %d texts were longer"  # begins the warning of a run
 
 @dataclass(frozen=True)
 class BulkJob:
-    """A BulkJob says what is made of each block, and where it goes.
+    """A BulkJob describes the result of each block, and its place.
 
     key: the field of JSON lines or the column of a Parquet file with the texts, None for plain lines. prompt,
     prompt_name, normalize: as in `SentenceEncoder.encode_stream`.
@@ -42,7 +42,7 @@ class BulkJob:
 
 @dataclass
 class Counts:
-    """Counts say how many texts there were, how many were truncated, and how many tokens that cut."""
+    """Counts has the numbers of texts, of truncated texts, and of the tokens that were cut off."""
 
     texts: int = 0
     truncated: int = 0
@@ -63,7 +63,7 @@ class Counts:
 
 
 class BlockEncoder:
-    """A BlockEncoder makes the file of a block. To make it twice does no harm: it replaces the first."""
+    """A BlockEncoder makes the file of a block. A second run is harmless: its file replaces the first."""
 
     def __init__(self, encoder: SentenceEncoder, job: BulkJob, pool: Pool | None = None) -> None:
         self.encoder, self.job, self.pool = encoder, job, pool
@@ -122,7 +122,7 @@ def encode_blocks(encode: BlockEncoder, todo: Sequence[Block], progress: Callabl
 
 
 def join_parts(parts: Parts, output: str, dimension: int) -> None:
-    """Makes one file of all blocks' files, as `fastbert.text.files.open_output` writes it, and removes them."""
+    """Joins the files of all blocks into one file, as `fastbert.text.files.open_output` writes it, and removes them."""
     paths = [parts.path(i) for i in range(parts.n_blocks)]
     if parts.suffix == "npy":
         with open_output(output, dimension) as write_rows:
@@ -139,7 +139,7 @@ def join_parts(parts: Parts, output: str, dimension: int) -> None:
 
 @contextmanager
 def _counting(counts: Counts) -> Iterator[None]:
-    """Counts truncated texts in the place of a warning for each block."""
+    """Counts truncated texts instead of a warning for each block."""
 
     def is_other(record: logging.LogRecord) -> bool:
         args = record.args

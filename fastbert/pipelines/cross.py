@@ -33,10 +33,10 @@ logger = logging.getLogger("fastbert")
 
 Activation = Callable[[Tensor], Tensor]
 
-# Classes that a checkpoint may name as its activation function, by the last part of the name. None is imported for it.
-# RReLU is left out: outside a module in eval mode it is random.
+# Classes that a checkpoint may name as its activation function, by the last part of the name. Nothing is imported for
+# it. RReLU is left out: outside a module in eval mode it is random.
 ACTIVATION_CLASSES: dict[str, type[nn.Module]] = {name: getattr(nn, name) for name in ACTIVATIONS if name != "RReLU"}
-_DIMS = {"LogSoftmax": 1, "Softmax": 1, "Softmin": 1}  # which PyTorch would guess, with a warning
+_DIMS = {"LogSoftmax": 1, "Softmax": 1, "Softmin": 1}  # PyTorch would guess it, with a warning
 
 
 class CrossEncoder(SentenceTransformersApi):
@@ -68,7 +68,7 @@ class CrossEncoder(SentenceTransformersApi):
         if max_length is not None:
             self.max_seq_length = max_length
         default: Activation = nn.Sigmoid() if self.num_labels == 1 else nn.Identity()
-        # In a tuple, or a module would become a part of this one, with a place in its state dict.
+        # It is in a tuple, because a module would become a part of this one, with a place in its state dict.
         self._activation = (default if activation_fn is None else activation_fn,)
         self._set_prompts(dict(prompts or {}), default_prompt_name)
         self.token_budget = positive_or_none("token_budget", token_budget)
@@ -269,7 +269,7 @@ class CrossEncoder(SentenceTransformersApi):
                 "predict: %d of %d pairs were longer than max_seq_length = %d and truncated: %d tokens cut",
                 n_cut, len(pairs), limit, n_tokens_cut,
             )  # fmt: skip
-        # No inference tensor: callers may use it in autograd.
+        # This is no inference tensor: callers may use it in autograd.
         scores = scores.clone() if several is None else scores.to("cpu", copy=True)
         if convert_to_tensor:
             return scores[0] if single else scores

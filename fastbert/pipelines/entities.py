@@ -19,8 +19,8 @@ from fastbert.text.tokenizer import Tokenizer
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
 STRIDE = 128  # tokens, by default, and at most half a window
-TEXTS = 256  # texts whose rows are in memory at once, at most
-CHARACTERS = 2**20  # of these texts, at most, or one text
+TEXTS = 256  # most texts with rows in memory at once
+CHARACTERS = 2**20  # most characters of these texts, or one text
 
 Entity = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Queries of ColBERT are filled up with mask tokens, whose vectors count as well (Khattab and Zaharia, 2020)."""
+"""ColBERT fills queries up with mask tokens, whose vectors count as well (Khattab and Zaharia, 2020)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from fastbert.engine.interface import PackedInputs
 from fastbert.ops import packing
 from fastbert.ops.packing import PackedBatch
 
-# Features of layers that give no row for a token that is no key: DeBERTa masks queries as it masks keys.
+# Features of layers that give no row to a token that is no key: DeBERTa masks queries as it masks keys.
 _NO_ROWS_UNSEEN = {"distances", "convolution"}
 
 
 @dataclass(frozen=True)
 class QueryExpansion:
-    """A QueryExpansion says how many tokens a query has at least, and which token fills it up.
+    """A QueryExpansion has the least number of tokens of a query, and the token that fills it up.
 
-    length: tokens of a query. token_id: the token that fills it up. attend: whether attention looks at these tokens;
-    if not, they look at the query's own tokens, and nothing looks at them. strategy: "fixed" cuts longer queries to
-    length, "min" keeps them.
+    length: tokens of a query. token_id: the token that fills it up. attend: whether other tokens attend to these
+    tokens; if not, these tokens attend to the query's own tokens only, and no token attends to them. strategy: "fixed"
+    cuts longer queries to length, "min" keeps them.
     """
 
     length: int
@@ -57,9 +57,9 @@ class QueryExpansion:
 
 
 def _encode_unseen(model: Any, batch: PackedBatch, ids: Tensor, types: Tensor, seen: Tensor) -> Tensor:
-    """Returns the hidden states of tokens of which only the `seen` ones are keys of attention, (T, H).
+    """Returns the hidden states (T, H) of all tokens, if only the `seen` ones are keys of attention.
 
-    No engine packs such attention: the layers run here as plain PyTorch, on padded rows of a few short queries.
+    No engine packs such attention. So the layers run here in plain PyTorch, on padded rows of a few short queries.
     """
     if model.policy.batch_invariant:
         raise ops.BackendError("query expansion with attend=False: does not support batch invariance")

@@ -1,9 +1,9 @@
-"""This module reads and writes sentence-transformers' folders, but for the model and the tokenizer in them.
+"""This module reads and writes sentence-transformers' folders, except for the model and the tokenizer in them.
 
-A folder holds modules.json, which names a Transformer, a Pooling and what follows it (Dense, LayerNorm, Dropout,
-Normalize). It has a subfolder for each module that has settings, and config_sentence_transformers.json with the
-prompts. The names and settings of today's sentence-transformers and of earlier versions are read. The earlier ones are
-written, which all versions read.
+A folder holds modules.json, which names a Transformer, a Pooling and the modules after it (Dense, LayerNorm, Dropout,
+Normalize). It has a subfolder for each module with settings, and config_sentence_transformers.json with the prompts.
+The names and settings of today's sentence-transformers and of earlier versions are read. The earlier ones are written,
+because all versions read them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ logger = logging.getLogger("fastbert")
 MODULES = "modules.json"
 SETTINGS = "config_sentence_transformers.json"
 
-# The flags of pooling modes in earlier versions, in the order in which the vectors of several are concatenated.
+# The flags of pooling modes in earlier versions, in the order in which several vectors are concatenated.
 _POOLING_FLAGS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -52,31 +52,31 @@ _POOLING_FLAGS = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 _TAIL_MODULES = ("Dense", "LayerNorm", "Dropout", "Normalize")
-# What stands in folders of sparse and multi-vector models; token_layout.py reads them.
+# The files and modules of sparse and multi-vector models; token_layout.py reads them.
 _TOKEN_MODULES = ("MLMTransformer", "SpladePooling", "MultiVectorMask")
 _PYLATE_DENSE = "pylate.models.Dense.Dense"
 
 
 @dataclass
 class Layout:
-    """A Layout holds what a folder says of a sentence encoder, but for the model and its tokenizer."""
+    """A Layout has the content of a sentence encoder's folder, except for the model and its tokenizer."""
 
     transformer: Path  # the folder of the model and the tokenizer
     settings: TransformerSettings = field(default_factory=TransformerSettings)
     pooling: Pooling = field(default_factory=Pooling)
-    tail: list[nn.Module] = field(default_factory=list)  # what follows pooling
+    tail: list[nn.Module] = field(default_factory=list)  # the modules after pooling
     prompts: dict[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
     similarity_fn_name: str | None = None
     truncate_dim: int | None = None
-    # Of token_layout.py: a SpladePooling's settings, those of token vectors, and the most numbers of a sparse vector.
+    # From token_layout.py: a SpladePooling's settings, those of token vectors, and the most numbers of a sparse vector.
     splade: dict[str, Any] | None = None
     tokens: dict[str, Any] | None = None
     max_active_dims: int | None = None
 
 
 def read_layout(folder: Path) -> Layout | None:
-    """Reads the layout of a sentence-transformers folder. Returns None where there is no modules.json.
+    """Reads the layout of a sentence-transformers folder. Returns None if there is no modules.json.
 
     Raises ValueError with the file for a module or a setting that is not supported, and FileNotFoundError for a
     module's missing file.
@@ -151,7 +151,7 @@ def read_modules(file: Path) -> list[tuple[str, Path]]:
 
 
 def _read_pooling(file: Path) -> Pooling:
-    """Reads the settings of a Pooling, in the words of today or as flags."""
+    """Reads the settings of a Pooling, by today's names or as flags."""
     config = read_json(file)
     check_keys(file, config, MODULE_KEYS["Pooling"])
     modes = config.get("pooling_mode")
@@ -164,9 +164,9 @@ def _read_pooling(file: Path) -> Pooling:
 
 
 def read_tail(kind: str, folder: Path, name: str = "sentence_embedding") -> nn.Module:
-    """Reads one of _TAIL_MODULES, with its weights. name: what it reads and writes, in sentence-transformers' words."""
+    """Reads one of _TAIL_MODULES, with its weights. name: its input and output, in sentence-transformers' terms."""
     file = folder / "config.json"
-    if kind == "Normalize":  # earlier versions wrote no settings for it, and so no folder
+    if kind == "Normalize":  # earlier versions wrote no settings, and so no folder, for it
         config = read_json(file) if file.is_file() else {}
         check_keys(file, config, MODULE_KEYS[kind])
         _check_names(file, config, name)
@@ -189,7 +189,7 @@ def read_tail(kind: str, folder: Path, name: str = "sentence_embedding") -> nn.M
 
 
 def _check_names(file: Path, config: Mapping[str, Any], name: str) -> None:
-    """Raises ValueError for a module that reads or writes something else than `name`."""
+    """Raises ValueError for a module whose input or output is not `name`."""
     for key in ("module_input_name", "module_output_name"):
         if config.get(key) not in (None, name):
             raise ValueError(f"{file}: {key} is {config[key]!r}, but only {name!r} is supported")
@@ -248,7 +248,7 @@ def lowercasing(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
 
 
 def _pooling_settings(pooling: Pooling, hidden_size: int) -> dict[str, Any]:
-    """Returns the content of 1_Pooling/config.json: flags where they can say the order, `pooling_mode` elsewhere."""
+    """Returns the content of 1_Pooling/config.json: flags if they can express the order, else `pooling_mode`."""
     if pooling.modes == tuple(mode for mode in _POOLING_FLAGS.values() if mode in pooling.modes):
         flags = {flag: mode in pooling.modes for flag, mode in _POOLING_FLAGS.items()}
         return {"word_embedding_dimension": hidden_size, **flags, "include_prompt": pooling.include_prompt}
@@ -257,7 +257,7 @@ def _pooling_settings(pooling: Pooling, hidden_size: int) -> dict[str, Any]:
 
 
 def write_layout(folder: Path, hidden_size: int, layout: Layout) -> None:
-    """Writes everything in `folder` but the model and the tokenizer. modules.json, which makes it count, comes last."""
+    """Writes everything in `folder` except the model and the tokenizer. modules.json comes last, and makes it valid."""
 
     def write_json(file: Path, content: Any) -> None:
         file.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Vectors are dense, sparse or one a token: what a SentenceEncoder does with them besides making dense ones."""
+"""Vectors are dense, sparse or one for each token. This module has SentenceEncoder's methods for all kinds."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ OUTPUTS = ("dense", "sparse", "multi")
 class HeadVectors(SentenceTransformersApi):
     """A HeadVectors compares vectors of any kind, and makes sparse vectors and vectors of tokens.
 
-    heads: by output, "sparse" and "multi". has_dense: whether there are dense vectors, too. default_output: what
-    `encode` makes where nobody says it, one of `outputs`.
+    heads: by output, "sparse" and "multi". has_dense: whether there are dense vectors, too. default_output: the output
+    of `encode` without an argument, one of `outputs`.
     """
 
     heads: nn.ModuleDict
@@ -60,8 +60,8 @@ class HeadVectors(SentenceTransformersApi):
         """Names the function that `similarity` computes.
 
         It is "cosine", "dot", "euclidean" or "manhattan" for one vector a text, and "maxsim" or "meanmaxsim" for one a
-        token. It may be set to a member of sentence-transformers' SimilarityFunction, and to None, which stands for
-        "cosine", or "dot" of sparse vectors alone, or "maxsim" of vectors of tokens alone.
+        token. It may be set to a member of sentence-transformers' SimilarityFunction, or to None. None stands for
+        "cosine", for "dot" with only sparse vectors, and for "maxsim" with only vectors of tokens.
         """
         return self._similarity_fn_name
 
@@ -95,12 +95,12 @@ class HeadVectors(SentenceTransformersApi):
 
     @staticmethod
     def sparsity(embeddings: Tensor) -> dict[str, float]:
-        """Returns the mean number of numbers that are not zero, and the mean part of zeros, of sparse vectors."""
+        """Returns the mean number of nonzero values, and the mean share of zeros, of sparse vectors."""
         return sparse.sparsity(embeddings)
 
     @staticmethod
     def intersection(embeddings_1: Tensor, embeddings_2: Tensor) -> Tensor:
-        """Returns what two sparse vectors have in common: see `fastbert.vectors.sparse.intersection`."""
+        """Returns the common part of two sparse vectors: see `fastbert.vectors.sparse.intersection`."""
         return sparse.intersection(embeddings_1, embeddings_2)
 
     def decode(self, embeddings: Tensor, top_k: int | None = None) -> Any:
@@ -122,8 +122,8 @@ class HeadVectors(SentenceTransformersApi):
     ) -> Any:  # fmt: skip
         """Calls `encode` for the task "document", with the prompt of that name, and never with the default prompt.
 
-        A prompt named "passage" or "corpus" is not taken: sentence-transformers adds an empty "document" before it
-        looks for one.
+        A prompt named "passage" or "corpus" is not used: sentence-transformers adds an empty "document" before it looks
+        for one.
         """
         if prompt is None and prompt_name is None:
             prompt = self.prompts.get("document", "")
@@ -142,7 +142,7 @@ class HeadVectors(SentenceTransformersApi):
 
     @contextmanager
     def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
-        """Lets `encode` give the first truncate_dim numbers of each vector (Matryoshka), inside a `with` statement."""
+        """Lets `encode` return the first truncate_dim values of each vector (Matryoshka), inside a `with` statement."""
         before, self.truncate_dim = self.truncate_dim, positive_or_none("truncate_dim", truncate_dim)
         try:
             yield
@@ -184,7 +184,7 @@ class HeadVectors(SentenceTransformersApi):
 
     def _in_training(self) -> bool:
         """Tells whether a module is in training mode."""
-        # To ask each module of the encoder would take as long as a short text.
+        # A check of each module of the encoder would take as long as a short text.
         model: Any = self._modules["model"]
         tail: Any = self._modules["tail"]
         if model.all_in_eval_mode():
@@ -192,7 +192,7 @@ class HeadVectors(SentenceTransformersApi):
         return any_in_training(self)
 
     def _dimension_of_heads(self) -> int | None:
-        """Returns the length of the vectors of an encoder without dense ones; None where no module says it."""
+        """Returns the length of the vectors of an encoder without dense ones, or None if no module defines it."""
         head: Any = self.heads[self._output(None)]
         if isinstance(head, SpladeHead):
             return head.dimension
@@ -203,7 +203,7 @@ class HeadVectors(SentenceTransformersApi):
 def shaped(
     vectors: Any, output: str, single: bool, to_list: bool, to_numpy: bool, to_sparse: bool, to_tensor: bool
 ) -> Any:
-    """Returns the vectors of a head in the form that was asked for, which is that of sentence-transformers 6.
+    """Returns the vectors of a head in the requested form, which is that of sentence-transformers 6.
 
     to_list: whether sparse vectors come in a list. to_sparse: whether they are sparse tensors at all.
     """

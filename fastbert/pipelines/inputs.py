@@ -15,7 +15,7 @@ from fastbert.text.encoding import PackedEncoding
 
 
 class Pair(str):
-    """A Pair is the first of two texts that are read as one input. `second` is the other."""
+    """A Pair is the first of two texts that form one input. `second` is the other."""
 
     __slots__ = ("second",)
     second: str
@@ -27,9 +27,9 @@ class Pair(str):
 
 
 def as_texts(texts: Any, name: str = "sentences") -> tuple[Iterable[str], bool]:
-    """Returns the texts that came, some of which may be a `Pair`, and whether a single one came.
+    """Returns the texts, some of which may be a `Pair`, and whether the input was a single text.
 
-    Raises TypeError with the place of an input that is no text; of an iterator, when it gets there.
+    Raises TypeError with the index of an input that is no text. For an iterator it raises when it gets there.
     """
     if isinstance(texts, np.ndarray):
         texts = texts.tolist()
@@ -42,7 +42,7 @@ def as_texts(texts: Any, name: str = "sentences") -> tuple[Iterable[str], bool]:
     if isinstance(texts, bytes) or not isinstance(texts, Iterable):
         raise TypeError(f"{name}: got {type(texts).__name__}, expected a str or an iterable of str")
     if hasattr(texts, "columns") or hasattr(texts, "column_names"):
-        # Iterating over one gives the names of its columns, or its rows.
+        # Iteration over one gives the names of its columns, or its rows.
         raise TypeError(f"{name}: got {type(texts).__name__}, expected a str or an iterable of str: one of its columns")
     if isinstance(texts, (list, tuple)):
         if not set(map(type, texts)) <= {str}:
@@ -71,7 +71,7 @@ def _text(item: Any, name: str) -> str:
 
 
 def encode_texts(tokenizer: PackingTokenizer, texts: list[str], prompt: str, max_length: int) -> PackedEncoding:
-    """Encodes texts, some of which may be a `Pair`, end to end; the prompt stands before the first text of a pair."""
+    """Encodes texts, some of which may be a `Pair`, end to end. The prompt is in front of the first text of a pair."""
     if Pair not in set(map(type, texts)):
         prompted = [prompt + text for text in texts] if prompt else texts
         return tokenizer.encode_packed(prompted, max_length=max_length, warn=False)

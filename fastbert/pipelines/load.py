@@ -1,4 +1,4 @@
-"""Models are loaded by the arguments of sentence-transformers' constructors and by the settings of a folder."""
+"""This module loads models by the arguments of sentence-transformers' constructors and the settings of a folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ _ADAPTER = "adapter_config.json"
 
 @dataclass
 class Arguments:
-    """Arguments are those of SentenceTransformer(...) and CrossEncoder(...) that name files or go on to transformers.
+    """Arguments are those of SentenceTransformer(...) and CrossEncoder(...) that name files or are passed to
+    transformers.
 
     hub: for `resolve`. others: for the model's from_pretrained.
     """
@@ -50,7 +51,7 @@ class Arguments:
 
     @classmethod
     def of(cls, options: dict[str, Any], revision: str | None) -> Arguments:
-        """Sorts options. Raises TypeError for one that comes under two names, or is no dict where one is expected."""
+        """Sorts options. Raises TypeError for an option under two names, and for one that must be a dict and is not."""
         options, known = dict(options), {}
         for name, names in _ALIASES.items():
             used = [other for other in names if options.get(other) is not None]
@@ -78,13 +79,13 @@ class Arguments:
         model, tokenizer, config = (
             dict(known[name] or {}) for name in ("model_kwargs", "processor_kwargs", "config_kwargs")
         )
-        # Arguments of transformers' from_pretrained may also come by themselves.
+        # Arguments of transformers' from_pretrained may also be given directly.
         for name in options.keys() & ((LOADING_HARMLESS | {"torch_dtype", "device_map"}) - set(OPTION_NAMES)):
             model.setdefault(name, options.pop(name))
         return cls(model, tokenizer, config, hub, options)
 
     def folder(self, src: Any, owner: str) -> Path:
-        """Returns the local folder of a checkpoint. A name without an owner is one of `owner`'s."""
+        """Returns the local folder of a checkpoint. A name without an owner gets `owner`."""
         return resolve(full_name(src, owner), **self.hub)
 
 
@@ -97,9 +98,9 @@ def load(
     device: str | torch.device | None,
     **model_options: Any,
 ) -> tuple[Model, Tokenizer]:
-    """Loads the model and the tokenizer of a folder, as its settings and the arguments say.
+    """Loads the model and the tokenizer of a folder by its settings and the arguments.
 
-    The arguments count first. Raises ValueError for a setting of the folder that is not supported, and TypeError for
+    The arguments have priority. Raises ValueError for a setting of the folder that is not supported, and TypeError for
     such an argument.
     """
     if (layout.transformer / _ADAPTER).is_file():
@@ -131,7 +132,7 @@ def load(
 
 
 def _load_tokenizer(layout: Layout, arguments: Arguments, src: Any, positions: int) -> Tokenizer:
-    """Loads the tokenizer, with the limit and the lower-casing that settings and arguments say."""
+    """Loads the tokenizer, with the limit and the lower-casing of settings and arguments."""
     settings = layout.settings
     overrides = {**settings.tokenizer, **arguments.tokenizer}
     overrides = {name: value for name, value in overrides.items() if name not in LOADING_HARMLESS}
@@ -164,7 +165,7 @@ def _popped_dtype(kwargs: dict[str, Any]) -> str | torch.dtype | None:
 
 
 def _device(device_map: Any) -> str | torch.device | None:
-    """Returns the device of a device_map, None where that leaves the choice open. Raises ValueError for several."""
+    """Returns the device of a device_map, or None if it leaves the choice open. Raises ValueError for several."""
     if isinstance(device_map, dict) and len(set(map(str, device_map.values()))) == 1:
         device_map = next(iter(device_map.values()))
     if device_map is None or device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
@@ -177,9 +178,9 @@ def _device(device_map: Any) -> str | torch.device | None:
 def _refusal(
     file: str | os.PathLike[str], key: str, argument: str, unknown: list[str], stored: dict[str, Any]
 ) -> Exception:
-    """Returns the error for settings that mean something to transformers, and are not followed here.
+    """Returns the error for settings that transformers follows, and fastbert does not.
 
-    file, key: where a setting of the folder stands. argument: where one of the caller stands.
+    file, key: the place of a setting of the folder. argument: the place of a setting of the caller.
     """
     in_file = [name for name in unknown if name in stored]
     if in_file:

@@ -1,4 +1,4 @@
-"""Tensors go through a pipe as arrays: as tensors, each would hold a file descriptor and shared memory of its own."""
+"""Tensors go through a pipe as arrays. As tensors, each would hold its own file descriptor and shared memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class _Bits:
-    """A _Bits holds a tensor of a dtype that NumPy has not, as whole numbers of the same size."""
+    """A _Bits holds a tensor of a dtype that NumPy lacks, as whole numbers of the same size."""
 
     array: np.ndarray
     dtype: torch.dtype
@@ -20,13 +20,13 @@ class _Bits:
 
 @dataclass(frozen=True)
 class _Array:
-    """An _Array holds a tensor that NumPy has a dtype for."""
+    """An _Array holds a tensor whose dtype NumPy has."""
 
     array: np.ndarray
 
 
 def to_message(value: Any) -> Any:
-    """Returns the value with arrays in the place of tensors, in lists, tuples and dicts as well."""
+    """Returns the value with arrays instead of tensors, in lists, tuples and dicts as well."""
     if isinstance(value, Tensor):
         tensor = value.detach().cpu().contiguous()
         if tensor.dtype == torch.bfloat16:
@@ -40,7 +40,7 @@ def to_message(value: Any) -> Any:
 
 
 def from_message(value: Any) -> Any:
-    """Returns what `to_message` was given, with tensors on the CPU."""
+    """Inverts `to_message`, with tensors on the CPU."""
     if isinstance(value, _Bits):
         return torch.from_numpy(value.array).view(value.dtype)
     if isinstance(value, _Array):

@@ -1,4 +1,4 @@
-"""The modules that follow the pooling are those of sentence-transformers: Dense, LayerNorm, Dropout, Normalize."""
+"""The modules after the pooling are those of sentence-transformers: Dense, LayerNorm, Dropout, Normalize."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastbert import ops
 from fastbert.ops import Policy, dispatch, recording
 
-# A class of torch.nn, made without arguments -> the function that it is at inference. The last three work on rows.
+# A class of torch.nn, made without arguments -> its function at inference. The last three work on rows.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "Tanh": torch.tanh,
     "Identity": lambda x: x,
@@ -43,7 +43,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def activation_name(path: str) -> str | None:
-    """Returns the name in ACTIVATIONS of the class under `path` in torch.nn; None where there is no such class."""
+    """Returns the name in ACTIVATIONS of the class under `path` in torch.nn, or None if there is no such class."""
     package, _, name = path.rpartition(".")
     if name not in ACTIVATIONS or package not in ("torch.nn", "torch.nn.modules", getattr(nn, name).__module__):
         return None
@@ -53,7 +53,7 @@ def activation_name(path: str) -> str | None:
 class Dense(nn.Module):
     """A Dense computes activation(x @ weight^T + bias) on sentence vectors, in the dtype of x: (B, K) -> (B, M).
 
-    use_residual: x is added to the result, through a linear map of its own where M is not K.
+    use_residual: x is added to the result, through a separate linear map if M is not K.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class LayerNorm(nn.Module):
 
 
 class Dropout(nn.Dropout):
-    """A Dropout does nothing at inference. It is kept so that a saved folder can be trained on."""
+    """A Dropout does nothing at inference. It is kept so that a saved folder can be trained further."""
 
     def settings(self) -> dict[str, Any]:
         return {"dropout": self.p}
@@ -134,7 +134,7 @@ class Normalize(nn.Module):
 
 
 def output_size(modules: Iterable[nn.Module], size: int) -> int:
-    """Returns the length of vectors after the modules. Raises ValueError where one does not fit what it gets.
+    """Returns the length of vectors after the modules. Raises ValueError if a module does not fit its input.
 
     size: the length before the first module.
     """
@@ -148,7 +148,7 @@ def output_size(modules: Iterable[nn.Module], size: int) -> int:
 
 
 def apply(module: Callable[[Tensor], Tensor], x: Tensor, policy: Policy) -> Tensor:
-    """Returns module(x) for sentence vectors (B, K), on batch-invariant kernels where the policy asks for them.
+    """Returns module(x) for sentence vectors (B, K), on batch-invariant kernels if the policy requires them.
 
     PyTorch's sums over a row may depend on the number of rows, in norms as well as in products. Raises BackendError for
     a module that is not known to be batch-invariant.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-SENTENCE_TRANSFORMERS, CROSS_ENCODER = "sentence-transformers", "cross-encoder"  # the owners it puts in front
+SENTENCE_TRANSFORMERS, CROSS_ENCODER = "sentence-transformers", "cross-encoder"  # the owners that it adds
 
 # The oldest names on the hub, which have no owner.
 ORIGINAL_MODELS = {

@@ -1,7 +1,7 @@
-"""A pipeline is data: the model, its tokenizer and the steps after the model that lead from text to vectors or scores.
+"""A pipeline is data: the model, its tokenizer, and the steps from the model's output to vectors or scores.
 
 SentenceEncoder, CrossEncoder and the adapters make one. `run`, `pooling` and `verify` take one, and need nothing else
-of its maker.
+from its maker.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Pooling:
 
 
 class PackingTokenizer(Protocol):
-    """A PackingTokenizer is fastbert's own tokenizer, or one of transformers behind the same methods."""
+    """A PackingTokenizer is fastbert's own tokenizer, or one of transformers with the same methods."""
 
     @property
     def all_special_ids(self) -> list[int]: ...
@@ -70,9 +70,9 @@ class PackingTokenizer(Protocol):
 class Pipeline:
     """A Pipeline has a tokenizer, an encoder, and either pooling with the modules after it, or a head.
 
-    model: the encoder. max_seq_length: tokens of a text or a pair that are read, special tokens included. tail: modules
-    on sentence vectors after the pooling, (B, K) -> (B, M). head: makes logits (B, num_labels) of an encoded batch.
-    prompts: texts by name, to stand in front of an input. truncate_dim: how many numbers of a vector are kept.
+    model: the encoder. max_seq_length: the most tokens of a text or a pair, special tokens included. tail: modules on
+    sentence vectors after the pooling, (B, K) -> (B, M). head: computes logits (B, num_labels) of an encoded batch.
+    prompts: texts by name, which are put in front of an input. truncate_dim: the number of values that a vector keeps.
     token_budget: tokens in a batch, None for the default of the device.
     """
 

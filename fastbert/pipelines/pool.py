@@ -72,7 +72,7 @@ def as_devices(name: str, devices: Any) -> list[torch.device]:
     parsed = [torch.device(device) for device in devices]
     types = sorted({device.type for device in parsed})
     expect(len(types) == 1, name, [str(device) for device in parsed], "devices of one type: others compute other bits")
-    if types == ["cuda"]:  # found out here, and not by a process that has started for it
+    if types == ["cuda"]:  # checked here, and not in a process that is started for it
         n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
         for device in parsed:
             expect((device.index or 0) < n_gpus, name, str(device), f"one of the {n_gpus} GPUs that PyTorch finds here")
@@ -239,7 +239,7 @@ class _Crew:
             self._refuse()
 
     def _may_send(self, i: int, n_waiting: int) -> bool:
-        """Tells whether a process may have one more job: another that has none comes first."""
+        """Tells whether a process may get one more job. A process without a job has priority."""
         if n_waiting == 0:
             return True
         return n_waiting < AHEAD.get(self.devices[i].type, AHEAD["cuda"]) and self.jobs.qsize() >= len(self.processes)
@@ -256,7 +256,7 @@ class _Crew:
             raise self._died(i) from None
 
     def _receive(self, i: int, starting: bool = False) -> tuple[Any, BaseException | None]:
-        """Waits for the answer of a process: what it returned, or its error. Raises WorkerDied where it ended."""
+        """Waits for the answer of a process: its result, or its error. Raises WorkerDied if the process has ended."""
         connection, process = self.connections[i], self.processes[i]
         try:
             if connection not in wait([connection, process.sentinel]):
@@ -301,7 +301,7 @@ class _Crew:
 
 
 def _error_of(pickled: bytes | None, text: str, device: torch.device) -> BaseException:
-    """Returns the error of a process, with the traceback that it had there as its cause."""
+    """Returns the error of a process, with its traceback there as its cause."""
     error: BaseException = RuntimeError(f"pool: a process on {device} failed")
     if pickled is not None:
         error = pickle.loads(pickled)
@@ -310,8 +310,8 @@ def _error_of(pickled: bytes | None, text: str, device: torch.device) -> BaseExc
 
 
 def _serve(connection: Any, path: str, device_name: str, n_threads: int, processors: set[int] | None) -> None:
-    """Answers jobs in a process of its own, until the pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one is told, too, and stops it
+    """Answers jobs in a separate process, until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one gets the signal, too, and stops it
     try:
         if processors is not None:
             os.sched_setaffinity(0, processors)
@@ -336,7 +336,7 @@ def _serve(connection: Any, path: str, device_name: str, n_threads: int, process
 def _read_jobs(connection: Any, jobs: queue.SimpleQueue[Any]) -> None:
     """Takes jobs out of the pipe as they come, and None at its end.
 
-    The process on the other side may be sending one while this one sends a result. If neither read, both would wait for
+    The process on the other side may send a job while this one sends a result. If neither read, both would wait for
     ever: a pipe holds less than a job.
     """
     while True:
@@ -348,7 +348,7 @@ def _read_jobs(connection: Any, jobs: queue.SimpleQueue[Any]) -> None:
 
 
 def _answer(connection: Any, jobs: queue.SimpleQueue[Any], work: Work, device: torch.device) -> None:
-    """Answers job after job. On a GPU the next one is launched before the results of this one are read."""
+    """Answers job after job. On a GPU the next job is launched before the results of this one are read."""
     waiting: Any = None
     while True:
         if waiting is not None and (device.type == "cpu" or jobs.empty()):
@@ -374,7 +374,7 @@ def _compute(work: Work, job: Any) -> Any:
     def message() -> Any:
         try:
             return "result", to_message(result)
-        except Exception as error:  # an error of a kernel shows when its result is read
+        except Exception as error:  # an error of a kernel appears when its result is read
             return _failure(error)
 
     return message

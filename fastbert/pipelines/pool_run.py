@@ -1,6 +1,6 @@
-"""A call on several devices: texts become tokens and batches here, and the processes of a pool compute the batches.
+"""In a call on several devices, this process makes tokens and batches, and the processes of a pool compute the batches.
 
-The batches are those that one process would make, so that each text has the neighbours that it would have there.
+The batches are those of one process, so each text has the same neighbours as there.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SentenceWork:
         if request.head is not None:
             request.head.module = self.heads[request.head.output]
         no_tokenizer: Any = None
-        # A budget of all tokens: the batch was cut already.
+        # The batch is cut already, so the budget covers all its tokens.
         pipeline = Pipeline(self.model, no_tokenizer, 1, pooling, self.tail, token_budget=max(sum(lengths), 1))
         offsets = torch.tensor(list(accumulate(lengths, initial=0)), dtype=torch.int32)
         return Run(pipeline, request).compute(PackedEncoding(input_ids, token_type_ids, offsets, 0, 0))
@@ -74,7 +74,7 @@ def logits_dtype(bert: Any) -> torch.dtype:
 
 
 class PoolRun(Run):
-    """A PoolRun is one call of a pipeline whose batches are computed by the request's pool."""
+    """A PoolRun is one call of a pipeline. The request's pool computes its batches."""
 
     def __init__(self, pipeline: Pipeline, request: Request) -> None:
         super().__init__(pipeline, request)
@@ -105,7 +105,7 @@ class PoolRun(Run):
                 cancel(self.futures)
 
     def compute(self, tokens: PackedEncoding) -> Any:
-        if self.request.own_pool:  # started with the first window: not for no texts
+        if self.request.own_pool:  # started with the first window, and not if there are no texts
             self.stack.enter_context(self.pool)
             self.request.own_pool = False
         budget = self.pipeline.token_budget or default_token_budget(self.device)
@@ -123,7 +123,7 @@ class PoolRun(Run):
 def send(
     pool: Pool, tokens: PackedEncoding, token_budget: int, batch_size: int | None, common: tuple[Any, ...] = ()
 ) -> list[tuple[list[int], Future[Any]]]:
-    """Gives all batches of a window to a pool, and returns the places of each batch's texts with its future."""
+    """Sends all batches of a window to a pool, and returns the places of each batch's texts with its future."""
     return [
         (places, pool.submit((*common, batch.cu_seqlens_cpu.diff().tolist(), *ids)))
         for places, batch, *ids in in_batches(tokens, token_budget, batch_size, CPU)
@@ -131,7 +131,7 @@ def send(
 
 
 def cancel(futures: Iterable[Future[Any]]) -> None:
-    """Takes back the jobs of which no process has begun."""
+    """Cancels the jobs that no process has begun."""
     for future in futures:
         future.cancel()
 
@@ -143,7 +143,7 @@ class Pending:
         self.batches, self.n_texts, self.progress = batches, n_texts, progress
 
     def get(self) -> Any:
-        """Waits for all batches. Raises the error of the first that failed."""
+        """Waits for all batches. Raises the error of the first failed one."""
         with torch.inference_mode(False):  # callers may use the vectors in autograd
             return self._collect()
 
@@ -167,7 +167,7 @@ class Pending:
 def pool_logits(
     pool: Pool, pipeline: Pipeline, tokens: PackedEncoding, batch_size: int | None, progress: Progress | None
 ) -> Tensor:
-    """Returns what `logits` does, computed by a pool, on the host."""
+    """Returns the result of `logits`, computed by a pool, on the host."""
     pipeline.model.check_ids(tokens.input_ids, tokens.token_type_ids)
     budget = pipeline.token_budget or default_token_budget(pool.device)
     batches = send(pool, tokens, budget, batch_size)

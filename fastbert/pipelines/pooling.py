@@ -1,4 +1,4 @@
-"""Pooling, and the modules of a pipeline after it, make sentence vectors of token vectors."""
+"""Pooling, and the modules of a pipeline after it, compute sentence vectors from token vectors."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def sentence_vectors(
 ) -> Tensor:
     """Returns the vectors of a packed batch: hidden (T, H) -> (B, dim), in float32 at least.
 
-    n_prompt_tokens: tokens at the start of each text that are left out. normalize: whether to normalise also where no
-    module does so, after truncate_dim has cut the vectors.
+    n_prompt_tokens: tokens at the start of each text that are left out. normalize: whether to normalise even if no
+    module does so, after the cut to truncate_dim.
     """
     pooling, tail = pipeline.pooling, pipeline.tail
     assert pooling is not None, "a pipeline with a head has no vectors"
@@ -35,7 +35,8 @@ def sentence_vectors(
         hidden = hidden[batch.position_ids >= n_prompt_tokens]
     if normalize and truncate_dim is None:
         tail, normalize = (*tail, Normalize()), False
-    # The weights of a weighted mean count from the prompt's first token, and so cannot be fused with normalising.
+    # The weights of a weighted mean count from the prompt's first token, so they cannot be fused with the
+    # normalisation.
     reweighted = n_prompt_tokens > 0 and "weightedmean" in pooling.modes
     fused = len(pooling.modes) == 1 and bool(tail) and isinstance(tail[0], Normalize) and not reweighted
     dtype, policy = torch.promote_types(hidden.dtype, torch.float32), pipeline.model.policy
@@ -44,7 +45,8 @@ def sentence_vectors(
         for mode in pooling.modes
     ]
     if reweighted:
-        # Of n tokens after p of the prompt the weights are p + 1, p + 2, ..., which sum to n (p + (n + 1) / 2).
+        # For n tokens after p tokens of the prompt, the weights are p + 1, p + 2, ..., which sum to n (p + (n + 1) /
+        # 2).
         half = (cu_seqlens.diff().to(dtype)[:, None] + 1) / 2
         mean = ops.pool(hidden, cu_seqlens, "mean", out_dtype=dtype, policy=policy)
         for place, mode in enumerate(pooling.modes):

@@ -1,4 +1,4 @@
-"""A call shows its progress as a bar, if it is asked to."""
+"""A call shows its progress as a bar on request."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 
 logger = logging.getLogger("fastbert")
 
-Progress = Callable[[int], Any]  # takes the number of texts of a batch that is done
+Progress = Callable[[int], Any]  # called with the number of texts of each finished batch
 
 
 def progress_bar(show: bool | None, total: int | None) -> AbstractContextManager[Progress | None]:
-    """Gives a bar that counts texts, or None for no bar. With `show` None the logger "fastbert" at INFO decides."""
+    """Gives a bar that counts texts, or None for no bar. If `show` is None, the bar is shown with the logger "fastbert"
+    at INFO.
+    """
     if show is None:
         show = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
     return _shown_progress_bar(total) if show else nullcontext()

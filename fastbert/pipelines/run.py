@@ -34,9 +34,9 @@ from fastbert.text.windows import WINDOW_CHARACTERS
 
 logger = logging.getLogger("fastbert")
 
-WINDOW = 16384  # texts tokenised and sorted at once, at most; WINDOW_CHARACTERS bounds them, too
-FIRST_WINDOW = 1024  # of a call that overlaps: until it is tokenised the GPU has nothing to do
-AHEAD = 2  # windows tokenised, or being tokenised, before the calling thread asks for them
+WINDOW = 16384  # most texts tokenised and sorted at once; WINDOW_CHARACTERS limits them, too
+FIRST_WINDOW = 1024  # of a call that overlaps: the GPU waits until it is tokenised
+AHEAD = 2  # windows that are tokenised, or in work, before the calling thread needs them
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ class HeadItems:
     def __call__(
         self, model: BertModel, batch: packing.PackedBatch, input_ids: Tensor, token_type_ids: Tensor
     ) -> list[Any]:
-        # A head looks at ids beside hidden states, and so needs them on the device.
+        # A head reads ids beside hidden states, so it needs them on the device.
         ids = (packing.to_device(each, batch.cu_seqlens.device) for each in (input_ids, token_type_ids))
         return self.module.items(model, batch, *ids, **self.options)
 
@@ -62,11 +62,12 @@ class HeadItems:
 class Request:
     """A Request holds the arguments of one call.
 
-    single: one text came, not a list, so that errors name no index. even: windows do not grow to WINDOW texts, but have
-    as many from the first on. on_host: vectors are read on the host, as numbers, so that they may be inference tensors.
-    max_length: the most tokens of a text, where it is not the pipeline's max_seq_length. head: makes the items of a
-    batch's texts, in the place of pooling. pool: whose processes compute, None for this one. own_pool: whether the pool
-    runs for this call alone. n_left_out: tokens at the start of each text that pooling leaves out, besides a prompt's.
+    single: the input was one text and not a list, so errors name no index. even: windows do not grow to WINDOW texts;
+    all have the same number, also the first. on_host: vectors are read on the host, as numbers, so they may be
+    inference tensors. max_length: the most tokens of a text, if it is not the pipeline's max_seq_length. head: makes
+    the items of a batch's texts, instead of pooling. pool: its processes compute; None for this process. own_pool:
+    whether the pool runs for this call alone. n_left_out: tokens at the start of each text that pooling leaves out,
+    besides a prompt's.
     """
 
     prompt: str = ""
@@ -87,10 +88,10 @@ class Request:
 
 @dataclass
 class Timings:
-    """Timings say where the time of one call went, in seconds.
+    """Timings are the times of the parts of one call, in seconds.
 
-    overlapped: tokenizing went on in a thread beside the rest. Then waiting_for_tokens and waiting_for_device are how
-    long the calling thread had to wait for tokens and for vectors.
+    overlapped: tokenizing ran in a thread beside the rest. Then waiting_for_tokens and waiting_for_device are the times
+    that the calling thread waited for tokens and for vectors.
     """
 
     texts: int = 0
@@ -103,7 +104,7 @@ class Timings:
 
     @property
     def bottleneck(self) -> str:
-        """Names what takes longer, "tokenizing" or "model"; where they overlap, the one that the other waits for."""
+        """Names the slower part, "tokenizing" or "model"; if they overlap, the part that the other waits for."""
         if self.overlapped:
             return "tokenizing" if self.waiting_for_tokens > self.waiting_for_device else "model"
         return "tokenizing" if self.tokenizing > self.total / 2 else "model"
@@ -117,12 +118,12 @@ class Timings:
 
 
 def overlaps(device: torch.device) -> bool:
-    """Tells whether tokenizing and computing go on at once."""
+    """Tells whether tokenizing and computing run at the same time."""
     return device.type == "cuda"
 
 
 class Run:
-    """A Run is one call of a pipeline. `windows` does the work, and `timings` says afterwards where the time went."""
+    """A Run is one call of a pipeline. `windows` does the work, and afterwards `timings` has the times."""
 
     def __init__(self, pipeline: Pipeline, request: Request) -> None:
         self.pipeline, self.request = pipeline, request
@@ -133,7 +134,8 @@ class Run:
         if request.prompt and pooling is not None and not pooling.include_prompt:
             left_out = n_prompt_tokens(pipeline.tokenizer, request.prompt, self.limit)
         self.n_left_out = left_out
-        # With output_value None sentence-transformers returns what the modules make, never normalised after that.
+        # With output_value None sentence-transformers returns the output of the modules, without a further
+        # normalisation.
         self._vectors = partial(
             sentence_vectors,
             pipeline,
@@ -154,7 +156,7 @@ class Run:
             if not self.timings.overlapped:
                 yield result.get()
                 continue
-            # Whoever reads a window waits for the device, which shall have the next window to go on with.
+            # The reader of a window waits for the device. The next window should run in the meantime.
             if waiting is not None:
                 yield self._read(waiting)
             waiting = result
@@ -169,7 +171,7 @@ class Run:
             )  # fmt: skip
 
     def _read(self, result: _Result) -> Any:
-        """Waits for the device, and counts how long."""
+        """Waits for the device, and counts the time."""
         started = time.perf_counter()
         output = result.get()
         self.timings.waiting_for_device += time.perf_counter() - started
@@ -181,7 +183,7 @@ class Run:
         if not self.timings.overlapped:
             yield from map(self._tokenize, windows)
             return
-        # In one thread: windows are counted and checked in their order.
+        # There is one thread, so windows are counted and checked in their order.
         pool = ThreadPoolExecutor(1, "fastbert-tokenizer")
         futures: deque[Future[PackedEncoding]] = deque()
         try:
@@ -197,7 +199,9 @@ class Run:
             pool.shutdown(cancel_futures=True)
 
     def _cut(self, source: Iterator[str]) -> Iterator[list[str]]:
-        """Yields windows of at most WINDOW texts. Where tokenizing overlaps, a small first one is soon tokenised."""
+        """Yields windows of at most WINDOW texts. If tokenizing overlaps, the first window is small, and soon
+        tokenised.
+        """
         size = FIRST_WINDOW if self.windows_grow else WINDOW
         window: list[str] = []
         n_characters = 0
@@ -211,7 +215,7 @@ class Run:
             yield window
 
     def _tokenize(self, window: list[str]) -> PackedEncoding:
-        """Checks and encodes the texts of a window, and counts what was cut."""
+        """Checks and encodes the texts of a window, and counts truncated texts and tokens."""
         started = time.perf_counter()
         for i, text in enumerate(window, start=self.n_texts):
             check_text("sentences" if self.request.single else f"sentences[{i}]", text)
@@ -231,7 +235,7 @@ class Run:
         items: list[Any] = [None] * n_texts
         results: Tensor | list[Any]
         token_budget = self.pipeline.token_budget or default_token_budget(self.device)
-        if silent_writes.waits(self.device):  # elsewhere each use looks
+        if silent_writes.waits(self.device):  # elsewhere each use checks this
             self.model.follow_weights()
         for places, batch, *ids in in_batches(tokens, token_budget, request.batch_size, self.device):
             with torch.inference_mode():
@@ -258,7 +262,7 @@ class Run:
     def _items(
         self, hidden: Tensor, batch: packing.PackedBatch, input_ids: Tensor, token_type_ids: Tensor
     ) -> list[Any]:
-        """Returns an item for each text, as the output values "token_embeddings" and None ask for it."""
+        """Returns an item for each text, for the output values "token_embeddings" and None."""
         lengths = batch.cu_seqlens_cpu.diff().tolist()
         if self.request.output_value == "token_embeddings":
             return list(hidden.split(lengths))
@@ -283,7 +287,7 @@ class Run:
 
 
 def logits(pipeline: Pipeline, tokens: PackedEncoding, batch_size: int | None, progress: Progress | None) -> Tensor:
-    """Returns what the head of a pipeline gives for inputs: (n, num_labels), in float32 at least, in their order."""
+    """Returns the output of a pipeline's head for inputs: (n, num_labels), in float32 at least, in their order."""
     bert, device, n_pairs = pipeline.model, pipeline.device, tokens.cu_seqlens.shape[0] - 1
     assert pipeline.head is not None, "a pipeline without a head has no logits"
     bert.check_ids(tokens.input_ids, tokens.token_type_ids)
@@ -307,19 +311,19 @@ def _for_autograd(make: Callable[[], Tensor]) -> Tensor:
 
 
 class _Result:
-    """A _Result holds what a window gave. Vectors that are read on the host are already on their way there."""
+    """A _Result holds the output of a window. Vectors for the host are already being copied there."""
 
     def __init__(self, output: Tensor | list[Any], on_host: bool) -> None:
         self.output, self.copied = output, None
         if on_host and isinstance(output, Tensor) and output.is_cuda:
-            # The copy starts now: one that starts when it is read would wait for the window after this one.
+            # The copy starts now. A copy that starts at reading would wait for the window after this one.
             self.output = torch.empty(output.shape, dtype=output.dtype, device="cpu", pin_memory=True)
             self.output.copy_(output, non_blocking=True)
             self.copied = torch.cuda.Event()
             self.copied.record(torch.cuda.current_stream(output.device))
 
     def get(self) -> Any:
-        """Returns the output, once it is where it will be read."""
+        """Returns the output when it is at the place where it will be read."""
         if self.copied is not None:
             self.copied.synchronize()
         return self.output

@@ -323,7 +323,7 @@ class SentenceEncoder(HeadVectors):
             if convert_to_tensor:
                 return torch.tensor([], device=self.device if request.pool is None else "cpu")
             return np.array([]) if to_numpy else []
-        # Pinned memory, which vectors from a GPU lie in, is too dear to be kept by whoever holds the result.
+        # Vectors from a GPU are in pinned memory. It is too expensive to stay with the owner of the result.
         embeddings = windows[0] if len(windows) == 1 and not windows[0].is_pinned() else torch.cat(windows)
         if precision != "float32":
             embeddings = torch.from_numpy(quantize_embeddings(embeddings, precision, ranges, calibration_embeddings))
@@ -389,8 +389,8 @@ class SentenceEncoder(HeadVectors):
         return SentenceWork(self.model, list(self.tail), dict(self.heads))
 
     def _run(self, texts: Iterable[str], request: Request) -> Iterator[Any]:
-        if self._in_training():  # eval() drops what was derived from the weights
+        if self._in_training():  # eval() drops the tensors derived from the weights
             self.eval()
         run = Run(self.pipeline, request) if request.pool is None else PoolRun(self.pipeline, request)
-        self.__dict__["last_timings"] = run.timings  # nn.Module asks of each attribute whether it is a parameter
+        self.__dict__["last_timings"] = run.timings  # nn.Module checks for each attribute whether it is a parameter
         return run.windows(texts)

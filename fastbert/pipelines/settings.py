@@ -1,4 +1,4 @@
-"""The keys of a sentence-transformers folder's JSON files are followed, let pass, or refused by name."""
+"""The keys of a sentence-transformers folder's JSON files are followed, ignored, or refused by name."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ TRANSFORMER_CONFIGS = tuple(
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
 
-# Keys of these files that change what is computed, and are followed.
+# Keys of these files that change the result, and are followed.
 FOLLOWED = {
     "max_seq_length", "do_lower_case", "model_args", "model_kwargs", "tokenizer_args", "tokenizer_kwargs",
     "processor_kwargs", "config_args", "config_kwargs", "processing_kwargs",
 }  # fmt: skip
-# Keys that may hold one value or nothing, and are refused with another.
+# Keys that may hold one value or nothing. Another value is refused.
 EXPECTED = {"transformer_task", "module_output_name", "modality_config"}
-# Keys of models with a vector for each token; other models have no use for them, and refuse them.
+# Keys of models with a vector for each token. Other models do not use them, and refuse them.
 TASKS = {"query_length", "document_length", "query_expansion"}
-# Keys that are refused wherever they hold anything.
+# Keys that are refused with any value.
 REFUSED = {"tokenizer_name_or_path"}
-# Keys that change how something is computed, and no number.
+# Keys that change the way of a computation, and no number.
 HARMLESS = {"unpad_inputs", "cache_dir", "backend"}
 
 # Keys of config_sentence_transformers.json.
@@ -72,10 +72,11 @@ LOADING_HARMLESS = {
 
 @dataclass
 class TransformerSettings:
-    """TransformerSettings hold what the file of a Transformer module says.
+    """TransformerSettings have the content of a Transformer module's file.
 
-    max_length: of processing_kwargs; it counts before max_seq_length. model, tokenizer, config: arguments for the
-    from_pretrained of each. tasks: what models with a vector for each token say of queries and documents, by TASKS.
+    max_length: of processing_kwargs; it has priority over max_seq_length. model, tokenizer, config: arguments for the
+    from_pretrained of each. tasks: the settings for queries and documents of models with a vector for each token, by
+    TASKS.
     """
 
     file: Path | None = None
@@ -145,7 +146,7 @@ def _loading(file: Path, content: Mapping[str, Any], keys: tuple[str, ...]) -> d
 
 
 def _check_modalities(file: Path, modalities: Any, method_output: str) -> None:
-    """Raises ValueError where text does not go through the model's forward, or another output is taken."""
+    """Raises ValueError if text does not go through the model's forward, or if another output is used."""
     if modalities is None:
         return
     text = modalities.get("text") if isinstance(modalities, dict) else None
@@ -162,7 +163,7 @@ def _check_modalities(file: Path, modalities: Any, method_output: str) -> None:
 
 
 def processing_limit(name: str, value: Any) -> int | None:
-    """Returns the max_length that `processing_kwargs` give for text, if any. Raises ValueError for another setting."""
+    """Returns the max_length of `processing_kwargs` for text, if any. Raises ValueError for another setting."""
     if not value:
         return None
     if not isinstance(value, dict):
@@ -183,7 +184,7 @@ def processing_limit(name: str, value: Any) -> int | None:
 
 
 def check_keys(file: Path, content: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises ValueError for a key that is not known: it may change what is computed."""
+    """Raises ValueError for an unknown key, because it may change the result."""
     unknown = sorted(key for key in set(content) - set(known) if content[key] is not None)
     if unknown:
         raise ValueError(f"{file}: the key {', '.join(map(repr, unknown))} is not supported")

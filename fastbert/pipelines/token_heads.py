@@ -1,7 +1,7 @@
 """Heads on token vectors make sparse vectors over the vocabulary, or keep a vector for each token.
 
 A head runs on the packed hidden states of a batch, (T, H), and returns an item for each of its B texts. Sparse items
-are (places, numbers): where the numbers are that are not zero, ascending int64, and these, in float32 at least.
+are (places, numbers): the places of the nonzero values, ascending int64, and the values, in float32 at least.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastbert.pipelines.modules import Normalize, apply
 
 SparseItem = tuple[Tensor, Tensor]
 
-# Logits that are in memory at once, and numbers of a batch's vectors before their zeros are dropped.
+# The most logits in memory at once, and the most values of a batch's vectors before their zeros are dropped.
 LOGITS = {"cpu": 2**23, "cuda": 2**27}
 NUMBERS = {"cpu": 2**24, "cuda": 2**28}
 
@@ -34,7 +34,7 @@ class SpladeHead(nn.Module):
     """A SpladeHead pools log(1 + relu(logits)) of a masked-language model over the tokens of each text.
 
     pooling: "max" (Formal et al., "SPLADE v2", 2021) or "sum". activation: "relu", or "log1p_relu", which takes the
-    logarithm twice. Logits exist for a block of tokens at a time, never for all of a batch.
+    logarithm twice. Logits exist for a block of tokens at a time, never for the whole batch.
     """
 
     def __init__(self, masked_lm: BertForMaskedLM, pooling: str = "max", activation: str = "relu") -> None:
@@ -64,7 +64,7 @@ class SpladeHead(nn.Module):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         pooled = torch.zeros(len(offsets) - 1, self.dimension, dtype=dtype, device=hidden.device)
         n_rows = max(LOGITS.get(hidden.device.type, LOGITS["cuda"]) // self.dimension, 1)
-        # Where a sum is cut must not depend on the texts beside it; a maximum is the same wherever.
+        # The cuts of a sum must not depend on the neighbouring texts. A maximum is the same for all cuts.
         alone = self.pooling == "sum" and policy.batch_invariant
         for start, end, first, last in _blocks(offsets, n_rows, alone):
             lengths = [min(offsets[i + 1], end) - max(offsets[i], start) for i in range(first, last)]
@@ -93,9 +93,9 @@ class SpladeHead(nn.Module):
 
 
 def _blocks(offsets: Sequence[int], n_rows: int, alone: bool) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (start, end, first, last): runs of at most n_rows tokens, and the texts that have some of them.
+    """Yields (start, end, first, last): runs of at most n_rows tokens, and the texts with tokens in them.
 
-    alone: whether a run has tokens of one text only.
+    alone: whether a run has tokens of only one text.
     """
     if alone:
         for i in range(len(offsets) - 1):
@@ -117,8 +117,8 @@ def sparse_rows(vectors: Tensor) -> list[SparseItem]:
 class TokenWeights(nn.Module):
     """A TokenWeights gives each token of a text relu(w . h + b), as bge-m3 does (Chen et al., 2024).
 
-    The weight of a token that stands in a text several times is the highest. unused: ids that get no weight, which are
-    those of the special tokens.
+    A token that occurs several times in a text gets its highest weight. unused: ids without a weight, which are those
+    of the special tokens.
     """
 
     def __init__(self, linear: nn.Linear, unused: Sequence[int], vocab_size: int) -> None:
@@ -145,10 +145,10 @@ class TokenWeights(nn.Module):
 
 
 class TokenVectors(nn.Module):
-    """A TokenVectors keeps a vector for each token: what the modules `tail` make of its hidden state.
+    """A TokenVectors keeps a vector for each token: the output of the modules `tail` for its hidden state.
 
-    skip: ids of tokens that have no vector, in texts for one of skip_tasks; a text without a task counts as "document".
-    without_first: the first token has none, as in bge-m3. expansion: what follows the tokens of a query. query_length,
+    skip: ids of tokens without a vector, in texts for one of skip_tasks; a text without a task counts as "document".
+    without_first: the first token has none, as in bge-m3. expansion: the tokens that fill up a query. query_length,
     document_length: the most tokens of a text for these tasks.
     """
 
@@ -169,7 +169,7 @@ class TokenVectors(nn.Module):
         self.expansion, self.query_length, self.document_length = expansion, query_length, document_length
 
     def limit(self, task: str | None, limit: int) -> int:
-        """Returns the most tokens of a text for a task. limit: where the head says nothing."""
+        """Returns the most tokens of a text for a task. limit: the value if the head has none."""
         own = {"query": self.query_length, "document": self.document_length}.get(task or "")
         if task == "query" and self.expansion is not None:
             fixed = self.expansion.strategy == "fixed"
@@ -205,7 +205,7 @@ class TokenVectors(nn.Module):
 
 
 def _linear(linear: nn.Linear, x: Tensor, policy: ops.Policy) -> Tensor:
-    """Returns x @ weight^T + bias in the dtype of x, on batch-invariant kernels where the policy asks for them."""
+    """Returns x @ weight^T + bias in the dtype of x, on batch-invariant kernels if the policy requires them."""
     bias = None if linear.bias is None else linear.bias.to(x)
     if policy.batch_invariant:
         return ops.linear(x, linear.weight.to(x), bias, policy=policy)

@@ -1,7 +1,7 @@
 """This module reads and writes folders of sparse models and of models with a vector for each token.
 
 They are those of sentence-transformers' SparseEncoder (a SPLADE) and MultiVectorEncoder, PyLate's and Stanford's
-ColBERT, a masked-language model that is taken as a SPLADE, and bge-m3, which has two heads beside its dense vectors.
+ColBERT, a masked-language model that is used as a SPLADE, and bge-m3, which has two heads beside its dense vectors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _PYLATE = (*sorted(TASKS), "do_query_expansion", "attend_to_expansion_tokens", "
 def read_any_layout(folder: Path, output: str | None) -> Layout | None:
     """Reads the layout of a folder of any kind. Returns None for a plain checkpoint.
 
-    output: what the caller wants; a plain checkpoint with "sparse" is a SPLADE. Errors are those of `read_layout`.
+    output: the requested output; a plain checkpoint with "sparse" is a SPLADE. Errors are those of `read_layout`.
     """
     if not (folder / MODULES).is_file():
         if _STANFORD in (read_json(folder / "config.json").get("architectures") or []):
@@ -105,7 +105,7 @@ def _read_multi(folder: Path, transformer: Path, modules: list[tuple[str, Path]]
 
 
 def _pylate_tasks(stored: dict[str, Any]) -> dict[str, Any]:
-    """Returns what PyLate's settings say of queries and documents, in the words of sentence-transformers 6."""
+    """Returns PyLate's settings for queries and documents, in the terms of sentence-transformers 6."""
     tasks = {key: stored[key] for key in TASKS if stored.get(key) is not None}
     if "query_expansion" not in stored and stored.get("do_query_expansion") is not False:
         attend = stored.get("attend_to_expansion_tokens", stored.get("attend_to_mask_tokens"))
@@ -166,7 +166,7 @@ def token_vectors(layout: Layout, tokenizer: Tokenizer, positions: int) -> Token
 
 
 def _keep_whole(tokenizer: Tokenizer, prefix: str) -> None:
-    """Makes a prefix that the vocabulary knows, such as "[unused0]" or "[Q] ", one token in every text."""
+    """Makes a prefix in the vocabulary, such as "[unused0]" or "[Q] ", one token in every text."""
     for token in (prefix, *prefix.split()[:1]):
         if token and token in tokenizer.get_vocab():
             if tokenizer.tokenize(token) != [token]:
@@ -175,7 +175,7 @@ def _keep_whole(tokenizer: Tokenizer, prefix: str) -> None:
 
 
 def bge_heads(folder: Path, tokenizer: Tokenizer, vocab_size: int) -> dict[str, nn.Module]:
-    """Returns the heads that lie beside a dense model as bge-m3 has them: "sparse", "multi", or none."""
+    """Returns the heads in a dense model's folder in the form of bge-m3: "sparse", "multi", or none."""
     heads: dict[str, nn.Module] = {}
     if (linear := _read_linear(folder / SPARSE_LINEAR)) is not None:
         names = (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
@@ -195,15 +195,15 @@ def _read_linear(file: Path) -> nn.Linear | None:
         weight, bias = state["weight"], state.get("bias")
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
         linear.load_state_dict({name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in state.items()})
-    except Exception as error:  # pickle, zip and torch raise what they like
+    except Exception as error:  # pickle, zip and torch raise many kinds of errors
         raise ValueError(f"{file}: expected the weight and the bias of a linear layer: {error}") from error
     return linear
 
 
 def write_heads(folder: Path, heads: dict[str, nn.Module], layout: Layout, tokenizer: Tokenizer) -> None:
-    """Writes what a folder of sparse or token vectors has beside the model and its tokenizer.
+    """Writes the files of sparse or token vectors beside the model and its tokenizer.
 
-    For a model with dense vectors these are bge-m3's two files, and the rest is written already.
+    For a model with dense vectors these are bge-m3's two files; the other files are written already.
     """
     sparse, multi = heads.get("sparse"), heads.get("multi")
     if isinstance(sparse, TokenWeights):
@@ -243,7 +243,7 @@ def _write_modules(
     limits: dict[str, Any],
     modules: list[tuple[str, dict[str, Any], nn.Module | None]],
 ) -> None:
-    """Writes the settings and the modules; modules.json, which makes the folder count, comes last."""
+    """Writes the settings and the modules. modules.json comes last, and makes the folder valid."""
     is_sparse = model_type == "SparseEncoder"
     first = "sparse_encoder.models.MLMTransformer" if is_sparse else "models.Transformer"
     places = {"SpladePooling": "sparse_encoder.models", "MultiVectorMask": "multi_vector_encoder.modules"}
@@ -275,7 +275,7 @@ def _write_json(file: Path, content: Any) -> None:
 
 
 def splade_head(model: BertForMaskedLM, layout: Layout) -> SpladeHead:
-    """Makes the head of a SPLADE. Raises ValueError for a checkpoint that lacks the weights of its MLM head."""
+    """Makes the head of a SPLADE. Raises ValueError for a checkpoint without the weights of its MLM head."""
     if model.missing_names:
         raise ValueError(f"{layout.transformer}: has no masked-LM head: it lacks {', '.join(model.missing_names)}")
     return SpladeHead(model, **(layout.splade or {}))

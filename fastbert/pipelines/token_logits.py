@@ -1,4 +1,4 @@
-"""Heads that give numbers for each token run here on packed batches; no padding is computed."""
+"""This module runs heads with an output for each token on packed batches; no padding is computed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def load_head(
     cls: type[Model], head: str, src: str | os.PathLike[str], device: Any, revision: str | None, options: dict[str, Any]
 ) -> tuple[Model, Tokenizer]:
-    """Returns a model whose head the checkpoint has, and its tokenizer. device: None for the GPU if there is one.
+    """Returns a model whose head is in the checkpoint, and its tokenizer. device: None for the GPU if there is one.
 
-    head: its name, for the ValueError that a checkpoint without it raises. options: more arguments of from_pretrained.
+    head: its name, for the ValueError of a checkpoint without it. options: more arguments of from_pretrained.
     """
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     model = cls.from_pretrained(src, device=device, revision=revision, **options)
@@ -35,7 +35,7 @@ def load_head(
 def longest_row(model: PreTrainedModel, tokenizer: Tokenizer, max_length: int | None) -> int:
     """Returns the most tokens of a row, special tokens included: `max_length`, or the model's and tokenizer's limit.
 
-    Raises ValueError for a `max_length` above what the model has positions for.
+    Raises ValueError for a `max_length` above the number of the model's positions.
     """
     positions, limit = model.longest_text, tokenizer.model_max_length
     if positive_or_none("max_length", max_length) is None:
@@ -46,10 +46,10 @@ def longest_row(model: PreTrainedModel, tokenizer: Tokenizer, max_length: int | 
 
 
 def token_logits(model: Any, tokens: PackedEncoding, token_budget: int | None = None) -> np.ndarray:
-    """Returns what the head gives for each token, (T, n) float32, in the order of the tokens.
+    """Returns the head's output for each token, (T, n) float32, in the order of the tokens.
 
-    model: has `classify_tokens`, and is brought into eval mode. token_budget: tokens in a batch, by default 16384 on a
-    GPU and 2048 on a CPU.
+    model: has `classify_tokens`, and is set to eval mode. token_budget: tokens in a batch, by default 16384 on a GPU
+    and 2048 on a CPU.
     """
     if any_in_training(model):
         model.eval()

@@ -1,8 +1,8 @@
-"""This package holds kernels for CPUs, in C++: operations that PyTorch's own run slowly on packed tokens.
+"""This package holds kernels for CPUs, in C++: operations that PyTorch's own kernels run slowly on packed tokens.
 
-The sources are compiled when fastbert is installed, once for each instruction set in VARIANTS. The libraries know
-nothing of Python or PyTorch: memory, and functions of theirs, come in by address, and threads are those of PyTorch's
-OpenMP. Where no compiler was there, or the processor lacks AVX2, `obstacle` says so, and the caller takes PyTorch's
+The sources are compiled when fastbert is installed, once for each instruction set in VARIANTS. The libraries do not use
+Python or PyTorch. They get memory, and functions of both, by address, and run on the threads of PyTorch's OpenMP.
+Without a compiler, or on a processor without AVX2, `obstacle` gives the reason, and the caller uses PyTorch's
 operations.
 
 `python setup.py build_ext --inplace` compiles them in a checkout. An editable installation has done so.

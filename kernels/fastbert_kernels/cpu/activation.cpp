@@ -1,4 +1,4 @@
-// The backward pass of a linear's bias and activation, on CPUs, in one pass over what the forward pass saved.
+// The backward pass of a linear's bias and activation, on CPUs, in one pass over the saved data of the forward pass.
 //
 //     grad_pre = grad * act'(pre),    activated = act(pre),    grad_bias = column sums of grad_pre
 //
@@ -60,7 +60,8 @@ void run_any(const ActivationBackward<T>& call, int64_t activation, float* parti
 
 }  // namespace
 
-// Strides in elements; columns are contiguous, as all of grad_pre and activated is. partials: (over(T, BLOCK), I).
+// Strides in elements; columns are contiguous, and grad_pre and activated are fully contiguous. partials: (over(T,
+// BLOCK), I).
 #define ACTIVATION_BACKWARD(name, T)                                                                                  \
     EXPORT void name(const T* grad, int64_t grad_stride, const T* pre, int64_t pre_stride, T* grad_pre, T* activated, \
                      int64_t n_rows, int64_t n_columns, int64_t activation, float* partials, float* grad_bias) {      \

@@ -17,7 +17,7 @@ INLINE vf erfc(vf t) {
     return exp2<true>(q * t);
 }
 
-// The same to 1e-6, for what is rounded to bfloat16 or 8 bits: a polynomial of degree 5.
+// The same to 1e-6, for results that are rounded to bfloat16 or 8 bits: a polynomial of degree 5.
 INLINE vf erfc_rounded(vf t) {
     vf q = splat(-2.7611228e-03f) * t + 2.8794874e-02f;
     q = q * t - 1.4749295e-01f;
@@ -27,9 +27,9 @@ INLINE vf erfc_rounded(vf t) {
 }
 
 // x (1 + erf(x / sqrt(2))) / 2 = max(x, 0) - |x| erfc(|x| / sqrt(2)) / 2. Its error on normal numbers is 3e-8 (RMS over
-// RMS), where PyTorch's has 6e-8.
+// RMS); PyTorch's is 6e-8.
 INLINE vf gelu(vf x) {
-    vf size = min(abs(x), splat(7.0710678f));  // beyond, what is subtracted is 0 beside x
+    vf size = min(abs(x), splat(7.0710678f));  // beyond, the subtracted value is 0 beside x
     size = x == x ? size : x;
     return max(x, vf{}) - 0.5f * size * erfc(size * 0.70710678f);
 }
@@ -48,7 +48,7 @@ INLINE vf gelu_tanh(vf x) {
 // x / (1 + exp(-x))
 INLINE vf silu(vf x) { return x / (1.0f + exp2<true>(min(x * -1.442695f, splat(127.0f)))); }
 
-// T: what the result is rounded to.
+// T: the type to which the result is rounded.
 template <typename T>
 INLINE vf activate(vf x, int64_t activation) {
     switch (activation) {

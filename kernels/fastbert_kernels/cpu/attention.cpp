@@ -3,8 +3,8 @@
 //     out = softmax(scale q k^T + bias) v    within each sequence and head
 //
 // qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D), in float32 or bfloat16. cu_seqlens: (B + 1,) int32. out: (T,
-// N * D). Statistics, softmax and sums are float32. bfloat16 products take VDPBF16PS where the processor has it, and
-// then the probabilities are rounded to bfloat16, as in the Triton kernel; elsewhere they are float32 products.
+// N * D). Statistics, softmax and sums are float32. bfloat16 products use VDPBF16PS if the processor has it. Then the
+// probabilities are rounded to bfloat16, as in the Triton kernel. On other processors they are float32 products.
 //
 // A task is one head of up to CHUNK queries of one sequence. It packs the keys and values of the sequence once:
 //
@@ -15,13 +15,13 @@
 // Bytes moved, from and to main memory: 4 * N * D elements a token.
 //
 // A bias (PositionBias) is spread once a task along the distances between any query and key of the sequence. Then the
-// numbers of one query's keys are neighbours, and a score costs a load and an addition more.
+// numbers of one query's keys are neighbours, and a score costs one more load and addition.
 //
-// Within a window (window >= 0) a task packs the keys that its queries can see alone, and ROWS queries take the blocks of
-// keys that one of them sees. The bias takes away those that are too far from each query.
+// Within a window (window >= 0) a task packs only the keys that its queries can see, and ROWS queries take the blocks
+// of keys that one of them sees. The bias removes keys that are too far from each query.
 //
 // In training it saves lse, (N, T) float32, the logarithm of the sum of exp(scale q k^T) over the keys, 0 in rows of no
-// sequence, and drops probabilities out.
+// sequence, and applies dropout to the probabilities.
 #include "attention.h"
 
 #include "attention_bias.h"
@@ -42,7 +42,8 @@ struct Training {
     Dropout dropout;
 };
 
-// The natural logarithm, to 1 ulp, for what is not subnormal. x = 2^n m with m around 1; log(m) by Cephes' polynomial.
+// The natural logarithm, to 1 ulp, for numbers that are not subnormal. x = 2^n m with m around 1; log(m) by Cephes'
+// polynomial.
 INLINE vf log(vf x) {
     const vi n = ((vi)x - 0x3f3504f3) >> 23;
     const vf f = (vf)((vi)x - (n << 23)) - 1.0f, whole = __builtin_convertvector(n, vf);
@@ -87,7 +88,7 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
     for (int64_t row = task.chunk; row < end; row += ROWS) {
         const int n_rows = (int)least(end - row, ROWS);
         const int64_t first = task.first + row;
-        // The first key that one of them sees, to a whole block, and how many there are from it on.
+        // The first key that one of them sees, rounded to a whole block, and the number of keys from it on.
         const int64_t from = BIASED && window >= 0 && row > window ? (row - window) / VL * VL : 0;
         const int64_t length = (BIASED && window >= 0 ? least(task.length, row + n_rows + window) : task.length) - from;
         const int64_t n_blocks = over(length, VL), n_values = over(length, O::SIZE);
@@ -96,7 +97,7 @@ INLINE void run(const T* qkv, T* out, const Heads& shape, const AttentionPlan::T
         float tops[ROWS], totals[ROWS];
         const float* bias[ROWS];
         for (int i = 0; i < ROWS; i++) {
-            const int last = i < n_rows ? i : n_rows - 1;  // the last one again where there are no more
+            const int last = i < n_rows ? i : n_rows - 1;  // the last one again at the end
             if (BIASED && columns == NULL) {
                 bias[i] = scratch.bias + task.length - 1 - row - last + from;
             } else if (BIASED) {

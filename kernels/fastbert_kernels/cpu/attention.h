@@ -1,4 +1,4 @@
-// What attention.cpp offers to the other kernels.
+// The functions of attention.cpp for the other kernels.
 #pragma once
 
 #include "attention_bias.h"
@@ -10,7 +10,7 @@ struct Heads {
     PositionBias bias;
 };
 
-// What attention does with one batch, in whichever layer: its tasks, and memory for each thread.
+// The plan of attention for one batch, for all layers: its tasks, and memory for each thread.
 class AttentionPlan {
    public:
     struct Task {
@@ -20,7 +20,7 @@ class AttentionPlan {
     Task* tasks = NULL;
     int64_t n_tasks = 0, n_tokens = 0, n_rows, padded = 0;  // padded: the longest sequence, in whole vectors
     const int64_t window;
-    int status;  // 0, or 1 where there is too little memory, or 2 where cu_seqlens does not go from 0 to at most n_rows
+    int status;  // 0, or 1 for too little memory, or 2 if cu_seqlens does not go from 0 to at most n_rows
 
     AttentionPlan(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows, int64_t head_size, bool biased = false,
                   int64_t window = -1);

@@ -1,26 +1,27 @@
 // The gradients of attention.cpp's attention, on CPUs: packed, with the same bits for any number of threads.
 //
-//     p = exp(scale q k^T + bias - lse)    keep: the mask of dropout    factor: what is kept is multiplied by it
-//     dp = keep * (dout v^T)        delta = sum over keys of p * dp  =  sum over a head's elements of dout * out / factor
+//     p = exp(scale q k^T + bias - lse)    keep: the mask of dropout    factor: the factor of kept elements
+//     dp = keep * (dout v^T)        delta = sum over keys of p * dp  =  sum over a head's elements of dout * out /
+//     factor
 //     ds = p * (dp - delta)
 //     dv = factor (keep * p)^T dout    dq = factor scale ds k    dk = factor scale ds^T q    dbias = factor ds
 //
 // qkv, grad_qkv: (T, 3 * N * D); out, dout: (T, N * D); all of one dtype, float32 or bfloat16. lse: (N, T) float32.
-// Statistics and sums are float32. bfloat16 products take VDPBF16PS where the processor has it, and then p and ds are
-// rounded to bfloat16; elsewhere they are float32 products.
+// Statistics and sums are float32. bfloat16 products use VDPBF16PS if the processor has it, and then p and ds are
+// rounded to bfloat16. On other processors they are float32 products.
 //
 // A task is one head of one sequence. It takes tiles of p and ds that stay in the caches: one block of keys after the
-// other, and for each of them one block of queries after the other. dk and dv are sums over the blocks of queries, dq is
-// one over the blocks of keys, always in the order of the tokens. In a tile with all keys of a text, p is divided by its
-// sum, which is not 1 where lse was rounded. The heads of a long sequence may be too few for all
-// threads. Then there are tasks for the dk and dv of some keys, and others for the dq of some queries: seven products in
-// the place of five, and the same sums.
-// The gradient of a bias's table (attention_bias.h) is the sum of dbias over all pairs of tokens that are so far apart:
+// other, and for each of them one block of queries after the other. dk and dv are sums over the blocks of queries, dq
+// is one over the blocks of keys, always in the order of the tokens. In a tile with all keys of a text, p is divided by
+// its sum, because that is not exactly 1 with a rounded lse. The heads of a long sequence may be too few for all
+// threads. Then there are tasks for the dk and dv of some keys, and others for the dq of some queries: seven products
+// instead of five, and the same sums.
+//
+// The gradient of a bias's table (attention_bias.h) is the sum of dbias over all pairs of tokens at the same distance:
 // first along the diagonals of a tile, then for PART blocks of queries, and at the end over these, in their order.
-// Within a window a block of queries takes, of each block of keys, those that one of the queries sees, in whole vectors;
-// the bias takes away those that are too far from each query. The time grows with the window, not with the length's
-// square.
-// Bytes moved, from and to main memory: 8 * N * D elements a token.
+// Within a window a block of queries takes from each block of keys those that one of the queries sees, in whole
+// vectors. The bias removes keys that are too far from each query. The time grows with the window, not with the square
+// of the length. Bytes moved, from and to main memory: 8 * N * D elements a token.
 #include "attention_backward.h"
 
 namespace {
@@ -45,7 +46,7 @@ namespace {
         at += width;                                                                    \
     }
 
-// x, rounded: no sum fuses with the product that it is.
+// x, rounded, so that no sum fuses with the product in x.
 INLINE vf rounded(vf x) {
     asm("" : "+v"(x));
     return x;
@@ -83,7 +84,7 @@ struct Tile {
     int64_t head, query, key, length;  // of the first query and key in the sequence
 };
 
-// p and dp before the mask. Not inlined, as the functions below: each has the registers for itself.
+// p and dp before the mask. It is not inlined, as the functions below, so that each has all registers.
 template <typename T, typename O, bool BIASED>
 __attribute__((noinline)) void probabilities_and_products(const Tile<T>& tile, const Scratch& s) {
     typedef typename O::E E;
@@ -95,7 +96,7 @@ __attribute__((noinline)) void probabilities_and_products(const Tile<T>& tile, c
             float lse[ROWS], rows[BIASED ? ROWS : 1][N * VL];
             const float* bias[ROWS];
             for (int i = 0; i < ROWS; i++) {
-                const int64_t r = least(row + i, tile.n_queries - 1);  // the last one again where there are no more
+                const int64_t r = least(row + i, tile.n_queries - 1);  // the last one again at the end
                 if (BIASED && tile.columns == NULL) {
                     bias[i] = s.line + tile.length - 1 - (tile.query + r) + tile.key + at * VL;
                 } else if (BIASED) {
@@ -120,7 +121,7 @@ __attribute__((noinline)) void probabilities_and_products(const Tile<T>& tile, c
     })
 }
 
-// Where a sum over blocks goes: it is kept in `sums`, and after the last block times `factor` in out.
+// The destination of a sum over blocks: it is kept in `sums`, and after the last block written, times `factor`, to out.
 template <typename T>
 struct Sums {
     float* sums;
@@ -199,7 +200,7 @@ struct Row {
     Row(const Scratch& s, int64_t i) : p(s.p + i * STRIDE), dp(s.dp + i * STRIDE), keep(s.keep + i * (KEYS / 64)) {}
     __attribute__((always_inline)) vf masked(vf x, int64_t j) const { return DROPOUT ? where(keep, j, x) : x; }
 
-    // For a row with all keys, whose p have a sum of 1 but for the rounding of lse.
+    // For a row with all keys, whose p have a sum of 1 except for the rounding of lse.
     __attribute__((always_inline)) void sum_up(int64_t n_keys) {
         vf total = {}, dot = {};
         for (int64_t first = 0; first < n_keys; first += 64) {  // two short chains of sums, not a long one
@@ -224,7 +225,7 @@ struct Row {
     }
 };
 
-// Where the ds of a tile are summed for the gradient of a bias.
+// The sums of a tile's ds for the gradient of a bias.
 struct BiasSums {
     float *line, *row;  // sums at each distance, from that of the first key and the last query on; one row of ds
     float* part;        // the sums for the head and the part of the queries
@@ -252,7 +253,7 @@ struct BiasSums {
 };
 
 // p and dp before the mask -> keep * p and ds, in place: as floats, or as pairs of queries, and then ds as bfloat16 in
-// rows as well. delta is NULL where the tile has all keys that its queries see: then it is summed here.
+// rows as well. delta is NULL if the tile has all keys that its queries see: then it is summed here.
 template <typename O, bool DROPOUT, bool BIASED>
 __attribute__((noinline)) void differences(const Scratch& s, int64_t n_queries, int64_t n_keys, const float* delta,
                                            const BiasSums* sums) {
@@ -340,7 +341,7 @@ INLINE void run(const T* qkv, const T* douts, const T* outs, const float* lse, T
              query_block < least(task.query_end, near.end); query_block++) {
             const int64_t query = query_block * queries.size, n_queries = least(length - query, queries.size);
             const T *q_rows = q + query * call.qkv_stride, *dout_rows = dout + query * call.dout_stride;
-            // Of the block's keys, those that one of the queries sees: `skipped` are before them.
+            // From the block's keys, those that one of the queries sees: `skipped` are before them.
             const int64_t skipped = windowed ? greatest(0, query - call.window - key) / VL * VL : 0;
             const int64_t seen = (windowed ? least(n_keys, query + n_queries + call.window - key) : n_keys) - skipped;
             const Scratch part_of = s.from(skipped, size, O::SIZE);
@@ -428,8 +429,9 @@ void add_parts(float* grad_table, const Call& call, const Plan& plan, const Team
 
 }  // namespace
 
-// Returns the status of Plan. table, radius, columns: the members of PositionBias. grad_table: as table. window: how many
-// tokens a query sees on either side, beyond which the table leaves nothing, and then has no gradient; -1 for all.
+// Returns the status of Plan. table, radius, columns: the members of PositionBias. grad_table: as table. window: the
+// number of tokens that a query sees on either side; -1 for all. Beyond it the table leaves nothing, and then has no
+// gradient.
 #define ATTENTION_BACKWARD(name, T, O)                                                                               \
     EXPORT int name(const T* qkv, int64_t qkv_stride, const T* dout, int64_t dout_stride, const T* out,              \
                     int64_t out_stride, const float* lse, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \

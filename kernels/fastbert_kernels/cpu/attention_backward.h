@@ -1,4 +1,4 @@
-// What the backward pass of attention does with one batch: its tasks, and memory for each thread.
+// The plan of attention's backward pass for one batch: its tasks, and memory for each thread.
 #pragma once
 
 #include <stdlib.h>
@@ -27,7 +27,7 @@ struct Call {
     bool has_table() const { return bias.table != NULL && !windowed(); }  // one that has a gradient
 };
 
-// Blocks of equal size, at most `most`: they follow from the length alone, and so do all sums.
+// Blocks of equal size, at most `most`. They follow from the length alone, and so do all sums.
 struct Blocks {
     int64_t n, size;
     Blocks(int64_t length, int64_t most, int64_t step) : size(up(over(length, over(length, most)), step)) {
@@ -83,7 +83,7 @@ class Plan {
 // A thread's memory: tiles, and dq and delta of a whole sequence. Rows of p and dp hold STRIDE numbers.
 struct Scratch {
     float *p, *dp, *ds, *k_columns, *v_columns, *k_rows, *dk, *dv, *q_rows, *dout_rows, *delta, *dq;
-    float *line, *sums;  // of a bias: what is added at each distance, and the sums of ds at each distance in a tile
+    float *line, *sums;  // of a bias: its value at each distance, and the sums of ds at each distance in a tile
     uint64_t* keep;      // rows of KEYS bits
 
     Scratch(float* memory, int64_t head_size, int64_t longest, bool biased) {
@@ -97,7 +97,8 @@ struct Scratch {
         dq = take(longest * head_size);
         if (biased) sums = take(SUMS + STRIDE), line = take(line_size(longest));
     }
-    // The same memory from a key on, a whole number of vectors after the first. pair: elements in one of a product.
+    // The same memory from a key on, a whole number of vectors after the first. pair: elements in one element of a
+    // product.
     Scratch from(int64_t key, int64_t head_size, int64_t pair) const {
         Scratch part = *this;
         for (float** rows : {&part.k_columns, &part.v_columns, &part.k_rows}) *rows += key * head_size / pair;

@@ -1,10 +1,10 @@
-// A bias on the scores of attention, by how many columns the key stands after the query.
+// A bias on the scores of attention, by the number of columns that the key is after the query.
 #pragma once
 
 #include "vector.h"
 
-// table: (N, 2 * radius + 1), of the distances from -radius to radius, where farther keys have the number of the
-// farthest; NULL for no bias. columns: (T,), or NULL where the tokens of each sequence are neighbours.
+// table: (N, 2 * radius + 1), for the distances from -radius to radius; farther keys have the number of the farthest.
+// NULL for no bias. columns: (T,), or NULL if the tokens of each sequence are neighbours.
 struct PositionBias {
     const float* table;
     int64_t radius;

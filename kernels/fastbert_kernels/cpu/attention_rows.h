@@ -1,4 +1,4 @@
-// What ROWS queries do with the keys and values of a sequence: scores, softmax and outputs.
+// The work of ROWS queries with the keys and values of a sequence: scores, softmax and outputs.
 #pragma once
 
 #include "attention_tiles.h"
@@ -44,7 +44,7 @@ INLINE void scores_of(float* scores, int64_t stride, const typename O::E* const*
         }
 }
 
-// Both at once where N blocks are all the keys: the scores stay in registers. tops: the largest scores. totals: sums of
+// Both at once if N blocks are all the keys: the scores stay in registers. tops: the largest scores. totals: sums of
 // the probabilities. keep: a word for each query.
 template <int N, typename O, Mode MODE, bool BIASED>
 INLINE void probabilities_of(float* p, int64_t stride, const typename O::E* const* queries, const typename O::E* keys,

@@ -1,5 +1,5 @@
-// What the forward and the backward pass of attention share: the size of their tiles in registers, and the two orders in
-// which products read a head's elements.
+// The forward and the backward pass of attention share these parts: the size of their tiles in registers, and the two
+// orders in which products read a head's elements.
 #pragma once
 
 #include "philox.h"
@@ -12,15 +12,15 @@ constexpr float LOG2_E = 1.44269504f;
 
 INLINE int64_t up(int64_t n, int64_t step) { return over(n, step) * step; }
 
-// Scores beyond the first n are those of no key.
+// Scores beyond the first n belong to no key.
 INLINE vf cut(vf scores, int64_t n) {
     vf lanes = {};
     for (int j = 0; j < VL; j++) lanes[j] = (float)j;
     return lanes < splat((float)n) ? scores : splat(-INFINITY);
 }
 
-// keep[i][w], rows of `stride` words: the mask of 64 columns from column + 64 w on in row + i. It is not inlined, since its
-// constants would take the registers of the products beside it. masks is a copy, which no store to keep can change.
+// keep[i][w], rows of `stride` words: the mask of 64 columns from column + 64 w on in row + i. It is not inlined, since
+// its constants would take the registers of the products beside it. masks is a copy, which no store to keep can change.
 __attribute__((noinline, unused)) static void draw(uint64_t* keep, int64_t stride, Masks masks, int64_t row,
                                                    int64_t n_rows, int64_t column, int64_t n_columns) {
     for (int64_t i = 0; i < n_rows; i++)
@@ -53,8 +53,8 @@ __attribute__((noinline)) void products_in_parts(float* to, int64_t stride, cons
         for (int j = 0; j < N; j++) store(to + i * stride + j * VL, sums[i][j] * factor);
 }
 
-// Rows k, (length, size), of size = depth * O::SIZE elements -> keys, [block of VL rows][depth][VL]. The rest of the last
-// block is 0. Pairs of a head of few elements are read past its end, unless BOUNDED.
+// Rows k, (length, size), of size = depth * O::SIZE elements -> keys, [block of VL rows][depth][VL]. The rest of the
+// last block is 0. Pairs of a head of few elements are read past its end, unless BOUNDED.
 template <typename O, bool BOUNDED = false, typename T>
 INLINE void pack_keys(typename O::E* keys, const T* k, int64_t length, int64_t n_blocks, int64_t depth,
                       int64_t row_stride) {

@@ -51,10 +51,10 @@ def attention_training_forward(
     bias: PositionBias | None = None,
     window: int = -1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Computes dropout(softmax(scale * q k^T + bias)) v within each sequence, and what the backward pass needs.
+    """Computes dropout(softmax(scale * q k^T + bias)) v within each sequence, and the data for the backward pass.
 
-    window: how many tokens a query sees on either side, beyond which the bias leaves nothing (`gated.window_bias`); -1
-    for all. The time grows with it, and not with the length's square.
+    window: the number of tokens that a query sees on either side; beyond it the bias leaves nothing
+    (`gated.window_bias`); -1 for all. The time grows with the window, and not with the square of the length.
 
     qkv: (T, 3 * N * D), [q | k | v], float32 or bfloat16, rows contiguous, D a multiple of 16. cu_seqlens_cpu: (B + 1,)
     int32. Returns out, (T, N * D), and lse, (N, T) float32: the logarithm of each query's sum of exp(scale * q k). Rows
@@ -88,9 +88,9 @@ def attention_backward(
     """Computes the gradients of qkv and of a position bias's table.
 
     grad: that of `attention_training_forward`'s out, (T, N * D). The other arguments are those of the forward pass and
-    what it returned; grad and out are of qkv's dtype, rows contiguous. Returns (T, 3 * N * D), 0 in rows beyond the
-    last sequence, and (N, 2R + 1) float32, or None where there is no bias or a window. The bits do not depend on the
-    number of threads. Raises ValueError for offsets outside of the rows.
+    its results. grad and out have qkv's dtype, rows contiguous. Returns (T, 3 * N * D), 0 in rows beyond the last
+    sequence, and (N, 2R + 1) float32, or None without a bias or with a window. The bits do not depend on the number of
+    threads. Raises ValueError for offsets outside of the rows.
     """
     n_tokens, width = qkv.shape
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()

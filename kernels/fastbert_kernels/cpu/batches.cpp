@@ -13,7 +13,7 @@ void put(int64_t* row, const int64_t* ids, int64_t n, int64_t bucket) {
     memset(row + n, 0, (bucket - n) * sizeof(int64_t));
 }
 
-// A list of tiles in static memory: how its sequences are cut, where it begins, and how many tiles it has room for.
+// A list of tiles in static memory: the cutting of its sequences, its beginning, and the most tiles that it can hold.
 struct StaticList {
     Cutting cutting;
     int64_t start, room;
@@ -24,9 +24,9 @@ void align(int32_t* integers, int64_t end) { std::fill(integers + end, integers 
 
 }  // namespace
 
-// How a graph's integers lie in static memory: one or two lists of tiles, the spans of rows, offsets, the columns of rows,
-// and, in the next multiple of 16 bytes, their sequences. row_spans is -1 where neighbours do not share tiles, columns
-// where nobody reads them. batches.py has the same members.
+// The layout of a graph's integers in static memory: one or two lists of tiles, the spans of rows, offsets, the columns
+// of rows, and, from the next multiple of 16 bytes, their sequences. row_spans is -1 if neighbours do not share tiles;
+// columns is -1 if they are not read. batches.py has the same members.
 struct StaticIntegers {
     int64_t n_lists;
     StaticList lists[2];
@@ -77,7 +77,7 @@ void put_positions(int64_t* row, const int32_t* offsets, int64_t n_seqs, int64_t
 
 // words: three rows of `bucket` ids (input_ids, token_type_ids, position_ids), the number of the batch, its tokens, and
 // the integers of attention. offsets: (n_seqs + 1,) with at most `bucket` sequences and tokens. Ids are (T,), or null:
-// they are zeros then, and positions count from 0 in each sequence. Returns 0 where a list does not fit.
+// then they are zeros, and positions count from 0 in each sequence. Returns 0 if a list is too small.
 EXPORT int64_t fastbert_fill_words(int64_t* words, int64_t bucket, const StaticIntegers* parts, const int32_t* offsets,
                                    int64_t n_seqs, int64_t number, const int64_t* input_ids,
                                    const int64_t* token_type_ids, const int64_t* position_ids) {

@@ -1,4 +1,4 @@
-"""This module looks at the lengths of a batch, and writes what a CUDA graph reads of it, in one call of C++ each."""
+"""This module reads the lengths of a batch, and writes the input of a CUDA graph, in one C++ call each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 
 
 class Cutting(NamedTuple):
-    """A `Cutting` says how sequences are cut into tiles: the arguments of `work_list.build_work_list`."""
+    """A `Cutting` describes how sequences are cut into tiles: the arguments of `work_list.build_work_list`."""
 
     block_q: int
     share: bool = True
@@ -25,7 +25,7 @@ class Cutting(NamedTuple):
 
 
 class StaticList(NamedTuple):
-    """A `StaticList` is a list of tiles in static memory: its first integer, and how many tiles it has room for."""
+    """A `StaticList` is a list of tiles in static memory: its first integer, and the most tiles that it can hold."""
 
     cutting: Cutting
     start: int
@@ -36,11 +36,11 @@ _EMPTY = StaticList(Cutting(1), 0, 0)
 
 
 class StaticIntegers:
-    """A `StaticIntegers` says how the int32 of attention lie in the static memory of a CUDA graph.
+    """`StaticIntegers` describe the places of attention's int32 in the static memory of a CUDA graph.
 
     lists: one list of tiles, or that of long sequences and that of short ones. row_spans: the first integer of the
-    rows' spans, (T',), None where neighbours do not share tiles. cu_seqlens: the first one of the offsets, (T' + 1,).
-    columns: the first one of the rows' columns, (T',), after which their sequences come, (T',); None without them.
+    rows' spans, (T',), None if neighbours do not share tiles. cu_seqlens: the first one of the offsets, (T' + 1,).
+    columns: the first one of the rows' columns, (T',), followed by their sequences, (T',); None without them.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class StaticIntegers:
 def longest_of(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
     """Returns the length of the longest sequence. cu_seqlens: (B + 1,) int32 or int64 on the host, contiguous.
 
-    Returns -1 where they do not start at 0, decrease, or do not end at n_tokens.
+    Returns -1 if they do not start at 0, decrease, or do not end at n_tokens.
     """
     longest: int = _functions(library.load()[0]).longest(
         cu_seqlens.data_ptr(), cu_seqlens.element_size(), cu_seqlens.shape[0], n_tokens
@@ -68,8 +68,8 @@ def longest_of(cu_seqlens: torch.Tensor, n_tokens: int) -> int:
 def work_list(cu_seqlens: torch.Tensor, cutting: Cutting, tiles: torch.Tensor, row_spans: torch.Tensor) -> int:
     """Writes the work list of a batch: see `work_list.build_work_list`. All tensors are int32 and contiguous.
 
-    cu_seqlens: (B + 1,), which must be right. tiles: (W, 5), with room for W. row_spans: (T,), unused where neighbours
-    do not share tiles. Returns 2 n + s for n tiles, where s is 1 if one of them is shared; -1 for more than W tiles.
+    cu_seqlens: (B + 1,), which must be right. tiles: (W, 5), for at most W tiles. row_spans: (T,), unused if neighbours
+    do not share tiles. Returns 2 n + s for n tiles; s is 1 if one of them is shared; -1 for more than W tiles.
     """
     rows = row_spans.data_ptr() if cutting.share else None
     n_tiles: int = _functions(library.load()[0]).work_list(
@@ -79,10 +79,10 @@ def work_list(cu_seqlens: torch.Tensor, cutting: Cutting, tiles: torch.Tensor, r
 
 
 class TileChoice(ctypes.Structure):
-    """A `TileChoice` holds the sizes of large and of small tiles, and says which batches take the small ones.
+    """A `TileChoice` holds the sizes of large and of small tiles, and decides which batches take the small ones.
 
-    small_q is 0 where there are none. few_tokens: up to how many tokens a batch takes them. short_texts: the same for
-    the tokens of a text, on average over tokens.
+    small_q is 0 if there are no small ones. few_tokens: batches with at most so many tokens take them. short_texts: the
+    same limit for the tokens of a text, on average over tokens.
     """
 
     _fields_ = (
@@ -92,7 +92,7 @@ class TileChoice(ctypes.Structure):
 
 
 def suitable_tiles(cu_seqlens: torch.Tensor, choice: TileChoice) -> int:
-    """Chooses between the tiles of a batch, and counts them: 2 n + s for n tiles, where s is 1 for the small ones.
+    """Chooses between the tiles of a batch, and counts them: 2 n + s for n tiles; s is 1 for the small ones.
 
     cu_seqlens: (B + 1,) int32 on the host, contiguous and right.
     """
@@ -108,11 +108,11 @@ def fill_words(
     number: int,
     ids: Sequence[int],
 ) -> bool:
-    """Fills words, int64 on the host, as `fastbert.engine.static_memory.Layout` says.
+    """Fills words, int64 on the host, in the layout of `fastbert.engine.static_memory.Layout`.
 
     bucket: the T' rows of its ids. cu_seqlens: (B + 1,) int32 on the host, contiguous and right. number: of the batch.
     ids: the addresses of input_ids, token_type_ids and position_ids, (T,) int64 each; 0 for ids that are zeros, and for
-    positions that count from 0 in each sequence. Columns are zeros. Returns False where a list has no room.
+    positions that count from 0 in each sequence. Columns are zeros. Returns False if a list is too small.
     """
     fits: int = _functions(library.load()[0]).fill_words(
         words.data_ptr(), bucket, integers.address, cu_seqlens.data_ptr(), cu_seqlens.shape[0] - 1, number, *ids
@@ -121,7 +121,7 @@ def fill_words(
 
 
 class _Functions(NamedTuple):
-    """The functions of a library, which keep the GIL: to get it back takes longer than most batches take to write."""
+    """The functions of a library keep the GIL: to get it back would take longer than most batches take to write."""
 
     work_list: Any
     suitable_tiles: Any

@@ -1,7 +1,7 @@
-// How fast the processor multiplies bfloat16, in pairs, beside float32.
+// The processor's rate of bfloat16 products, in pairs, relative to float32.
 //
 // Processors that have the instruction differ. AMD's Zen 4 starts it as often as one for float32, which is twice the
-// products in a time; Intel's Sapphire Rapids starts it a quarter as often, which is half of them.
+// products in the same time. Intel's Sapphire Rapids starts it a quarter as often, which is half of them.
 #include <chrono>
 
 #include "vector.h"
@@ -13,8 +13,8 @@ namespace {
 constexpr int CHAINS = 12;  // of sums that do not wait for each other: more than an instruction's latency
 constexpr int STEPS = 256, TRIALS = 16;
 
-// Seconds for CHAINS * STEPS instructions in registers. Empty statements of assembly keep the compiler from making one
-// of several equal sums.
+// Seconds for CHAINS * STEPS instructions in registers. Empty assembly statements keep the compiler from merging equal
+// sums.
 template <typename V>
 double seconds() {
     V x{}, y{};
@@ -32,7 +32,8 @@ double seconds() {
 }  // namespace
 
 // Products of bfloat16 in the time of one of float32. The trials, some 50 microseconds together, alternate, and the
-// shortest of either kind count: what else the processor does, or another clock rate, disturbs a few of them only.
+// shortest of either kind counts. Other work of the processor, or a change of the clock rate, disturbs only a few of
+// them.
 EXPORT double fastbert_bfloat16_rate() {
     double floats = seconds<vf>(), pairs = seconds<vi>();
     for (int i = 1; i < TRIALS; i++) {

@@ -1,9 +1,9 @@
-// The convolution over columns that stands beside the first layer of some encoders, on CPUs.
+// The convolution over columns beside the first layer of some encoders, on CPUs.
 //
-//     x = LayerNorm(y + activation(conv(x)))    x: what the layer reads, (T, H); y: what it gives
+//     x = LayerNorm(y + activation(conv(x)))    x: the layer's input, (T, H); y: its output
 //
-// A convolution of `size` columns is a product with the rows of as many columns beside one another, zeros where a column
-// has no token. The rows lie side by side for ROWS_BESIDE tokens at a time.
+// A convolution of `size` columns is a product with the joined rows of as many columns, with zeros for a column without
+// a token. The rows are joined for ROWS_BESIDE tokens at a time.
 #pragma once
 
 #include <algorithm>
@@ -15,17 +15,17 @@ constexpr int64_t ROWS_BESIDE = 256;
 // T: of rows and the norm; W: of the product. size is odd.
 template <typename T, typename W = T>
 struct Convolution {
-    const W *weight, *bias;  // (H, size * H), packed, and (H,); NULL where there is no convolution
+    const W *weight, *bias;  // (H, size * H), packed, and (H,); NULL without a convolution
     const T *norm, *norm_bias;
     int64_t size, activation;
 
-    // Elements of W that `convolve` needs beside its result.
+    // Elements of W that `convolve` needs in addition to its result.
     static int64_t room(int64_t n_rows, int64_t hidden, int64_t size) {
         return least(n_rows, ROWS_BESIDE) * size * hidden;
     }
 };
 
-// Where the tokens of a batch lie: cu_seqlens, (B + 1,); columns, (T,), or NULL where those of a sequence are neighbours.
+// The places of a batch's tokens: cu_seqlens, (B + 1,); columns, (T,), or NULL if those of a sequence are neighbours.
 struct Places {
     const int32_t* cu_seqlens;
     int64_t n_seqs;

@@ -2,18 +2,19 @@
 //
 //     out = softmax(scale (q_i k_j + q_i pk[b(i - j)] + k_j pq[b(i - j)])) v    within each sequence and head
 //
-// qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D), in float32 or bfloat16. keys (pk) and queries (pq): (2R, N * D),
-// of the same type, NULL for a term that is not there. b gives a distance in columns a row of them: rows_of, (2M + 1,), of
-// the distances from -M to M, never falls; farther ones have the row of the last. out: (T, N * D). Sums are float32.
+// qkv: (T, 3 * N * D), laid out [q | k | v], each (N, D), in float32 or bfloat16. keys (pk) and queries (pq): (2R, N *
+// D), of the same type, NULL for a missing term. b maps a distance in columns to one of their rows: rows_of, (2M + 1,),
+// for the distances from -M to M, never decreases; farther ones have the row of the last. out: (T, N * D). Sums are
+// float32.
 //
 // First the rows of pk and pq that a sequence of the batch needs are packed, once for all. A task is one head of up to
-// CHUNK queries of one sequence, as in attention.cpp. What distances add to its scores goes into lines of L keys:
+// CHUNK queries of one sequence, as in attention.cpp. The terms of distances in its scores go into lines of L keys:
 //
 //     k_j pq    for ROWS keys at a time, of the rows that its queries need, and from there to the places of the queries
-//     q_i pk    for ROWS queries at a time; pk lies in falling order, so that neighbouring keys have neighbouring places
+//     q_i pk    for ROWS queries at a time; pk is in falling order, so that neighbouring keys have neighbouring places
 //
-// The lines are then the bias that attention adds. There is one for each query of a task, never for all pairs of a batch.
-// Source: He et al., "DeBERTa", 2020, arXiv:2006.03654.
+// The lines are then the bias that attention adds. There is one for each query of a task, never for all pairs of a
+// batch. Source: He et al., "DeBERTa", 2020, arXiv:2006.03654.
 #include "disentangled.h"
 
 #include "attention_rows.h"
@@ -47,7 +48,7 @@ INLINE void multiply(float* to, int64_t stride, const typename O::E* const* x, c
     }
 }
 
-// The rows of x from `row` on, the last one again where there are no more; as floats where they are multiplied as such.
+// The rows of x from `row` on, with the last one repeated at the end; as floats if they are multiplied as floats.
 template <typename O, typename T>
 INLINE void point_to(const typename O::E** rows, const T* x, int64_t row, int n_rows, int64_t stride, int64_t size,
                      float* floats) {

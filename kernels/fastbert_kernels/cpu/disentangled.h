@@ -1,10 +1,10 @@
-// What disentangled.cpp offers to the other kernels.
+// The functions of disentangled.cpp for the other kernels.
 #pragma once
 
 #include "attention.h"
 
-// How distances in columns become rows of pk and pq: rows_of, (2 * radius + 1,), of those from -radius to radius, never
-// falls. columns: (T,), or NULL where the tokens of each sequence are neighbours.
+// The map from distances in columns to rows of pk and pq: rows_of, (2 * radius + 1,), for those from -radius to radius,
+// never decreases. columns: (T,), or NULL if the tokens of each sequence are neighbours.
 struct Buckets {
     const int32_t* rows_of;
     int64_t radius;
@@ -14,7 +14,7 @@ struct Buckets {
         return rows_of[(distance < -radius ? -radius : distance > radius ? radius : distance) + radius];
     }
 
-    // The rows that the longest sequence needs, as it lies in columns: from low to high.
+    // The rows that the longest sequence needs, by its columns: from low to high.
     void find_rows(int64_t* low, int64_t* high, const int32_t* cu_seqlens, int64_t n_seqs) const {
         int64_t span = 0;
         for (int64_t b = 0; b < n_seqs; b++) {
@@ -28,21 +28,21 @@ struct Buckets {
     }
 };
 
-// keys (pk), queries (pq): (2R, N * D) of one layer, or NULL for a term that is not there.
+// keys (pk), queries (pq): (2R, N * D) of one layer, or NULL for a missing term.
 template <typename T>
 struct Distances : Buckets {
     const T *keys, *queries;
 };
 
-// What disentangled attention does with one batch, in whichever layer, beside AttentionPlan: memory for the rows of
-// distances that it needs, packed for each head, and for what a thread adds to scores. Layers take it in turn.
+// The plan of disentangled attention for one batch, for all layers, beside AttentionPlan: memory for the needed rows of
+// distances, packed for each head, and for a thread's additions to scores. The layers use it in turn.
 class DisentangledPlan {
    public:
     float *keys, *queries;
     int64_t low = 0, high = 0, n_blocks = 0;   // the rows from low to high, in blocks of VL
-    int64_t exact = 0;                         // up to so many columns apart each distance has its own row
+    int64_t exact = 0;                         // up to this number of columns apart, each distance has its own row
     int64_t line_stride = 0, tile_stride = 0;  // of what scratch holds: (CHUNK, line_stride) and (ROWS, tile_stride)
-    int status;                                // 0, or 1 where there is too little memory
+    int status;                                // 0, or 1 for too little memory
 
     DisentangledPlan(const Buckets& buckets, const Heads& heads, const AttentionPlan& plan, const int32_t* cu_seqlens,
                      int64_t n_seqs);

@@ -46,13 +46,13 @@ def disentangled_attention_forward(
 ) -> Tensor:
     """Computes dropout(softmax(scale * (q_i k_j + q_i pk[b] + k_j pq[b]))) v within each sequence.
 
-    b is the row of how many columns i is after j.
+    b is the row for the number of columns that i is after j.
 
     qkv: (T, 3 * N * D), [q | k | v], float32 or bfloat16, rows contiguous, D a multiple of 16. keys (pk), queries (pq):
-    (2R, N * D) in the same dtype, contiguous, or None for a term that is not there. rows_of: (2M + 1,) int32, the rows
-    of the distances from -M to M, which never fall. cu_seqlens_cpu: (B + 1,) int32. columns: (T,) int32, ascending in
-    each sequence, or None where its tokens are neighbours. Returns (T, N * D), 0 in rows beyond the last sequence.
-    Raises ValueError for offsets outside of the rows.
+    (2R, N * D) in the same dtype, contiguous, or None for a missing term. rows_of: (2M + 1,) int32, the rows of the
+    distances from -M to M, which never decrease. cu_seqlens_cpu: (B + 1,) int32. columns: (T,) int32, ascending in each
+    sequence, or None if its tokens are neighbours. Returns (T, N * D), 0 in rows beyond the last sequence. Raises
+    ValueError for offsets outside of the rows.
     """
     n_tokens, hidden_size = qkv.shape[0], qkv.shape[1] // 3
     out = library.empty((n_tokens, hidden_size), like=qkv)
@@ -78,7 +78,7 @@ def disentangled_attention_backward(
     columns: Tensor | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Computes the gradients of qkv, and of keys and queries where they are there.
+    """Computes the gradients of qkv, and of keys and queries if they are given.
 
     grad: that of `disentangled_attention_forward`'s result, (T, N * D), in qkv's dtype, rows contiguous. The other
     arguments are those of the forward pass. Returns tensors like qkv, keys and queries; the first is 0 in rows beyond

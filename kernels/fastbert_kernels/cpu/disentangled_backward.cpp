@@ -6,14 +6,14 @@
 //     dq = factor scale (ds k + c pk)      dk = factor scale (ds^T q + e pq)      dv = factor (keep p)^T dout
 //     dpk = factor scale c^T q             dpq = factor scale e^T k
 //
-// qkv, grad_qkv: (T, 3 * N * D); dout: (T, N * D); pk, pq and their gradients: (2R, N * D); all of one dtype, float32 or
-// bfloat16. Products and sums are float32. Nothing of the forward pass is kept but its inputs.
+// qkv, grad_qkv: (T, 3 * N * D); dout: (T, N * D); pk, pq and their gradients: (2R, N * D); all of one dtype, float32
+// or bfloat16. Products and sums are float32. Only the inputs of the forward pass are kept.
 //
-// The sequences of a batch are PARTS of about equal work, by their lengths alone. A task is one head of a part; its dpk
-// and dpq are sums in the order of the tokens, and in the end the parts are added in their order. A task takes a block of
-// queries of a sequence with all keys at a time: (queries, keys) numbers of p and ds, (queries, rows) of c, and of e
-// (CHUNK keys, rows), each of which needs few rows more than there are queries.
-// Bytes moved, from and to main memory: 8 * N * D elements a token, and 2 * PARTS times pk and pq.
+// The sequences of a batch are split into PARTS of about equal work, by their lengths alone. A task is one head of a
+// part. Its dpk and dpq are sums in the order of the tokens, and in the end the parts are added in their order. A task
+// takes a block of queries of a sequence with all keys at a time: (queries, keys) numbers of p and ds, (queries, rows)
+// of c, and of e (CHUNK keys, rows). Each of these needs few rows more than there are queries. Bytes moved, from and to
+// main memory: 8 * N * D elements a token, and 2 * PARTS times pk and pq.
 #include "attention_rows.h"
 #include "disentangled.h"
 
@@ -27,15 +27,15 @@ constexpr int64_t PARTS = 8;
 constexpr int64_t CHAIN = 64;              // the longest chain of sums, so that its rounding does not grow
 constexpr int64_t KEYS = 4 * ROWS;         // of a tile of e
 constexpr int64_t QUERIES = 16 * ROWS;     // of a block, at most
-constexpr int64_t SCORES = 512 * QUERIES;  // of a block, at most, where it has more than 2 * ROWS queries
+constexpr int64_t SCORES = 512 * QUERIES;  // of a block, at most, if it has more than 2 * ROWS queries
 
 INLINE int64_t queries_of(int64_t length) {
     const int64_t fitting = SCORES / length / ROWS * ROWS;
     return fitting < 2 * ROWS ? 2 * ROWS : least(fitting, QUERIES);
 }
 
-// to[i][j] += sum over k < n of x[i * step + k * x_stride] * y[k * y_stride + j] for ROWS rows, the last ones of which
-// may be missing, and N vectors.
+// to[i][j] += sum over k < n of x[i * step + k * x_stride] * y[k * y_stride + j] for ROWS rows, of which the last may
+// be missing, and N vectors.
 template <int N>
 INLINE void add_tile(float* to, int64_t stride, const float* x, int64_t step, int64_t x_stride, const float* y,
                      int64_t y_stride, int n_rows, int64_t n) {
@@ -94,7 +94,7 @@ INLINE void clear(float* to, int64_t n) { memset(to, 0, n * sizeof(float)); }
 struct Sizes {
     int64_t size, longest, n_rows;  // of a head; tokens of the longest sequence; rows of pk and pq that it needs
 
-    // Of rows that have a number for each key, or for each row of pk.
+    // Rows with a number for each key, or for each row of pk.
     static int64_t stride(int64_t length) { return up(length, VL) + VL; }
     int64_t row_stride() const { return up(n_rows, VL) + VL; }
 };
@@ -380,7 +380,7 @@ int backward(const T* qkv, const T* dout, T* grad, T* grad_keys, T* grad_queries
 }  // namespace
 
 // Returns the status of Parts. keys, queries, rows_of, radius, columns: the members of Distances; the first two are
-// (n_table, N * D), as their gradients, which are NULL where they are.
+// (n_table, N * D), and so are their gradients, which are NULL if they are NULL.
 #define DISENTANGLED_BACKWARD(name, T)                                                                                \
     EXPORT int name(const T* qkv, int64_t qkv_stride, const T* dout, int64_t dout_stride, int64_t n_rows,             \
                     const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_heads, int64_t head_size, float scale,       \

@@ -6,12 +6,12 @@
 //     pre-norm:     a = x + attention(LayerNorm(x) W_qkv + b) W_out + b
 //                   x = a + act(LayerNorm(a) W_up + b) W_down + b
 //
-// With a gate act(a W_up + b) is multiplied by a W_gate + b; queries and keys may turn, and attention may have a window
-// or a position bias, or be disentangled (encoder.h). Families lack a table of the embeddings, or biases. A convolution
-// may stand beside the first layer (convolution.h).
+// With a gate act(a W_up + b) is multiplied by a W_gate + b. Queries and keys may be rotated. Attention may have a
+// window or a position bias, or be disentangled (encoder.h). Some families lack a table of the embeddings, or biases.
+// There may be a convolution beside the first layer (convolution.h).
 //
-// Short texts wait for what goes on between operations, not for the operations: from Python, some hundred calls, each
-// with its checks and its allocation. Here there is one call, one workspace and one parallel region (team.h). The
+// For short texts the work between the operations takes longer than the operations: from Python, some hundred calls,
+// each with its checks and its allocation. Here there is one call, one workspace and one parallel region (team.h). The
 // operations are those of the other files.
 #include "encoder.h"
 #include "layer_norm.h"
@@ -23,7 +23,7 @@ template <typename T>
 struct Layer {
     const T *qkv, *qkv_bias, *out, *out_bias, *norm, *norm_bias;
     const T *up, *up_bias, *down, *down_bias, *output_norm, *output_norm_bias;
-    const T *gate, *gate_bias, *last_norm, *last_norm_bias;  // last_norm: of what the layer gives; all four or NULL
+    const T *gate, *gate_bias, *last_norm, *last_norm_bias;  // last_norm: of the layer's output; all four or NULL
     Traits traits;
 };
 
@@ -73,7 +73,7 @@ void run_layer(const Layer<T>& layer, T* x, T* workspace, const Batch& batch, co
     if (layer.last_norm != NULL) layer_norm(x, x, layer.last_norm, layer.last_norm_bias, sizes, team);
 }
 
-// x = LayerNorm(x + beside), of what stands beside a layer.
+// x = LayerNorm(x + beside), for the convolution beside a layer.
 template <typename T>
 void add_beside(T* x, const T* beside, const Convolution<T>& conv, const Sizes& sizes, const Team& team) {
     const int64_t n = sizes.hidden;
@@ -123,10 +123,10 @@ void embed(const int64_t* ids, const int64_t* types, const int64_t* positions, c
 }  // namespace
 
 // ids, types, positions: (T,). embeddings: word, token type (or NULL) and position table (or NULL), weight and bias of
-// the LayerNorm. layers: of each, what Layer names, weights packed, in order; those with a window have the same one.
-// angles, columns: see Batch. x: (T, H), becomes the last hidden state; where ids is NULL it holds the embeddings.
-// workspace: (T, 5 H + I), or with a convolution T * H more than the larger of that and its room. H is at most MAX_HIDDEN.
-// Returns the status of Batch.
+// the LayerNorm. layers: the members of Layer for each layer, weights packed, in order; those with a window have the
+// same one. angles, columns: see Batch. x: (T, H), becomes the last hidden state; if ids is NULL it holds the
+// embeddings. workspace: (T, 5 H + I), or with a convolution T * H more than the larger of that and its room. H is at
+// most MAX_HIDDEN. Returns the status of Batch.
 #define ENCODER(name, T)                                                                                               \
     EXPORT int name(const int64_t* ids, const int64_t* types, const int64_t* positions, const T* const* embeddings,    \
                     const int32_t* cu_seqlens, int64_t n_seqs, const void* layers, T* x, T* workspace, int64_t n_rows, \

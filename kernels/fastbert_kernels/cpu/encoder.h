@@ -1,4 +1,4 @@
-// What both encoders in one call, in floats and in 8 bits, share: what a layer has beyond its weights, and a batch.
+// Both encoders in one call, in floats and in 8 bits, share this: a layer's features beyond its weights, and a batch.
 #pragma once
 
 #include <optional>
@@ -7,24 +7,25 @@
 #include "disentangled.h"
 #include "rotary.h"
 
-// What a layer has beyond BERT's weights.
+// The features of a layer beyond BERT's weights.
 struct Traits {
     const float* bias;           // the table of a PositionBias, which within a window is the window's own; or NULL
     int64_t radius;              // of the table
-    int64_t window;              // how many tokens attention reaches on either side, -1 for all
-    int64_t angles;              // the number of the angles by which queries and keys turn, -1 for none
-    int64_t pre_norm;            // whether the norms are of what each part reads
-    const void *keys, *queries;  // of Distances, for disentangled attention; NULL for terms that are not there
+    int64_t window;              // the number of tokens that attention reaches on either side, -1 for all
+    int64_t angles;              // the number of the angles that rotate queries and keys, -1 for none
+    int64_t pre_norm;            // whether the norms are on the input of each part
+    const void *keys, *queries;  // of Distances, for disentangled attention; NULL for missing terms
 };
 
-// How scores are made in all layers. rows_of, radius: the members of Buckets; NULL without disentangled attention.
+// The settings of the scores in all layers. rows_of, radius: the members of Buckets; NULL without disentangled
+// attention.
 struct Scores {
     float scale;  // 0 for 1 / sqrt(D)
     const int32_t* rows_of;
     int64_t radius;
 };
 
-// What layers have in common, and what stands beside the first one. W: of the convolution's product.
+// The common settings of the layers, and the convolution beside the first one. W: of the convolution's product.
 template <typename T, typename W = T>
 struct Common {
     Scores scores;
@@ -54,7 +55,7 @@ class Batch {
         return near.status != 0 || !apart ? near.status : apart->status;
     }
 
-    // A layer's attention. Where no text is longer than the window, the one without a window gives the same bits.
+    // A layer's attention. If no text is longer than the window, attention without a window gives the same bits.
     template <typename T>
     void attend(const T* qkv, T* context, const Traits& layer, const Team& team) const {
         if (layer.keys != NULL || layer.queries != NULL) {
@@ -67,7 +68,7 @@ class Batch {
         attention(qkv, context, heads(bias), within ? near : all, team);
     }
 
-    // Turns queries and keys of rows first to first + n, whose first one is at qkv.
+    // Rotates queries and keys of rows first to first + n; the first row is at qkv.
     template <typename T>
     void turn(T* qkv, int64_t first, int64_t n, const Traits& layer, const Team& team) const {
         if (layer.angles < 0) return;
@@ -106,7 +107,7 @@ class Batch {
     }
 };
 
-// The window that layers have, or -1. biased: becomes whether one without a window has a position bias.
+// The window of the layers, or -1. biased: set to whether a layer without a window has a position bias.
 template <typename L>
 int64_t window_of(const L* layers, int64_t n_layers, bool* biased) {
     int64_t window = -1;

@@ -23,24 +23,24 @@ class EncoderTables(NamedTuple):
 
     words: torch.Tensor
     token_types: torch.Tensor | None  # None for an encoder without token types.
-    positions: torch.Tensor | None  # None for one whose embeddings know no positions.
+    positions: torch.Tensor | None  # None for one whose embeddings have no positions.
     norm_weight: torch.Tensor
     norm_bias: torch.Tensor
 
 
 class LayerTraits(NamedTuple):
-    """The `LayerTraits` are what a layer has beyond its weights, in the order in which the C++ kernels read it."""
+    """`LayerTraits` are the features of a layer beyond its weights, in the order in which the C++ kernels read them."""
 
-    position_bias: torch.Tensor | None = None  # The table of a `PositionBias`, which for a window is `window_bias`.
-    window: int = -1  # How many tokens attention reaches on either side; -1 for all.
-    angles: int = -1  # The number of the tables of cosines and sines by which it turns; -1 for none.
-    pre_norm: bool = False  # Whether the norms are of what each part reads.
+    position_bias: torch.Tensor | None = None  # The table of a `PositionBias`; for a window it is `window_bias`.
+    window: int = -1  # The number of tokens that attention reaches on either side; -1 for all.
+    angles: int = -1  # The number of its tables of cosines and sines for the rotation; -1 for none.
+    pre_norm: bool = False  # Whether the norms are on the input of each part.
     distance_keys: torch.Tensor | None = None  # Of disentangled attention, (2R, H), contiguous; None without the term.
     distance_queries: torch.Tensor | None = None
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """Returns those of them that are in the dtype of the model."""
+        """Returns the tensors that have the dtype of the model."""
         return [tensor for tensor in (self.distance_keys, self.distance_queries) if tensor is not None]
 
     @property
@@ -53,7 +53,7 @@ class LayerTraits(NamedTuple):
 
 
 class EncoderConvolution(NamedTuple):
-    """An `EncoderConvolution` stands beside the first layer: LayerNorm(y + activation(convolution of the input))."""
+    """An `EncoderConvolution` is beside the first layer: LayerNorm(y + activation(convolution of the input))."""
 
     weight: torch.Tensor  # (H, size * H), packed: in the dtype of the model, and for 8-bit encoders in float32.
     bias: torch.Tensor  # (H,) in the same dtype.
@@ -74,7 +74,7 @@ class _Common(ctypes.Structure):
 
 
 class EncoderLayer(NamedTuple):
-    """An `EncoderLayer` is a layer in the order in which the C++ kernel reads it. None stands for what it lacks."""
+    """An `EncoderLayer` is a layer in the order in which the C++ kernel reads it. None stands for a missing part."""
 
     qkv: torch.Tensor  # A packed weight, as are out, up, down and gate.
     qkv_bias: torch.Tensor | None
@@ -88,15 +88,15 @@ class EncoderLayer(NamedTuple):
     down_bias: torch.Tensor | None
     output_norm_weight: torch.Tensor
     output_norm_bias: torch.Tensor
-    gate: torch.Tensor | None = None  # What multiplies the activation.
+    gate: torch.Tensor | None = None  # The factor of the activation.
     gate_bias: torch.Tensor | None = None
-    last_norm_weight: torch.Tensor | None = None  # Of what the layer gives.
+    last_norm_weight: torch.Tensor | None = None  # Of the layer's output.
     last_norm_bias: torch.Tensor | None = None
     traits: LayerTraits = LayerTraits()
 
     @property
     def pointers(self) -> tuple[int | None, ...]:
-        """Returns what the kernel reads, in order."""
+        """Returns the values that the kernel reads, in order."""
         *tensors, traits = self
         return *map(library.address, tensors), *traits.pointers
 
@@ -119,7 +119,7 @@ class Int8EncoderLayer(NamedTuple):
 
     @property
     def pointers(self) -> tuple[int | None, ...]:
-        """Returns what the kernel reads, in order."""
+        """Returns the values that the kernel reads, in order."""
         tensors: list[torch.Tensor | None] = []
         for name, item in zip(self._fields, self[:-1], strict=False):
             if isinstance(item, Int8Weight):
@@ -137,14 +137,14 @@ def _array(pointers: list[int | None]) -> Any:
 class _Encoder:
     """An `_Encoder` holds the weights and sizes of an encoder, and their addresses."""
 
-    embeddings: EncoderTables | tuple[()]  # () where the caller makes the embeddings.
+    embeddings: EncoderTables | tuple[()]  # () if the caller computes the embeddings.
     layers: tuple[Any, ...]  # EncoderLayers or Int8EncoderLayers. All tensors are contiguous.
     hidden_size: int
     intermediate_size: int
     num_heads: int
     activation: str
     eps: float
-    angles: tuple[tuple[float, float], ...] = ()  # The base and the factor of each of the angles that layers turn by.
+    angles: tuple[tuple[float, float], ...] = ()  # The base and the factor of each of the layers' rotation angles.
     scale: float = 0.0  # Of attention's scores, 0 for 1 / sqrt(D).
     rows_of: torch.Tensor | None = None  # (2M + 1,) int32: that of `disentangled_attention_forward`, for all layers.
     convolution: EncoderConvolution | None = None  # Beside the first layer.
@@ -163,14 +163,14 @@ class _Encoder:
 
     @functools.cached_property
     def settings(self) -> tuple[Any, ...]:
-        """Returns the arguments that follow the number of rows in a call of the kernel."""
+        """Returns the arguments after the number of rows in a call of the kernel."""
         sizes = self.hidden_size, self.intermediate_size, self.num_heads, len(self.layers)
         return *sizes, ACTIVATIONS[self.activation], self.eps
 
 
 @dataclass(frozen=True)
 class Encoder(_Encoder):
-    """An `Encoder` holds weights of one dtype that `multiplies`, as `encoder_forward` reads them.
+    """An `Encoder` holds weights of one dtype that `multiplies`, in the form that `encoder_forward` reads.
 
     hidden_size is at most MAX_HIDDEN, and the head size is a multiple of 16.
     """
@@ -181,7 +181,7 @@ class Encoder(_Encoder):
         return self.layers[0].qkv.dtype
 
     def workspace_size(self, n_tokens: int) -> int:
-        """Counts the elements that `encoder_forward` needs beside its output."""
+        """Counts the elements that `encoder_forward` needs in addition to its output."""
         size, convolution = n_tokens * (5 * self.hidden_size + self.intermediate_size), self.convolution
         if convolution is None:
             return size
@@ -200,11 +200,10 @@ def encoder_forward(
 ) -> torch.Tensor:
     """Runs embeddings and layers over packed tokens, writes the result to x, (T, H), and returns x.
 
-    ids: input ids, token type ids (or None) and position ids, (T,) int64, contiguous and within their tables. None
-    where x holds the embeddings. cu_seqlens_cpu: (B + 1,) int32. columns: those of a `PositionBias`, which count for
-    disentangled attention and the convolution as well. workspace:
-    as many elements as workspace_size says, of x's dtype. angles: the cosines and the sines of the rows for each of
-    encoder.angles, (T, D / 2) float32, contiguous.
+    ids: input ids, token type ids (or None) and position ids, (T,) int64, contiguous and within their tables. None if x
+    holds the embeddings. cu_seqlens_cpu: (B + 1,) int32. columns: those of a `PositionBias`; disentangled attention and
+    the convolution use them as well. workspace: as many elements as workspace_size says, of x's dtype. angles: the
+    cosines and the sines of the rows for each of encoder.angles, (T, D / 2) float32, contiguous.
     """
     embeddings, layers, common = encoder.addresses
     offsets, n_rows = cu_seqlens_cpu.contiguous(), x.shape[0]
@@ -220,13 +219,15 @@ def encoder_forward(
 
 @dataclass(frozen=True)
 class Int8Encoder(_Encoder):
-    """An `Int8Encoder` holds weights as `encoder_int8_forward` reads them.
+    """An `Int8Encoder` holds weights in the form that `encoder_int8_forward` reads.
 
     Hidden and intermediate size are multiples of 32.
     """
 
     def workspace_size(self, n_tokens: int, dtype: torch.dtype) -> int:
-        """Counts the bytes that `encoder_int8_forward` needs beside its output, with the present number of threads."""
+        """Counts the bytes that `encoder_int8_forward` needs in addition to its output, with the present number of
+        threads.
+        """
         function = getattr(library.load()[0], f"fastbert_encode_int8_{str(dtype).removeprefix('torch.')}_bytes")
         conv_size = 0 if self.convolution is None else self.convolution.size
         return function(n_tokens, self.hidden_size, self.intermediate_size, conv_size)
@@ -241,10 +242,10 @@ def encoder_int8_forward(
     columns: torch.Tensor | None = None,
     angles: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """Does what `encoder_forward` does in 8 bits, writes hidden states to `states`, and returns it.
+    """Does the same as `encoder_forward` in 8 bits, writes hidden states to `states`, and returns it.
 
-    states: contiguous, (1, T, H) for the last hidden state, or (L + 1, T, H) for all. Where ids is None, states[0]
-    holds the embeddings. workspace: uint8, as many as workspace_size says.
+    states: contiguous, (1, T, H) for the last hidden state, or (L + 1, T, H) for all. If ids is None, states[0] holds
+    the embeddings. workspace: uint8, as many as workspace_size says.
     """
     embeddings, layers, common = encoder.addresses
     offsets = cu_seqlens_cpu.contiguous()

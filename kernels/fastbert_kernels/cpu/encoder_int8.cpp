@@ -1,12 +1,12 @@
 // A whole encoder in one call with linears on 8-bit operands, on CPUs with AVX-512 VNNI.
 //
-// The arithmetic is encoder.cpp's but for the linears, each of which multiplies rows that are quantised just
-// before (quantize.h; linear_int8.cpp). Rows that LayerNorm or attention gives are rotated first, and the weight as
-// well. The convolution beside the first layer is multiplied in float32.
+// The arithmetic is encoder.cpp's except for the linears. Each of them multiplies rows that are quantised just before
+// (quantize.h; linear_int8.cpp). The outputs of LayerNorm and attention are rotated first, and the weight as well. The
+// convolution beside the first layer is multiplied in float32.
 //
-// All but attention works on each row for itself, so a thread takes a chunk of rows from attention's result to the next
-// layer's query, key and value. What lies between stays in its cache, and a layer costs two waits for the other
-// threads. Few rows make too few chunks: then all threads work on the linears of a single one.
+// Everything except attention works on each row separately. So a thread takes a chunk of rows from attention's result
+// to the next layer's query, key and value. The intermediate data stay in its cache, and a layer costs two waits for
+// the other threads. Few rows make too few chunks: then all threads work on the linears of a single one.
 #include "encoder.h"
 #include "layer_norm.h"
 #include "quantize.h"
@@ -31,8 +31,8 @@ struct Layer {
     const T *norm, *norm_bias;
     Weight up, down;
     const T *output_norm, *output_norm_bias;
-    Weight gate;                          // of NULLs where there is none
-    const T *last_norm, *last_norm_bias;  // of what the layer gives, if it normalises first; or NULL
+    Weight gate;                          // of NULLs if there is none
+    const T *last_norm, *last_norm_bias;  // of the layer's output, if it normalises first; or NULL
     Traits traits;
 };
 
@@ -55,7 +55,7 @@ struct Chunks {
         together = n_threads > 1 && t < TOGETHER_BELOW * n_threads;
         int64_t most = INNER_BYTES / (sizes.intermediate * (int64_t)sizeof(T)) / 8 * 8;
         most = most < 16 ? 16 : least(most, MOST_ROWS);
-        const int64_t wanted = over(t, n_threads * most) * n_threads;  // as many for each thread
+        const int64_t wanted = over(t, n_threads * most) * n_threads;  // the same number for each thread
         size = together ? t : least(over(over(t, wanted), 8) * 8, most);
         n = size > 0 ? over(t, size) : 0;
     }
@@ -69,13 +69,13 @@ struct Chunks {
     int64_t n_scratches() const { return together ? 1 : n_threads; }
 };
 
-// The memory that a chunk's rows go through.
+// The memory for a chunk's rows.
 template <typename T>
 struct Scratch {
     Affine* affine;
     uint8_t* q;
     T* a;        // the residual of the second half of a layer, (size, H)
-    float* sum;  // what LayerNorm reads, (size, H)
+    float* sum;  // the input of LayerNorm, (size, H)
     T* up;       // (size, I)
 
     Scratch(char* memory, const Chunks<T>& chunks, const Sizes& sizes) {
@@ -94,10 +94,10 @@ struct Encoder {
     const Batch& batch;
     T *qkv, *context;
     const Convolution<T, float>& conv;
-    const float* beside;  // what it gives, (T, H), or NULL
+    const float* beside;  // its output, (T, H), or NULL
     const Team& team;     // of a chunk: one thread, or all
 
-    // out[n] = activation(q W^T + bias) * factor + residual, of the rows that scratch holds.
+    // out[n] = activation(q W^T + bias) * factor + residual, for the rows in scratch.
     template <typename O>
     void linear(const Scratch<T>& s, const Weight& w, const T* residual, O* out, int64_t n, int64_t k, int64_t columns,
                 int64_t activation, const T* factor = NULL) const {
@@ -126,7 +126,7 @@ struct Encoder {
         });
     }
 
-    // Rows of floats, (n, H), as they are into out, and through LayerNorm, if there is a weight, quantised into scratch.
+    // Rows of floats, (n, H), unchanged into out, and through LayerNorm, if there is a weight, quantised into scratch.
     template <typename Read>
     void norm_beside(const Scratch<T>& s, Read read, const T* weight, const T* bias, T* out, int64_t n) const {
         const int64_t h = sizes.hidden;
@@ -142,7 +142,7 @@ struct Encoder {
     }
 
     // From attention's result to the hidden state, y, and the next layer's query, key and value. x: the state before.
-    // convolved: whether a convolution stands beside the layer, which has its norms last.
+    // convolved: whether there is a convolution beside the layer, which has its norms last.
     void rest(const Scratch<T>& s, const Layer<T>& layer, const Layer<T>* next, bool convolved, const T* x, T* y,
               int64_t first, int64_t n) const {
         const int64_t h = sizes.hidden, inner = sizes.intermediate;
@@ -263,9 +263,10 @@ int encode(const int64_t* ids, const int64_t* types, const int64_t* positions, c
 
 }  // namespace
 
-// As in encoder.cpp, but that a weight is two pointers, the packed numbers and `columns` (linear_int8.cpp), H and I are
-// multiples of ROTATION, and x is the state before the first layer: that after layer i goes to x + (i + 1) * step
-// elements, which with step 0 is x. workspace: n_bytes, at least what _bytes gives in the same thread.
+// As in encoder.cpp, with these differences. A weight is two pointers, the packed numbers and `columns`
+// (linear_int8.cpp). H and I are multiples of ROTATION. x is the state before the first layer: the state after layer i
+// goes to x + (i + 1) * step elements, which with step 0 is x. workspace: n_bytes, at least the result of _bytes in the
+// same thread.
 #define ENCODER(name, T)                                                                                            \
     EXPORT int64_t name##_bytes(int64_t n_rows, int64_t hidden, int64_t intermediate, int64_t conv_size) {          \
         return bytes_for<T>({n_rows, hidden, intermediate, 1, 1, 0, 0.0f}, conv_size);                              \

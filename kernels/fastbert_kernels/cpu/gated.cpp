@@ -1,14 +1,15 @@
 // Rotary positions and gated activations of packed rows, on CPUs, in float32 or bfloat16; products are float32.
 //
-//     rotary   queries and keys turn:  a' = a cos - b sin,  b' = b cos + a sin  for elements i and i + D / 2 of a head
+//     rotary   rotates queries and keys:  a' = a cos - b sin,  b' = b cos + a sin  for elements i and i + D / 2 of a
+//     head
 //     gated    out = activation(first half) * second half
 //
-// Back, rows turn by the negative angles, in their own memory, and the gate's gradients are
+// In the backward pass, rows are rotated by the negative angles, in their own memory, and the gate's gradients are
 //
 //     d_first = grad * second * activation'(first),    d_second = grad * activation(first)
 //
-// beside out, which is computed again. Every row takes the same code, wherever it lies. Bytes moved: 6 * N * D elements a
-// row, 4 * N * D in place, 3 * I, and 6 * I back.
+// and out is computed again. Every row runs the same code, at every position. Bytes moved: 6 * N * D elements a row, 4
+// * N * D in place, 3 * I, and 6 * I back.
 #include "activations.h"
 #include "rotary.h"
 
@@ -85,7 +86,7 @@ void gate_any_back(const T* grad, int64_t grad_stride, const T* x, int64_t strid
 
 }  // namespace
 
-// Strides in elements; columns are contiguous, as all of out, d_x, cos and sin is. back: whether rows turn back.
+// Strides in elements; columns are contiguous, and out, d_x, cos and sin are fully contiguous. back: rotate back.
 #define GATED(T, dtype)                                                                                              \
     EXPORT void fastbert_rotary_##dtype(const T* qkv, int64_t stride, const float* cos, const float* sin, T* out,    \
                                         int64_t n_rows, int64_t n_heads, int64_t half, int64_t back) {               \

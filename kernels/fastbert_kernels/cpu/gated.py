@@ -32,16 +32,16 @@ def _function_of(loaded: Any, name: str, dtype: torch.dtype) -> Any:
 
 
 def rotary_forward(qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """Turns queries and keys: elements i and i + D / 2 of a head turn together by the row's angle i.
+    """Rotates queries and keys: elements i and i + D / 2 of a head rotate together by the row's angle i.
 
     qkv: (T, 3 * N * D), [q | k | v], float32 or bfloat16, rows contiguous. cos, sin: (T, D / 2) float32, contiguous.
-    Returns a new tensor like qkv, whose values are as they were.
+    Returns a new tensor like qkv, with unchanged values v.
     """
     return _rotate(qkv, library.empty((qkv.shape[0], qkv.shape[1]), like=qkv), cos, sin, num_heads, False)
 
 
 def rotary_backward(grad: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
-    """Turns the gradient of `rotary_forward`'s result back, in its own memory, which must be contiguous; returns it."""
+    """Rotates the gradient of `rotary_forward`'s result back in place, and returns it. It must be contiguous."""
     assert grad.is_contiguous()
     return _rotate(grad, grad, cos, sin, num_heads, True)
 
@@ -68,9 +68,10 @@ def gated_forward(x: Tensor, activation: str) -> Tensor:
 
 
 def gated_backward(grad: Tensor, x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """Computes the gradient of x, (T, 2 I), from that of `gated_forward`'s result, (T, I), and that result again.
+    """Computes the gradient of x, (T, 2 I), and the result of `gated_forward`, (T, I), again, from the gradient of the
+    result.
 
-    Both are of one dtype, rows contiguous.
+    Both have one dtype, rows contiguous.
     """
     (n_rows, width), activation_id = grad.shape, ACTIVATIONS[activation]
     d_x, out = library.empty((n_rows, 2 * width), like=x), library.empty((n_rows, width), like=x)
@@ -85,7 +86,7 @@ def gated_backward(grad: Tensor, x: Tensor, activation: str) -> tuple[Tensor, Te
 def window_bias(num_heads: int, window: int) -> Tensor:
     """Returns the table of a `PositionBias` for a window of W columns on either side, (N, 2W + 3) float32.
 
-    It is 0 for keys inside of the window, and next to nothing for those beyond.
+    It is 0 for keys inside of the window. For keys beyond, its exponential is 0.
     """
     with torch.inference_mode(False), torch.no_grad():
         table = torch.zeros(num_heads, 2 * window + 3, device="cpu")
@@ -96,10 +97,10 @@ def window_bias(num_heads: int, window: int) -> Tensor:
 def windowed_attention_forward(
     qkv: Tensor, cu_seqlens_cpu: Tensor, num_heads: int, scale: float, window: int, columns: Tensor | None
 ) -> Tensor:
-    """Does what `varlen_attention_forward` does over the keys that are at most `window` columns from the query.
+    """Does the same as `varlen_attention_forward` over the keys that are at most `window` columns from the query.
 
-    columns: (T,) int32, contiguous, or None where the tokens of each sequence are neighbours. A block of queries reads
-    the keys that one of them can see: the time grows with the window, and not with the length's square.
+    columns: (T,) int32, contiguous, or None if the tokens of each sequence are neighbours. A block of queries reads the
+    keys that one of them can see. The time grows with the window, and not with the square of the length.
     """
     bias = PositionBias(window_bias(num_heads, window), columns)
     return varlen_attention_forward(qkv, cu_seqlens_cpu, num_heads, scale, bias, window)

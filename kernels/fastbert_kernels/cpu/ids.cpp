@@ -1,4 +1,4 @@
-// Whether ids lie within their table, on CPUs: one pass, no branches, no memory.
+// The check that ids are within their table, on CPUs: one pass, no branches, no memory.
 #include "vector.h"
 
 // ids: (n,). 1 if one of them is below 0 or not below size, else 0.

@@ -12,7 +12,7 @@ from fastbert_kernels.cpu.operations import ACTIVATIONS
 
 @dataclass(frozen=True)
 class Int8Weight:
-    """An `Int8Weight` is a weight (M, K) as `linear_int8_forward` reads it."""
+    """An `Int8Weight` is a weight (M, K) in the form that `linear_int8_forward` reads."""
 
     packed: torch.Tensor
     columns: torch.Tensor  # (3, M, filled up) float32: scales, scales times the sums of the rows, bias

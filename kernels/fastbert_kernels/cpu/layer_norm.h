@@ -10,7 +10,7 @@ struct Moments {
     float mean, rstd;
 };
 
-// x(j): elements j to j + VL, 0 beyond the row. write(j, y): takes what they become. row: room for MAX_HIDDEN floats.
+// x(j): elements j to j + VL, 0 beyond the row. write(j, y): takes their results. row: room for MAX_HIDDEN floats.
 template <typename Read, typename Write, typename P>
 INLINE Moments normalize_by(Read x, Write write, const P* weight, const P* bias, int64_t n, float eps, float* row) {
     vf total = {};
@@ -33,7 +33,7 @@ INLINE Moments normalize_by(Read x, Write write, const P* weight, const P* bias,
     return {mean, rstd};
 }
 
-// row: room for MAX_HIDDEN floats, which then holds what `out` does before it is rounded.
+// row: room for MAX_HIDDEN floats; at the end it holds `out` before rounding.
 template <typename Read, typename T>
 INLINE void normalize(Read x, T* out, const T* weight, const T* bias, int64_t n, float eps, float* row) {
     const auto write = [=](int64_t j, vf y) {

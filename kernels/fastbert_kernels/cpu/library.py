@@ -1,4 +1,4 @@
-"""This module loads the C++ kernels that fit the processor, and says what they can do."""
+"""This module loads the C++ kernels that fit the processor, and reports their capabilities."""
 
 from __future__ import annotations
 
@@ -126,28 +126,28 @@ def _declare_int8(library: ctypes.CDLL) -> None:
 
 
 def obstacle() -> str | None:
-    """Says why this process has no C++ kernels, or returns None where it has."""
+    """Returns the reason why this process has no C++ kernels, or None if it has them."""
     library, name_or_obstacle = load()
     return name_or_obstacle if library is None else None
 
 
 def instructions() -> str | None:
-    """Names the instruction set of the loaded kernels in words, as "AVX2". Returns None where there are none."""
+    """Names the instruction set of the loaded kernels in words, as "AVX2". Returns None if there are no kernels."""
     library, name = load()
     return None if library is None else VARIANTS[name][0]
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Says whether linears, their gradients and encoders take a dtype: float32 and bfloat16."""
+    """Tells whether linears, their gradients and encoders support a dtype: float32 and bfloat16."""
     return obstacle() is None and dtype in (torch.float32, torch.bfloat16)
 
 
 @functools.cache
 def bfloat16_rate() -> float | None:
-    """Measures how many products of bfloat16 the processor makes in pairs in the time of one of float32.
+    """Measures how many products of bfloat16 the processor computes in pairs in the time of one of float32.
 
-    Processors differ: 2.0 is usual for AMD's, 0.5 for Intel's. It takes some 50 microseconds, once in a process.
-    Returns None without the instruction for pairs, or without the library that has it.
+    Processors differ: 2.0 is usual for AMD's, 0.5 for Intel's. The measurement takes some 50 microseconds, once in a
+    process. Returns None without the instruction for pairs, or without the library that uses it.
     """
     if PAIRS not in processor_flags():
         return None
@@ -160,7 +160,7 @@ def bfloat16_rate() -> float | None:
 
 
 def int8_obstacle() -> str | None:
-    """Says why no kernel multiplies 8-bit operands, which takes AVX-512 VNNI, or returns None where one does."""
+    """Returns the reason why no kernel multiplies 8-bit operands, which needs AVX-512 VNNI, or None if one does."""
     if obstacle() is not None:
         return obstacle()
     compiled = hasattr(load()[0], "fastbert_pack_int8")
@@ -169,7 +169,7 @@ def int8_obstacle() -> str | None:
 
 @functools.cache
 def has_amx() -> bool:
-    """Says whether the processor has matrix units, which multiply bfloat16 several times as fast as these kernels."""
+    """Tells whether the processor has matrix units, which multiply bfloat16 several times as fast as these kernels."""
     return "amx_bf16" in processor_flags()
 
 
@@ -201,7 +201,7 @@ def empty(shape: tuple[int, ...], *, like: torch.Tensor, dtype: torch.dtype | No
 
 
 def scratch(n_bytes: int) -> torch.Tensor:
-    """Allocates memory that a kernel uses beside its outputs. Tests replace this function as well."""
+    """Allocates memory that a kernel uses in addition to its outputs. Tests replace this function as well."""
     return torch.empty(n_bytes, dtype=torch.uint8, device="cpu")
 
 

@@ -1,21 +1,20 @@
-// A linear layer with what follows it, on CPUs.
+// A linear layer with its bias, activation, factor and residual, on CPUs.
 //
 //     out = activation(x @ weight^T + bias) * factor + residual
 //
-// x: (T, K), weight: (M, K), bias: (M,), factor, residual, out: (T, M), all float32 or all bfloat16; sums are float32. The
-// weight is packed once, by packing.cpp: [panel of COLUMNS][K][COLUMNS], bfloat16 in pairs along K. Training saves what
-// goes into the activation.
+// x: (T, K), weight: (M, K), bias: (M,), factor, residual, out: (T, M), all float32 or all bfloat16; sums are float32.
+// The weight is packed once, by packing.cpp: [panel of COLUMNS][K][COLUMNS], bfloat16 in pairs along K. Training saves
+// the input of the activation.
 //
 // A tile is ROWS x COLUMNS of out: sums in registers, over a PIECE of K at a time. Each piece is added to those before
-// it, so that rounding errors grow with K / PIECE + PIECE, not with K: a library that keeps one chain of sums for all
-// of K is less exact. A task is a few row blocks by a few panels, whose weights stay in the L2 cache: a quarter of it.
-// Those of the next task come there meanwhile, a line or two for some steps of K: few rows would wait for them.
+// it. So rounding errors grow with K / PIECE + PIECE, not with K; a library with one chain of sums for all of K is less
+// exact. A task is a few row blocks by a few panels, whose weights stay in the L2 cache: a quarter of it. The weights
+// of the next task are loaded there meanwhile, a line or two for some steps of K, because few rows would wait for them.
 //
-// Where no instruction multiplies pairs of bfloat16, or only a slow one, they are multiplied as floats: those of the
-// weight become floats in registers, those of x a few columns at a time. That takes 54 instructions in the place of 48.
+// If no instruction multiplies pairs of bfloat16, or only a slow one, they are multiplied as floats: those of the
+// weight become floats in registers, those of x a few columns at a time. That takes 54 instructions instead of 48.
 //
-// The threads of a team (team.h) take the tasks.
-// FLOPs: 2 T K M. Bytes, at least: those of x, weight and out, once.
+// The threads of a team (team.h) take the tasks. FLOPs: 2 T K M. Bytes, at least: those of x, weight and out, once.
 #include "linear.h"
 
 #include <unistd.h>
@@ -27,7 +26,7 @@ namespace {
 
 constexpr int64_t PIECE = 128;  // of float32; bfloat16 is less exact than any chain of its products
 constexpr int64_t SHORT_K = 320,
-                  SHORT_PIECE = 32;  // a library has more chains for few rows: where K is short, it shows
+                  SHORT_PIECE = 32;  // a library has more chains for few rows: with a short K it shows
 constexpr int AHEAD = 40;            // steps of K: few rows wait for weights that no cache near them holds
 constexpr int UNROLLED = 4;          // steps of K
 constexpr int64_t WIDENED = 256;     // columns of bfloat16 rows that are made floats at a time
@@ -42,7 +41,7 @@ const int64_t PANEL_BYTES = L2_BYTES / 4, ROW_BYTES = L2_BYTES / 4;          // 
 constexpr int64_t TASKS = 8;                                                 // at least, for each thread
 constexpr int64_t LINE = 64;                                                 // bytes of a line of the cache
 
-// What follows the product. n_of(j): how many columns of vector j are there, VL or more for all of them.
+// The steps after the product. n_of(j): how many columns of vector j exist, VL or more for all of them.
 template <typename T, int A, bool SAVE, int R, typename N>
 INLINE void finish(const Linear<T>& call, const vf (&sums)[R][VECTORS], int64_t row, int64_t column, N n_of) {
     for (int j = 0; j < VECTORS; j++, column += VL) {
@@ -59,7 +58,7 @@ INLINE void finish(const Linear<T>& call, const vf (&sums)[R][VECTORS], int64_t 
     }
 }
 
-// What `finish` reads and writes comes into the cache while the tile is multiplied.
+// The data that `finish` reads and writes are fetched into the cache while the tile is multiplied.
 template <typename T, bool SAVE, int R>
 INLINE void fetch_ends(const Linear<T>& call, int64_t row, int64_t column) {
     for (int i = 0; i < R; i++)
@@ -71,7 +70,8 @@ INLINE void fetch_ends(const Linear<T>& call, int64_t row, int64_t column) {
         }
 }
 
-// Lines that come into the L2 cache for later, from `at` on: `pace` bytes, two lines, one or none, for UNROLLED steps of K.
+// Lines that are fetched into the L2 cache for later, from `at` on: `pace` bytes, two lines, one or none, for UNROLLED
+// steps of K.
 struct Later {
     const char* at;
     int64_t pace;
@@ -201,7 +201,8 @@ void run(const Linear<T>& call, const Team& team) {
     const int64_t n_across = over(n_panels, panels), n_down = over(n_blocks, blocks);
     panels = over(n_panels, at_least_1(n_across));  // of equal size
     blocks = over(n_blocks, at_least_1(n_down));
-    // Lines of the next task's weights that come into the L2 cache during UNROLLED steps of a tile, if there is room.
+    // Lines of the next task's weights that are fetched into the L2 cache during UNROLLED steps of a tile, if there is
+    // room.
     const int64_t panel_bytes = over(call.k_size, O::SIZE) * COLUMNS * sizeof(typename O::E);
     const int64_t lines = 2 * panels * panel_bytes > L2_BYTES / 4 * 3
                               ? 0

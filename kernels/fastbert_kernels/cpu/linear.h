@@ -1,4 +1,4 @@
-// What linear.cpp offers to the other kernels.
+// The functions of linear.cpp for the other kernels.
 #pragma once
 
 #include "team.h"

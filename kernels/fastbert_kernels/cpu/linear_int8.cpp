@@ -1,17 +1,17 @@
-// A linear layer on 8-bit operands with what follows it, on CPUs with AVX-512 VNNI.
+// A linear layer on 8-bit operands with its bias, activation, factor and residual, on CPUs with AVX-512 VNNI.
 //
 //     out = activation(x @ weight^T + bias) * factor + residual
 //
 // x: (T, K), unsigned 8-bit with a scale and an offset for each row (quantize.h); weight: (M, K), signed 8-bit with a
-// scale for each of its rows; factor, residual, out: (T, M), float32 or bfloat16. Sums are int32 and exact: no element of x and
-// weight makes more than 255 * 127, so that K may be 66,000. With the sum of each row of the weight,
+// scale for each of its rows; factor, residual, out: (T, M), float32 or bfloat16. Sums are int32 and exact: one product
+// of x and weight is at most 255 * 127, so that K may be 66,000. With the sum of each row of the weight,
 //
 //     x @ weight^T = scale[t] * w_scale[m] * sum(q[t] w[m]) + low[t] * w_scale[m] * sum(w[m])
 //
-// which is computed in float32 from the integers, one element at a time: no row's bits depend on the rows beside it.
+// This is computed in float32 from the integers, one element at a time, so no row's bits depend on the rows beside it.
 // The weight is packed in panels of COLUMNS of its rows, laid out [panel][K / 4][COLUMNS][4] and filled up with zeros;
-// columns: w_scale, w_scale * sum(w) and bias, each filled up with zeros to a multiple of COLUMNS.
-// Multiplications: T K M. Bytes, at least: those of x, weight and out, once.
+// columns: w_scale, w_scale * sum(w) and bias, each filled up with zeros to a multiple of COLUMNS. Multiplications: T K
+// M. Bytes, at least: those of x, weight and out, once.
 #include "linear_int8.h"
 
 #include "activations.h"
@@ -26,7 +26,7 @@ constexpr int COLUMNS = VECTORS * VL;
 constexpr int ROWS = 8;
 constexpr int64_t GROUP = 8;  // blocks of rows that a task multiplies by a panel
 
-// What follows the product.
+// The steps after the product.
 template <int R, typename T, typename O, typename F>
 INLINE void finish(const LinearInt8<T, O>& call, const vi (&sums)[R][VECTORS], int64_t row, int64_t column,
                    F activated) {
@@ -49,7 +49,7 @@ INLINE void finish(const LinearInt8<T, O>& call, const vi (&sums)[R][VECTORS], i
 template <int R, typename T, typename O>
 void tile(const LinearInt8<T, O>& call, int64_t row, int64_t panel) {
     const int64_t depth = over(call.k_size, STEP_INT8), column = panel * COLUMNS;
-    vi sums[R][VECTORS];  // in memory, where the loops below want it: in registers it would be `part`
+    vi sums[R][VECTORS];  // in memory for the loops below; in registers it would be `part`
     {
         const int8_t* weight = call.weight + column * depth * STEP_INT8;
         const uint8_t* x[R];

@@ -1,4 +1,4 @@
-// What linear_int8.cpp offers to the other kernels, where the processor has VNNI.
+// The functions of linear_int8.cpp for the other kernels, if the processor has VNNI.
 #pragma once
 
 #include "linear.h"
@@ -28,5 +28,5 @@ void linear_int8(const LinearInt8<float, float>& call, const Team& team);
 void linear_int8(const LinearInt8<bf16, bf16>& call, const Team& team);
 void linear_int8(const LinearInt8<bf16, float>& call, const Team& team);
 
-// Rows of x are read past their end up to a multiple of this, and need no value there.
+// Rows of x are read past their end up to a multiple of this. The values there do not matter.
 constexpr int64_t STEP_INT8 = 4;

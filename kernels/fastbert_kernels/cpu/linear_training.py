@@ -13,7 +13,7 @@ from fastbert_kernels.cpu import library
 def weight_gradient(
     grad: torch.Tensor, x: torch.Tensor, dtype: torch.dtype, want_bias: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Computes grad^T @ x and the sums of grad's columns, the gradients of x @ weight^T + bias.
+    """Computes grad^T @ x and the sums of grad's columns: the gradients of x @ weight^T + bias.
 
     grad: (T, M), x: (T, K), of one dtype that `multiplies`, rows contiguous. dtype: of the first result, float32 or
     grad's. Returns (M, K), and (M,) float32, or None unless want_bias. Bits do not depend on the number of threads.

@@ -1,18 +1,18 @@
-// Whether Python objects are as they were: one pass over dictionaries, classes and tensors, in the place of thousands of
+// The check that Python objects are unchanged: one pass over dictionaries, classes and tensors, instead of thousands of
 // steps of the interpreter.
 //
-// No header and no symbol of Python is needed: the caller hands over the addresses of functions of CPython's stable ABI,
-// as it hands over memory, so that one build does for all versions. The caller holds the GIL, and a reference to every
-// object that is named. 1 says that all is as it was. 0 says that something is not, or that there was an error: the
-// caller then looks for itself.
+// It needs no header and no symbol of Python. The caller passes the addresses of functions of CPython's stable ABI, and
+// memory, so one build serves all versions. The caller holds the GIL, and a reference to every named object. 1 means
+// that everything is unchanged. 0 means that something changed, or that there was an error; then the caller checks by
+// itself.
 #include "vector.h"
 
 namespace {
 
 struct Object;
 
-// Functions of CPython, and of PyTorch: `read` is the slot behind getset_descriptor.__get__, `data_ptr` what is behind the
-// method of a tensor. In the order of objects.py.
+// Functions of CPython, and of PyTorch: `read` is the slot behind getset_descriptor.__get__, `data_ptr` the function
+// behind the method of a tensor. They are in the order of objects.py.
 struct Python {
     int (*dict_next)(Object* dict, intptr_t* position, Object** key, Object** value);
     intptr_t (*dict_size)(Object* dict);
@@ -27,12 +27,12 @@ struct Python {
     Object* (*read)(Object* descriptor, Object* instance, Object* type);
     Object* version;  // the descriptor
     Object* (*data_ptr)(Object* tensor, Object* nothing);
-    void* (*address_of)(Object* tensor);           // data_ptr, faster, or null. It throws where there is no address.
-    int64_t (*version_of)(Object* const* inside);  // _version, faster, or null. It throws where there is no count.
-    int64_t inside;  // where a tensor's object holds the address of PyTorch's tensor, in bytes; where version_of is
+    void* (*address_of)(Object* tensor);           // data_ptr, faster, or null. It throws if there is no address.
+    int64_t (*version_of)(Object* const* inside);  // _version, faster, or null. It throws if there is no count.
+    int64_t inside;  // offset in bytes of the address of PyTorch's tensor in a tensor's object; with version_of
 };
 
-// What is compared, one part after the other, each with its number of elements before it.
+// The compared data, one part after the other, each with its number of elements before it.
 struct Words {
     const int64_t* at;
 
@@ -75,8 +75,8 @@ bool same_version(const Python& python, Object* tensor, int64_t version) {
     return same;
 }
 
-// The tensor is still the one behind its Python object, which torch.utils.swap_tensors gives another one, and another
-// __dict__, too.
+// The tensor is still the one behind its Python object. torch.utils.swap_tensors gives the object another tensor, and
+// also another __dict__.
 bool same_inside(const Python& python, Object* tensor, Object* attributes, Object* inside) {
     if (python.version_of != nullptr) return *inside_of(python, tensor) == inside;
     Object* now = python.attributes_of(tensor, nullptr);
@@ -90,7 +90,7 @@ bool all_same(const Python& python, Words words) {
         if (!same_dict(python, words)) return false;
     for (int64_t n = words.number(); n > 0; n--)  // empty ones
         if (python.dict_size(words.object()) != 0) return false;
-    for (int64_t n = words.number(); n > 0; n--) {  // (dictionary, key, value or null where the key is not there)
+    for (int64_t n = words.number(); n > 0; n--) {  // (dictionary, key, value or null if the key is not there)
         Object *dict = words.object(), *key = words.object();
         if (python.dict_get(dict, key) != words.object()) return false;
     }

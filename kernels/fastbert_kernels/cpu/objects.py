@@ -1,7 +1,7 @@
-"""This module compares Python objects with what they were, in one call of C++.
+"""This module compares Python objects with their earlier state, in one call of C++.
 
-The library has no symbol of Python or PyTorch in it. It gets the addresses of functions of CPython's stable ABI, and
-through them those of PyTorch's, so that one build serves all versions of both.
+The library contains no symbol of Python or PyTorch. It gets the addresses of functions of CPython's stable ABI, and
+through them those of PyTorch's. So one build serves all versions of both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from fastbert_kernels.cpu import library
 
-# What `struct Python` of objects.cpp begins with.
+# The first members of `struct Python` in objects.cpp.
 _FUNCTIONS = (
     "PyDict_Next", "PyDict_Size", "PyDict_GetItemWithError", "PyObject_GenericGetDict", "PyObject_Type", "Py_DecRef",
     "PyErr_Clear", "PyErr_Occurred", "PyLong_AsLongLong", "PyLong_AsVoidPtr",
@@ -35,17 +35,17 @@ _LIBRARY = Path(torch.__file__).with_name("lib") / "libtorch_cpu.so"
 
 
 class ObjectRecord:
-    """An `ObjectRecord` says how objects were when it was made. `holds` tells whether they are so still.
+    """An `ObjectRecord` holds the state of objects when it was made. `holds` tells whether they still have this state.
 
-    `holds` may say no where nothing has changed, as where an equal object is in the place of another, and then the
-    caller looks for itself. It does not say yes where something has.
+    `holds` may return False without a change, for example if an equal object replaces another. Then the caller checks
+    by itself. It never returns True after a change.
 
     dicts: dictionaries that keep their keys and values, in their order; objects are compared by identity. empty:
-    dictionaries that hold nothing. entries: (dictionary, key), of which the value is compared, or that there is none.
-    objects: the class of each is compared. tensors: the address of each is compared, and PyTorch's count of its writes.
+    dictionaries that hold nothing. entries: (dictionary, key); the value is compared, or that there is none. objects:
+    the class of each is compared. tensors: the address of each is compared, and PyTorch's count of its writes.
 
-    Raises RuntimeError where no such record can be made: `obstacle` is not None, a dictionary is not empty, or a tensor
-    has no address or no count, or is of a class of its own.
+    Raises RuntimeError if no such record can be made: `obstacle` is not None, a dictionary is not empty, or a tensor
+    has no address, no count, or its own class.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class ObjectRecord:
         self._words = words.buffer_info()[0]
 
     def holds(self) -> bool:
-        """Tells whether everything is as it was."""
+        """Tells whether everything is unchanged."""
         return self._compare(self._python, self._words) == 1
 
 
 def obstacle() -> str | None:
-    """Says why no `ObjectRecord` can be made in this process, or returns None where they can."""
+    """Returns the reason why no `ObjectRecord` can be made in this process, or None if it can."""
     return library.obstacle() or _obstacle_of(library.load()[0])
 
 
@@ -132,7 +132,7 @@ def _prepared(loaded: Any) -> tuple[Any, int, int]:
 
 
 def _fast_address() -> int | None:
-    """Returns PyTorch's function for code that Inductor generates, `void*(PyObject*)`, or None where there is none."""
+    """Returns PyTorch's function for code that Inductor generates, `void*(PyObject*)`, or None if there is none."""
     guards = getattr(torch._C, "_dynamo", None)
     address = getattr(getattr(guards, "guards", None), "_torchinductor_pyobject_tensor_data_ptr", None)
     if type(address) is not int or not address:
@@ -143,10 +143,10 @@ def _fast_address() -> int | None:
 
 
 def _fast_version() -> tuple[int | None, int]:
-    """Returns PyTorch's `TensorBase::_version() const`, and where a tensor's object holds what it wants, in bytes.
+    """Returns PyTorch's `TensorBase::_version() const`, and the place of its argument in a tensor's object, in bytes.
 
-    It wants the address of a `TensorBase`, which is one pointer. Returns (None, 0) where it does not count as tensors
-    do.
+    The argument is the address of a `TensorBase`, which is one pointer. Returns (None, 0) if the function does not
+    count as tensors do.
     """
     try:
         version_of = ctypes.CDLL(str(_LIBRARY), mode=os.RTLD_NOLOAD)._ZNK2at10TensorBase8_versionEv

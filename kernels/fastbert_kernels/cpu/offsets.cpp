@@ -1,4 +1,4 @@
-// Whether offsets of sequences are right, and how long the longest one is, on CPUs.
+// The check that offsets of sequences are right, and the longest length, on CPUs.
 #include "vector.h"
 
 namespace {
@@ -17,8 +17,8 @@ int64_t longest(const T* offsets, int64_t n, int64_t n_tokens) {
 
 }  // namespace
 
-// offsets: (n,), n > 0, of integers of so many bytes, 4 or 8. -1 where they do not start at 0, decrease, or do not end
-// at n_tokens.
+// offsets: (n,), n > 0, of integers of so many bytes, 4 or 8. -1 if they do not start at 0, decrease, or do not end at
+// n_tokens.
 EXPORT int64_t fastbert_longest(const void* offsets, int64_t bytes, int64_t n, int64_t n_tokens) {
     if (bytes == 4) return longest((const int32_t*)offsets, n, n_tokens);
     return longest((const int64_t*)offsets, n, n_tokens);

@@ -12,10 +12,10 @@ ACTIVATIONS = {"none": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "silu": 4}
 
 
 class PositionBias(NamedTuple):
-    """A `PositionBias` is added to attention's scores, by how many columns the key stands after the query.
+    """A `PositionBias` is added to attention's scores, by the number of columns that the key is after the query.
 
-    table: (N, 2R + 1) float32, contiguous, of the distances from -R to R. Farther keys have the number of the farthest.
-    columns: (T,) int32, contiguous, or None where the tokens of each sequence are neighbours.
+    table: (N, 2R + 1) float32, contiguous, for the distances from -R to R. Farther keys have the number of the
+    farthest. columns: (T,) int32, contiguous, or None if the tokens of each sequence are neighbours.
     """
 
     table: torch.Tensor
@@ -23,12 +23,12 @@ class PositionBias(NamedTuple):
 
     @classmethod
     def of(cls, table: torch.Tensor, columns: torch.Tensor | None) -> PositionBias:
-        """Makes one of a table in any dtype."""
+        """Makes a bias from a table in any dtype."""
         return cls(table.detach().float().contiguous(), columns)
 
 
 def bias_arguments(bias: PositionBias | None) -> tuple[int | None, int, int | None]:
-    """Returns the arguments that stand for a position bias, or for none, in a call of a kernel."""
+    """Returns a kernel's arguments for a position bias, or for none."""
     if bias is None:
         return None, 0, None
     return bias.table.data_ptr(), bias.table.shape[1] // 2, library.address(bias.columns)
@@ -45,7 +45,7 @@ def varlen_attention_forward(
     """Computes softmax(scale * q k^T + bias) v within each sequence, and 0 in rows beyond the last sequence.
 
     qkv: (T, 3 * N * D), [q | k | v], float32 or bfloat16, rows contiguous, D a multiple of 16. cu_seqlens_cpu: (B + 1,)
-    int32. window: how many tokens a query sees on either side, beyond which the bias leaves nothing; -1 for all.
+    int32. window: the number of tokens that a query sees on either side; beyond it the bias leaves nothing; -1 for all.
     Returns (T, N * D). Raises ValueError for offsets outside of the rows.
     """
     n_tokens, hidden_size = qkv.shape[0], qkv.shape[1] // 3
@@ -60,12 +60,12 @@ def varlen_attention_forward(
 
 
 def ids_outside(ids: torch.Tensor, size: int) -> bool:
-    """Says whether one of the ids, int64 and contiguous, is below 0 or not below size."""
+    """Tells whether one of the ids, int64 and contiguous, is below 0 or not below size."""
     return bool(library.load()[0].fastbert_ids_outside(ids.data_ptr(), ids.numel(), size))
 
 
 def digest(addresses: int, n_words: int, word_size: int) -> int:
-    """Computes a number that differs where one of n_words words differs.
+    """Computes a number that differs if one of n_words words differs.
 
     addresses: of an array with the words' addresses, uint64. word_size: bytes of a word, 1, 2, 4 or 8.
     """
@@ -103,7 +103,7 @@ def linear_forward(
     """Computes activation(x @ weight^T + bias) + residual, all of one dtype that `multiplies`, rows contiguous.
 
     x: (T, K), K even in bfloat16. packed: a weight (M = n_columns, K) from packing.py. bias: (M,). residual: (T, M).
-    activation: a key of ACTIVATIONS. pre: None, or (T, M), into which x @ weight^T + bias is written. Returns (T, M).
+    activation: a key of ACTIVATIONS. pre: None, or (T, M) for x @ weight^T + bias. Returns (T, M).
     """
     out = library.empty((x.shape[0], n_columns), like=x)
     library.function("linear", x.dtype)(

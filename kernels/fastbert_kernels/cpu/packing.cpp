@@ -4,8 +4,8 @@
 //     x @ weight:      panels of its columns, steps along its rows     blocks of columns are copied
 //
 // weight: (M, K), float32 or bfloat16, or several with the same K, which count as one with their rows one after the
-// other. What is packed has their dtype, or is bfloat16 that was float32. Bytes: those of the weight and of what is
-// packed.
+// other. The packed weight has their dtype, or is bfloat16 from float32. Bytes: those of the weight and of the packed
+// weight.
 #include "panels.h"
 
 namespace {

@@ -1,4 +1,4 @@
-// The layout of what linears multiply by: panels of columns, in each of them one step of the sums after the other.
+// The layout of the weights in linears: panels of columns, and in each panel one step of the sums after the other.
 //
 //     [panel][step][COLUMNS]    a word for each column: a float, or the two bfloat16 of a step, even one first
 //
@@ -13,8 +13,8 @@ constexpr int ROWS = VL == 16 ? 8 : 6;  // of a tile, beside COLUMNS
 
 INLINE int64_t at_least_1(int64_t n) { return n < 1 ? 1 : n; }
 
-// N words from row p of a matrix and, for pairs, from row q. For pairs float32 is rounded to bfloat16, which becomes
-// float32 for words of one.
+// N words from row p of a matrix and, for pairs, from row q. For pairs float32 is rounded to bfloat16. For words of one
+// element bfloat16 becomes float32.
 template <int N>
 INLINE void copy_words(float* to, const float* p, const float*) {
     memcpy(to, p, N * sizeof(float));
@@ -44,7 +44,7 @@ INLINE void copy_words(int32_t* to, const float* p, const float* q) {
     for (int j = 0; j < N; j += VL) store(to + j, rounded(p + j) | rounded(q + j) << 16);
 }
 
-// The same where only the first n of N columns are there, and zeros in the place of a row that is NULL.
+// The same if only the first n of N columns exist, with zeros for a row that is NULL.
 template <int N, typename E, typename T>
 INLINE void copy_some_words(E* to, const T* p, const T* q, int64_t n) {
     T even[N] = {}, odd[N] = {};
@@ -54,7 +54,7 @@ INLINE void copy_some_words(E* to, const T* p, const T* q, int64_t n) {
 }
 
 // A panel of N columns whose steps are rows first to first + n of a matrix. row(i): the address of row i, from the
-// panel's first column on; n_columns: how many there are from there on.
+// panel's first column on; n_columns: how many exist from there on.
 template <int N, typename O, typename R>
 INLINE void pack_rows(typename O::E* to, R row, int64_t first, int64_t n, int64_t n_columns) {
     const int64_t last = first + n, whole = n_columns >= N ? last - n % O::SIZE : first;

@@ -1,7 +1,7 @@
-// Dropout masks by Philox4x32-7, on CPUs: functions of a seed, a site and a place, as masks.py defines them.
+// Dropout masks by Philox4x32-7, on CPUs: functions of a seed, a site and a position, as masks.py defines them.
 //
-// A lane of 64 bits holds a word of one group of eight columns, in its low half: VPMULUDQ reads no more, so that what is
-// left in the high half does no harm. A round takes two products, two shifts and two sums.
+// A lane of 64 bits holds a word of one group of eight columns, in its low half. VPMULUDQ reads only this half, so the
+// rest in the high half does no harm. A round takes two products, two shifts and two sums.
 #pragma once
 
 #include "vector.h"
@@ -12,7 +12,7 @@ struct Dropout {
     uint64_t seed;
     int64_t site;
 
-    // What kept elements are multiplied by.
+    // The factor of kept elements.
     float scale() const { return threshold >= 65536 ? 0.0f : (float)(65536.0 / (double)(65536 - threshold)); }
 };
 
@@ -27,7 +27,7 @@ INLINE vg low_product(vg x, uint32_t y) {
 #endif
 }
 
-// The numbers of two words as they are in memory, one group after the other in each half of the lanes.
+// The numbers of two words in their order in memory, one group after the other in each half of the lanes.
 INLINE vg both_words(vg first, vg second) { return (first & 0xFFFFFFFF) | second << 32; }
 
 // The masks of one site, and in attention of one head.

@@ -10,7 +10,7 @@
 namespace {
 
 constexpr int64_t PIECE = 16;
-constexpr int64_t ALONE_BELOW = 1 << 16;  // elements, which take one thread less time than to wake another
+constexpr int64_t ALONE_BELOW = 1 << 16;  // elements; one thread takes less time for them than to wake another thread
 
 template <typename T>
 void pool(const T* hidden, int64_t row_stride, const int32_t* cu_seqlens, int64_t n_seqs, int64_t size, bool root,
@@ -49,8 +49,8 @@ bool in_order(const int32_t* cu_seqlens, int64_t n_seqs, int64_t n_rows) {
 
 }  // namespace
 
-// root: divide by the root of the length. unit: normalise. 0; or 2, with nothing done, where cu_seqlens are no offsets
-// from 0 to at most n_rows that never decrease.
+// root: divide by the root of the length. unit: normalise. Returns 0; or 2, with nothing done, if cu_seqlens are not
+// offsets from 0 to at most n_rows that never decrease.
 #define POOL(name, T)                                                                                               \
     EXPORT int name(const T* hidden, int64_t row_stride, int64_t n_rows, const int32_t* cu_seqlens, int64_t n_seqs, \
                     int64_t size, int root, int unit, float* out) {                                                 \

@@ -1,5 +1,6 @@
-// A row of floats in unsigned 8-bit numbers, x ~ scale * q + low, where q is 0 at the row's least element and 255 at
-// its largest. Asymmetric: what a GELU gives lies on one side of 0, and would leave half of a symmetric range unused.
+// A row of floats in unsigned 8-bit numbers, x ~ scale * q + low; q is 0 at the row's least element and 255 at its
+// largest. It is asymmetric: the output of a GELU lies on one side of 0, and would leave half of a symmetric range
+// unused.
 #pragma once
 
 #include "linear_int8.h"
@@ -7,9 +8,9 @@
 constexpr int64_t ROTATION = 32;  // elements in a block of the rotation
 constexpr int64_t MAX_ROTATED = 4096;
 
-// x @ H for the Hadamard matrix H of ROTATION rows, H[i][j] = -1 where i & j has an odd number of bits, else 1. A few
-// channels of what LayerNorm gives are several times as large as the others, and would make the step coarse for all;
-// the rotation spreads them. low, high: elements 0 to 15, and 16 to 31.
+// x @ H for the Hadamard matrix H of ROTATION rows, H[i][j] = -1 if i & j has an odd number of bits, else 1. A few
+// channels of LayerNorm's output are several times as large as the others, and would make the step coarse for all; the
+// rotation spreads them. low, high: elements 0 to 15, and 16 to 31.
 #if VL == 16
 INLINE vf butterflies(vf x) {
     const vf odd = {1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1};
@@ -28,7 +29,8 @@ INLINE void rotate(vf& low, vf& high) {
     high = butterflies(difference);
 }
 
-// What a row's least and largest element say of it. total: of all its elements, which shows what is not finite.
+// The range of a row, from its least and largest element. total: of all its elements; it shows values that are not
+// finite.
 INLINE Affine affine_of(vf least_of, vf largest_of, vf total, float* inverse) {
     const float low = -largest(-least_of), range = largest(largest_of) - low, all = sum(total);
     const bool some = range > 1e-30f;
@@ -62,7 +64,7 @@ INLINE Affine quantize_rotated(float* row, int64_t n, uint8_t* q) {
     return affine;
 }
 
-// n elements of T at x, as they are.
+// n elements of T at x, unchanged.
 template <typename T>
 INLINE Affine quantize(const T* x, int64_t n, uint8_t* q) {
     vf least_of = splat(INFINITY), largest_of = splat(-INFINITY), total = {};

@@ -69,10 +69,12 @@ struct Room {
     RowMask<OUT_DROPOUT> out_mask[TOGETHER];
 };
 
-// A sum that was rounded to bfloat16 has another mean and variance than those saved. Where rows are nearly constant that
-// difference is many times their deviation, and so would n be: it is brought back to mean 0 and, at most, variance 1.
+// A sum that was rounded to bfloat16 has another mean and variance than the saved ones. If rows are nearly constant,
+// the difference is many times their deviation, and so n would be too large. It is brought back to mean 0 and, at most,
+// variance 1.
 //
-// `back` ends in a product that is always fused with a difference: whether it is stored must not change its bits.
+// `back` ends in a product that is always fused with a difference, so that its bits do not depend on whether it is
+// stored.
 template <int ROWS, typename C, typename S, typename R>
 INLINE void back_rows(const Backward<C, S>& call, int64_t first, R& room) {
     constexpr bool ROUNDED = sizeof(C) < sizeof(float);
@@ -171,7 +173,7 @@ void run_backward(const Backward<C, S>& call, float* partials, float* grads) {
 
 }  // namespace
 
-// Strides in elements; columns are contiguous, as all of what is written is. *_is_bf16: of the parameter before.
+// Strides in elements; columns are contiguous, as in all outputs. *_is_bf16: of the parameter before.
 #define RESIDUAL_NORM(name, C, S)                                                                                      \
     EXPORT void fastbert_residual_norm_##name(                                                                         \
         const C* x, int64_t x_stride, const void* bias, int64_t bias_is_bf16, const S* residual,                       \

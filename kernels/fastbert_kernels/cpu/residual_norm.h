@@ -1,4 +1,4 @@
-// What the forward passes of LayerNorm in training share: dropout of rows, parameters of two dtypes, and what is saved.
+// The forward passes of LayerNorm in training share this: dropout of rows, parameters of two dtypes, and saved values.
 #pragma once
 
 #include "layer_norm.h"
@@ -37,7 +37,7 @@ struct Parameter {
     }
 };
 
-// Where a row goes: y and, if it is not NULL, low hold the result, total the sum that was normalised.
+// The outputs of a row: y and, if it is not NULL, low hold the result, total the sum that was normalised.
 template <typename C, typename S>
 struct NormRows {
     S* y;

@@ -1,8 +1,8 @@
-// Rotary positions of one row, T being float or bf16: queries and keys turn by the row's angles.
+// Rotary positions of one row, T being float or bf16: queries and keys are rotated by the row's angles.
 //
 //     a' = a cos - b sin,  b' = b cos + a sin    for elements i and i + D / 2 of a head
 //
-// Back, which is the gradient, they turn by the negative angles.
+// The gradient is rotated back by the negative angles.
 #pragma once
 
 #include "rows.h"

@@ -1,19 +1,20 @@
 // Rows of a batch one vector at a time, and sums over rows.
 //
-// Sums are the same bits for any number of threads: each BLOCK of rows has its partial sums, which are added up in order.
+// Sums have the same bits for any number of threads: each BLOCK of rows has its partial sums, which are added up in
+// order.
 #pragma once
 
 #include "team.h"
 
 constexpr int64_t BLOCK = 32;  // rows
-constexpr int TOGETHER = 4;    // rows that are added up before they meet the sum: shorter chains, fewer loads
+constexpr int TOGETHER = 4;    // rows that are added up before they are added to the sum: shorter chains, fewer loads
 
 template <int N>
 struct Count {
     static constexpr int value = N;
 };
 
-// f(row, Count<ROWS>()) for the rows of a block: TOGETHER at a time, and what is left one by one.
+// f(row, Count<ROWS>()) for the rows of a block: TOGETHER at a time, and the rest one by one.
 template <typename F>
 INLINE void each_rows(int64_t first, int64_t end, F f) {
     int64_t row = first;
@@ -21,7 +22,7 @@ INLINE void each_rows(int64_t first, int64_t end, F f) {
     for (; row < end; row++) f(row, Count<1>());
 }
 
-// f(j, VL) for each vector of a row of n elements, and f(j, n - j) for what is left.
+// f(j, VL) for each vector of a row of n elements, and f(j, n - j) for the rest.
 template <typename F>
 INLINE void each_vector(int64_t n, F f) {
     int64_t j = 0;

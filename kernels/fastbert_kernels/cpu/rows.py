@@ -1,4 +1,4 @@
-"""This module runs what stands between the products of a training step by the C++ kernels, forward and backward.
+"""This module runs the operations between the products of a training step by the C++ kernels, forward and backward.
 
 C is the dtype of products, S that of the residual stream: both float32, both bfloat16, or C bfloat16 and S float32.
 Parameters are float32 or bfloat16. Rows may have a stride; columns are contiguous. H is at most MAX_HIDDEN. Sums over
@@ -38,12 +38,12 @@ _TYPES = {
 
 
 class NormForward(NamedTuple):
-    """`NormForward` holds normalised rows, and what their backward pass needs."""
+    """`NormForward` holds normalised rows, and the data for their backward pass."""
 
     y: Tensor  # (T, H) S
     y_low: Tensor | None  # (T, H), y rounded to C.
-    total: Tensor  # (T, H), what was normalised, rounded to C.
-    mean: Tensor  # (T,) float32, as is rstd. Both are those of the sum before it was rounded.
+    total: Tensor  # (T, H), the normalised sum, rounded to C.
+    mean: Tensor  # (T,) float32, as is rstd. Both are those of the sum before rounding.
     rstd: Tensor
 
 
@@ -119,8 +119,8 @@ def residual_norm_forward(
 ) -> NormForward:
     """Computes LayerNorm(dropout(x + bias) + residual) * weight + ln_bias.
 
-    x: (T, H) C. residual: (T, H) S; without one, S is C. bias, weight, ln_bias: (H,). low: whether y is wanted in C
-    too, where C is not S.
+    x: (T, H) C. residual: (T, H) S; without one, S is C. bias, weight, ln_bias: (H,). low: whether to return y in C
+    too, if C is not S.
     """
     stream = x if residual is None else residual
     out, addresses = _norm_forward((x.shape[0], x.shape[1]), stream, x.dtype, low)
@@ -146,8 +146,8 @@ def residual_norm_backward(
     """Computes the gradients of `residual_norm_forward`.
 
     grad: (T, H) S, of y. grad_low: (T, H) C, of y_low. total, mean, rstd: from the forward pass, contiguous. dropout:
-    the forward pass's. out_dropout: one that was applied to y. grad_x and grad_residual are one tensor where they are
-    equal, which is without dropout and where C is S. Each is None where it is not wanted.
+    the forward pass's. out_dropout: the dropout of y. grad_x and grad_residual are one tensor if they are equal:
+    without dropout, and if C is S. Each is None if it is not requested.
     """
     _check_width(total.shape[1])
     (n_rows, width), same = total.shape, dropout is None and total.dtype == grad.dtype
@@ -178,8 +178,8 @@ def embedding_norm_forward(
     """Computes dropout(LayerNorm(word[input_ids] + token_type[token_type_ids] + position[position_ids])).
 
     Ids: (T,) int64, contiguous, within their tables. Tables: (V, H), (types, H), (P, H) S. Without input_ids, word is
-    (T, H) and taken row by row. Without a table token_type, its term is left out. dtype: C. Where C is not S, y_low is
-    there. The backward pass is `residual_norm_backward` with this dropout as out_dropout.
+    (T, H) and read row by row. Without a table token_type, its term is left out. dtype: C. If C is not S, there is a
+    y_low. The backward pass is `residual_norm_backward` with this dropout as out_dropout.
     """
     out, addresses = _norm_forward((position_ids.shape[0], word.shape[1]), word, dtype, True)
     ids = map(library.address, (input_ids, token_type_ids, position_ids))
@@ -195,8 +195,8 @@ def embedding_scatter(
 ) -> Tensor:
     """Adds up the rows (T, E) of each id (T,) in float32, in order. Returns a table (n_rows, E) of dtype, or of theirs.
 
-    padding_idx: the id whose row stays 0. PyTorch's operation has a fixed order of its sums as well, and is as fast as
-    the memory of the table; it adds up in the dtype of the rows, so that bfloat16 goes through float32 here.
+    padding_idx: the id whose row stays 0. PyTorch's operation also has a fixed order of its sums, and is as fast as the
+    memory of the table. It adds up in the dtype of the rows, so bfloat16 is converted to float32 here.
     """
     scatter, padding = torch.ops.aten.embedding_dense_backward, -1 if padding_idx is None else padding_idx
     dtype, rows = dtype or grad_rows.dtype, grad_rows.float()

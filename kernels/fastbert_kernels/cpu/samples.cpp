@@ -1,4 +1,4 @@
-// A digest of numbers that lie anywhere in memory: it shows whether one of them has changed.
+// A digest of numbers at any addresses in memory: it shows whether one of them has changed.
 #include <cstring>
 
 #include "vector.h"
@@ -19,7 +19,7 @@ uint64_t digest(const uintptr_t* addresses, int64_t n) {
 
 }  // namespace
 
-// addresses: (n,) of words of `size` bytes, 1, 2, 4 or 8. Words of which one alone differs give another digest.
+// addresses: (n,) of words of `size` bytes, 1, 2, 4 or 8. If exactly one word differs, the digest differs.
 EXPORT uint64_t fastbert_digest(const uintptr_t* addresses, int64_t n, int64_t size) {
     switch (size) {
         case 1: return digest<uint8_t>(addresses, n);

@@ -1,8 +1,8 @@
-// Threads that work through one operation after the other inside one parallel region of OpenMP.
+// Threads that do one operation after the other inside one parallel region of OpenMP.
 //
-// A region of its own for each operation would wake the threads each time, through the operating system wherever OpenMP
-// does not let them spin: GNU's does not once a process has had more of its threads than processors, as when two Python
-// threads use PyTorch. For a short text that is more than half of the time.
+// A separate region for each operation would wake the threads each time, through the operating system if OpenMP does
+// not let them spin. GNU's OpenMP does not, once a process has had more of its threads than processors, as when two
+// Python threads use PyTorch. For a short text that is more than half of the time.
 #pragma once
 
 #include <omp.h>
@@ -36,7 +36,7 @@ class Team {
         wait();
     }
 
-    // The same for tasks of equal length: each thread takes its share, in a row.
+    // The same for tasks of equal length: each thread takes its share of consecutive tasks.
     template <typename F>
     __attribute__((always_inline)) void share(int64_t n, F f) const {
         const int64_t end = n * (id + 1) / size;

@@ -1,5 +1,5 @@
-// Vectors of VL floats: 16 with AVX-512, 8 with AVX2. GCC's and Clang's vector extensions, and intrinsics where those
-// have no words for an instruction.
+// Vectors of VL floats: 16 with AVX-512, 8 with AVX2. They are GCC's and Clang's vector extensions, with intrinsics for
+// instructions that the extensions lack.
 #pragma once
 
 #include <immintrin.h>
@@ -74,7 +74,7 @@ INLINE void from_floats(T* p, vf x, int64_t n) {
     if (n > 0) memcpy(p, some, n * sizeof(T));
 }
 
-// The second where one is NaN, or where both are 0.
+// The second if one is NaN, or if both are 0.
 #ifdef __AVX512F__
 INLINE vf max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE vf min(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
@@ -84,9 +84,8 @@ INLINE vf min(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 #endif
 INLINE vf abs(vf x) { return (vf)((vi)x & 0x7fffffff); }
 
-// 2^x. EXACT: to 1.5 ulp; otherwise to 3e-6, for what is rounded to bfloat16. 0 below 2^-126, unless no x is (FLUSH
-// false); NaN for NaN.
-// 2^x = 2^n 2^f with n = round(x); 2^f by a minimax polynomial of degree 6 or 4.
+// 2^x. EXACT: to 1.5 ulp; otherwise to 3e-6, for results that are rounded to bfloat16. 0 below 2^-126, unless no x is
+// (FLUSH false); NaN for NaN. 2^x = 2^n 2^f with n = round(x); 2^f by a minimax polynomial of degree 6 or 4.
 template <bool EXACT, bool FLUSH = true>
 INLINE vf exp2(vf x) {
 #ifdef __AVX512F__
@@ -160,7 +159,7 @@ INLINE void transpose(vi* rows) {
     }
 }
 
-// What products read: floats, or, where the processor multiplies them, pairs of bfloat16.
+// The elements of products: floats, or, if the processor multiplies them, pairs of bfloat16.
 struct Floats {
     typedef float E;
     typedef vf V;
@@ -176,13 +175,14 @@ struct Pairs {
 #ifdef __AVX512BF16__
 typedef Pairs BFloat16Operands;
 #else
-typedef Floats BFloat16Operands;  // made floats first
+typedef Floats BFloat16Operands;  // converted to floats first
 #endif
 
 INLINE vf splat_of(const float* p) { return splat(*p); }
 INLINE vi splat_of(const int32_t* p) { return *p - (vi){}; }
 
-// Fused by name: a compiler that may choose could fuse them in the tile of one number of rows, and not in another's.
+// Fused by name: a compiler with a choice could fuse them in the tile of one number of rows, and not in that of
+// another.
 #ifdef __AVX512F__
 INLINE vf multiply_add(vf sum, vf x, vf y) { return (vf)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)sum); }
 #else

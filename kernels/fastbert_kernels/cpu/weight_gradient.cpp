@@ -4,10 +4,11 @@
 //
 // grad: (T, M), x: (T, K), both float32 or both bfloat16; weight: (M, K), float32 or their dtype; bias: (M,) float32.
 //
-// A step of the sums is one row of grad and x, or two in bfloat16 where the processor multiplies pairs. The sums go over a PIECE of steps at a time; each
-// piece is added to those before it, as in linear.cpp. A chunk of a few pieces is packed as in panels.h, x in panels of
-// COLUMNS and grad in panels of BLOCKS of ROWS; a tile of the weight is ROWS x COLUMNS. The threads of a team (team.h)
-// multiply a chunk and pack the next. Chunks, tasks and threads do not change the order of the sums.
+// A step of the sums is one row of grad and x, or two in bfloat16 if the processor multiplies pairs. The sums go over a
+// PIECE of steps at a time; each piece is added to those before it, as in linear.cpp. A chunk of a few pieces is packed
+// as in panels.h, x in panels of COLUMNS and grad in panels of BLOCKS of ROWS; a tile of the weight is ROWS x COLUMNS.
+// The threads of a team (team.h) multiply a chunk and pack the next. Chunks, tasks and threads do not change the order
+// of the sums.
 //
 // FLOPs: 2 T M K. Bytes, at least: those of grad, x and weight, once.
 #include "panels.h"
@@ -37,7 +38,7 @@ struct Gradient {
     int64_t grad_stride, x_stride, n_rows, m_size, k_size;
 };
 
-// How the work is cut. Sizes are in words, of a float or two bfloat16.
+// The division of the work. Sizes are in words, of a float or two bfloat16.
 struct Cuts {
     int64_t n_steps, n_blocks, n_lefts, n_rights;   // panels of grad on the left, of x on the right
     int64_t n_pieces, piece_size, chunk, n_chunks;  // chunk: pieces of one
@@ -77,7 +78,8 @@ struct Tasks {
     }
 };
 
-// totals += the sums of V vectors of grad's columns over n rows from `grad` on. n_columns: how many are there.
+// totals += the sums of V vectors of grad's columns over n rows from `grad` on. n_columns: the number of existing
+// columns.
 template <int V, typename T>
 INLINE void add_columns(float* totals, bool first, const T* grad, int64_t stride, int64_t n, int64_t n_columns) {
     vf total[V] = {};
@@ -97,7 +99,7 @@ INLINE void add_columns(float* totals, bool first, const T* grad, int64_t stride
 template <typename O, typename G>
 __attribute__((noinline)) void tile(const typename O::E* left, const typename O::E* right, int64_t n, const float* from,
                                     G* to, int64_t stride) {
-    const G* end = to;  // comes into the cache meanwhile
+    const G* end = to;  // fetched into the cache meanwhile
     for (int i = 0; i < ROWS; i++, end += stride)
         for (int64_t j = 0; j < COLUMNS; j += 64 / sizeof(G)) __builtin_prefetch(end + j, 1);
     vf sums[ROWS][VECTORS] = {};
@@ -109,7 +111,7 @@ __attribute__((noinline)) void tile(const typename O::E* left, const typename O:
             for (int j = 0; j < VECTORS; j++) sums[i][j] = multiply_add(sums[i][j], x, y[j]);
         }
     }
-    // Unrolled by name, or GCC takes the sums out of their registers.
+    // Unrolled by name, because otherwise GCC moves the sums out of their registers.
     if (from != NULL)
 #pragma GCC unroll 8
         for (int i = 0; i < ROWS; i++, from += stride)
@@ -204,7 +206,7 @@ template <typename T, typename G, typename O>
 void run(const Gradient<T, G>& call, void* packed, const Cuts& cuts, const Team& team) {
     const Work<T, G, O> work = {call, cuts, (typename O::E*)packed};
     const Tasks tasks(cuts, TASKS * team.size);
-    for (int64_t chunk = -1; chunk < cuts.n_chunks; chunk++) {  // -1: there is only the first to be packed
+    for (int64_t chunk = -1; chunk < cuts.n_chunks; chunk++) {  // -1: only the first one is packed
         const int64_t n_products = chunk < 0 ? 0 : tasks.n_down * tasks.n_across;
         const int64_t n_packs = chunk + 1 < cuts.n_chunks ? work.n_strips() + cuts.n_rights : 0;
         team.each(n_products + n_packs, [&](int64_t task) {

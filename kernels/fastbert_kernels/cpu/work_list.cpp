@@ -1,4 +1,4 @@
-// The tiles of attention's kernels on GPUs, listed on the host: fastbert_kernels/work_list.py says what they are.
+// The tiles of attention's kernels on GPUs, listed on the host. fastbert_kernels/work_list.py describes them.
 #include "work_list.h"
 
 #include <algorithm>
@@ -8,7 +8,7 @@ namespace {
 
 constexpr int64_t SPAN_BITS = 16;
 
-// Neighbours of which a tile, or the slices of one sequence, are made: sequences first to end.
+// Neighbours that form a tile, or the slices of one sequence: sequences first to end.
 struct Run {
     int32_t first, end;
 };
@@ -18,7 +18,7 @@ bool chosen(const int32_t* offsets, int64_t seq, const Cutting& cutting) {
     return length > cutting.longer_than && length <= cutting.up_to;
 }
 
-// The next run from `seq` on, one without sequences at the end. Empty sequences are skipped, or within a run.
+// The next run from `seq` on, or one without sequences at the end. Empty sequences are skipped, or within a run.
 Run next_run(const int32_t* offsets, int64_t n_seqs, int64_t seq, const Cutting& cutting) {
     while (seq < n_seqs && !chosen(offsets, seq, cutting)) seq++;
     if (seq == n_seqs) return {(int32_t)seq, (int32_t)seq};
@@ -56,7 +56,7 @@ int64_t count_tiles(const int32_t* offsets, int64_t n_seqs, const Cutting& cutti
 
 int64_t write_tiles(const int32_t* offsets, int64_t n_seqs, const Cutting& cutting, int32_t* tiles, int64_t room,
                     int32_t* row_spans, bool* any_shared) {
-    // Runs, and their order: the longest first, and else as they come. A key has both in one number.
+    // Runs, and their order: the longest first, and equal ones as they come. A key has both in one number.
     static thread_local std::vector<Run> runs;
     static thread_local std::vector<uint64_t> order;
     runs.clear(), order.clear();
@@ -85,7 +85,7 @@ int64_t write_tiles(const int32_t* offsets, int64_t n_seqs, const Cutting& cutti
     return n_tiles;
 }
 
-// The list of a batch: 2 n + s for n tiles, s = 1 where one of them is shared, or TOO_MANY_TILES.
+// The list of a batch: 2 n + s for n tiles, s = 1 if one of them is shared, or TOO_MANY_TILES.
 EXPORT int64_t fastbert_work_list(const int32_t* offsets, int64_t n_seqs, int64_t block_q, int64_t share,
                                   int64_t longer_than, int64_t up_to, int32_t* tiles, int64_t room,
                                   int32_t* row_spans) {
@@ -95,13 +95,13 @@ EXPORT int64_t fastbert_work_list(const int32_t* offsets, int64_t n_seqs, int64_
     return n_tiles == TOO_MANY_TILES ? n_tiles : 2 * n_tiles + any_shared;
 }
 
-// The sizes of large and of small tiles, and up to how many tokens a batch, or a text on average over tokens, takes the
-// small ones. small_q is 0 where there are none. batches.py has the same members.
+// The sizes of large and of small tiles, and the most tokens of a batch, or of a text on average over tokens, that
+// takes the small ones. small_q is 0 if there are none. batches.py has the same members.
 struct TileChoice {
     int64_t block_q, share, small_q, share_small, few_tokens, short_texts;
 };
 
-// Which tiles suit a batch, and how many it has: 2 n + s, s = 1 for the small ones.
+// Chooses the tiles of a batch, and returns their number: 2 n + s, s = 1 for the small ones.
 EXPORT int64_t fastbert_suitable_tiles(const int32_t* offsets, int64_t n_seqs, const TileChoice* choice) {
     int64_t n_tokens = offsets[n_seqs], squares = 0;
     bool small = choice->small_q != 0 && n_tokens <= choice->few_tokens;
