@@ -401,7 +401,7 @@ def test_explain_on_graphs(stand_in: StandIn, device: torch.device) -> None:
     masks = "masks on the GPU: up to 512 places are packed there, and the lengths of more waited for"
     assert note("masks", arch=90) == masks
     model.strict_ids = True
-    assert "the host waits for their lengths: strict_ids=True waits for the checks of each batch" in note("masks", arch=90)
+    assert "waits for their lengths: strict_ids=True waits for the checks of each batch" in note("masks", arch=90)
     assert note(arch=90) == "CUDA graphs: a batch of up to 16384 tokens is one launch, without gradients"
     model.cuda_graphs = False
     assert note(arch=90) == "CUDA graphs: none: the model's cuda_graphs is False"

@@ -106,7 +106,7 @@ def test_every_reason_is_said() -> None:
     model.encoder.layer[0].register_forward_hook(lambda *_: None)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         reasons = list(model.engine.one_call.obstacles(model, 2, True, True))
-    for part in ("states of all layers", "are embeddings", "2 tokens", "gradients are on", "autocast is on", "has hooks"):
+    for part in ("hidden states", "are embeddings", "2 tokens", "gradients are on", "autocast is on", "has hooks"):
         assert any(part in reason for reason in reasons), (part, reasons)
 
 
