@@ -1,5 +1,4 @@
-"""This script measures tokens a second from mapped ids to packed, masked batches on one thread: plan, batches, and
-both.
+"""This script measures the tokens a second of the plan and of packed, masked batches, from mapped ids on one thread.
 
     OMP_NUM_THREADS=1 python benchmarks/batches.py --max-length 512 [--no-nsp] [--whole-words] [--sentences 20]
 
