@@ -1,4 +1,4 @@
-"""This script measures the requests and tokens a second, and the latency, of servers of embeddings with 1 to 64 callers.
+"""This script measures the requests and tokens a second, and the latency, of embedding servers with 1 to 64 callers.
 
 Usage: `python benchmarks/serve_load.py --model FOLDER [--seconds 10] [--latency] [--out FILE.json]`. It starts the
 servers one after the other: `fastbert serve`, a plain one of sentence-transformers, and infinity and vLLM if they are
