@@ -38,26 +38,13 @@ LONGEST_IS_BOUND = "longest is a bound"  # marks a batch whose lengths on the ho
 TILES = "tiles"  # the key of the plan that `tiles_of` cuts, in the rows of a bucket
 
 
-class TileSizes(NamedTuple):
-    """A `TileSizes` holds the rows of attention's tiles, and whether neighbours can share them.
-
-    small_q is 0 if there is no small tile. choice: the limits by which a batch selects the small tile.
-    """
-
-    block_q: int
-    share: bool
-    small_q: int
-    share_small: bool
-    choice: cpu.TileChoice
-
-
 def circumstances() -> tuple[bool, int]:
     """Returns the values besides device, dtype and head size that the sizes of tiles depend on."""
     return kernels_of("launch").recorded is not None, kernels_of("tables").generation
 
 
-def tile_sizes(dtype: torch.dtype, head_size: int, device: torch.device) -> TileSizes:
-    """Returns the sizes of attention's tiles where neighbours may share one."""
+def tile_sizes(dtype: torch.dtype, head_size: int, device: torch.device) -> cpu.TileChoice:
+    """Returns the sizes of attention's tiles, and the limits by which a batch selects the small ones."""
     launch = kernels_of("launch")
     n_multiprocessors = launch.n_multiprocessors(device)
     return _tile_sizes(dtype, head_size, launch.arch(device), n_multiprocessors, *circumstances())
@@ -66,15 +53,15 @@ def tile_sizes(dtype: torch.dtype, head_size: int, device: torch.device) -> Tile
 @functools.lru_cache(64)
 def _tile_sizes(
     dtype: torch.dtype, head_size: int, arch: int, n_multiprocessors: int, shipped_only: bool, generation: int
-) -> TileSizes:
+) -> cpu.TileChoice:
     from fastbert_kernels import configs
 
     large = configs.attention_config(dtype, head_size, arch).block_sizes
     small_config = configs.small_attention_config(dtype, head_size, arch)
     small = {"BLOCK_Q": 0} if small_config is None else small_config.block_sizes
     shares = [not sizes.get("WARP_SPECIALIZE") for sizes in (large, small)]
-    tiles = large["BLOCK_Q"], shares[0], small["BLOCK_Q"], shares[1]
-    return TileSizes(*tiles, cpu.TileChoice(*tiles, SHORT_BATCH * n_multiprocessors, SHORT_TEXTS))
+    limits = SHORT_BATCH * n_multiprocessors, SHORT_TEXTS
+    return cpu.TileChoice(large["BLOCK_Q"], shares[0], small["BLOCK_Q"], shares[1], *limits)
 
 
 def cuttings(dtype: torch.dtype, head_size: int, device: torch.device, share: bool, small: bool) -> list[cpu.Cutting]:
@@ -143,18 +130,18 @@ def takes_small_tiles(batch: PackedBatch, dtype: torch.dtype, head_size: int, po
 
 
 def suitable_tiles(
-    batch: PackedBatch, sizes: TileSizes, dtype: torch.dtype, head_size: int, policy: Policy
+    batch: PackedBatch, sizes: cpu.TileChoice, dtype: torch.dtype, head_size: int, policy: Policy
 ) -> tuple[bool, int]:
     """Tells whether small tiles suit the batch, and how many tiles it has, if neighbours may share one."""
     if cpu.obstacle() is None:
-        n_tiles = cpu.suitable_tiles(batch.cu_seqlens_cpu, sizes.choice)
+        n_tiles = cpu.suitable_tiles(batch.cu_seqlens_cpu, sizes)
         return bool(n_tiles & 1), n_tiles >> 1
     offsets = batch.cu_seqlens_cpu.numpy()
     n_tokens = int(offsets[-1])
-    small = sizes.small_q > 0 and n_tokens <= sizes.choice.few_tokens
+    small = sizes.small_q > 0 and n_tokens <= sizes.few_tokens
     if sizes.small_q > 0 and not small:
         lengths = (offsets[1:] - offsets[:-1]).astype(np.int64)
-        small = int(lengths @ lengths) <= sizes.choice.short_texts * n_tokens
+        small = int(lengths @ lengths) <= sizes.short_texts * n_tokens
     return small, host_work_lists(batch, dtype, head_size, policy, small)[0].tiles.shape[0]
 
 

@@ -72,12 +72,11 @@ class StaticPlan:
         kind: Kind = ANY_BATCH,
         n_tiles: tuple[int, int | None] | None = None,
     ) -> None:
-        from fastbert_kernels import configs, launch
         from fastbert_kernels.work_list import N_COLUMNS
 
-        sizes_of = configs.attention_config(qkv_dtype, head_size, launch.arch(device), kind.small).block_sizes
-        shared = not policy.batch_invariant and not sizes_of.get("WARP_SPECIALIZE")
-        self.bucket, self.policy, self.kind, self.block_q = bucket, policy, kind, sizes_of["BLOCK_Q"]
+        cut = cuttings(qkv_dtype, head_size, device, not policy.batch_invariant, kind.small)
+        shared = cut[0].share
+        self.bucket, self.policy, self.kind, self.block_q = bucket, policy, kind, cut[0].block_q
         self._qkv, self._n_columns = (qkv_dtype, head_size), N_COLUMNS
         lengths = max_tiles(bucket, qkv_dtype, head_size, device, policy, kind) if n_tiles is None else n_tiles
         self._n_tiles = [length for length in lengths if length is not None]
@@ -88,7 +87,6 @@ class StaticPlan:
         self._parts = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]
         self.n_integers = starts[-1]
         self.columns = self._parts[-2]  # they differ between batches of the same lengths
-        cut = cuttings(qkv_dtype, head_size, device, not policy.batch_invariant, kind.small)
         lists = [
             cpu.StaticList(cutting, start, room)
             for cutting, start, room in zip(cut, starts, self._n_tiles, strict=False)

@@ -40,12 +40,11 @@ class Worker:
         self._calls: deque[Callable[[], None]] = deque()
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._is_started = False
 
     @property
     def alive(self) -> bool:
         """Tells whether the thread can compute. No exception of a batch ends it."""
-        return not self._is_started or self._thread.is_alive()
+        return self._thread.ident is None or self._thread.is_alive()
 
     def add(self, source: Source) -> None:
         """Computes the batches of a source from now on."""
@@ -94,13 +93,12 @@ class Worker:
             for source in self._sources:
                 source.stop()
             self.changed.notify()
-        if self._is_started:
+        if self._thread.ident is not None:
             self._thread.join(seconds)
 
     def _start(self) -> None:
         """Starts the thread at its first work, so that a service that was never used leaves none."""
-        if not self._is_started:
-            self._is_started = True
+        if self._thread.ident is None:
             self._thread.start()
 
     def _run(self) -> None:
